@@ -1,0 +1,42 @@
+# The verbs of the project. PYTHON may name another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test lint format docker clean
+
+serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
+	$(BIN)/python app.py
+
+test: $(VENV)/dev.stamp  ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp  ## formatting, style, types, imports, Dockerfile
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+format: $(VENV)/dev.stamp  ## rewrite the code in the project's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docker:  ## build the image
+	docker build -t embedding-service .
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serve.stamp: requirements.txt constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt requirements.txt constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@

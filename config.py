@@ -1,0 +1,163 @@
+"""Every setting: its name, type, default, bounds and one sentence; read from the environment and `.env`."""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from dotenv import load_dotenv
+from msgspec import Meta
+
+ENV_FILE = Path(__file__).with_name(".env")
+
+# Not a setting: how a gunicorn master tells its workers where the model processes listen.
+RUNTIME_FOLDER = "EMBEDDING_SERVICE_RUNTIME_FOLDER"
+
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*$"
+
+
+class ConfigError(ValueError):
+    """A setting has a value it cannot have; the message is one line that names both."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings; the environment variable of a field is its name in capitals."""
+
+    embedding_model: Annotated[
+        str,
+        Meta(min_length=1, description="Model: a Hugging Face name or the path of a folder."),
+    ] = "sentence-transformers/all-MiniLM-L6-v2"
+    model_revision: Annotated[
+        str | None, Meta(description="Branch, tag or commit of a model from the hub.")
+    ] = None
+    device: Annotated[
+        str,
+        Meta(
+            pattern=DEVICE_PATTERN,
+            description=(
+                "Where the model runs: auto (CUDA if there is one, else the CPU), cpu, mps, cuda, "
+                "cuda:N, or a comma list with one model process each."
+            ),
+        ),
+    ] = "auto"
+    cpu_fallback: Annotated[
+        bool,
+        Meta(description="Run on the CPU, with a warning, when the CUDA device asked for is missing."),
+    ] = True
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Meta(description="Number format of the weights; auto is float16 on CUDA, float32 elsewhere."),
+    ] = "auto"
+    backend: Annotated[
+        Literal["auto", "torch", "openvino"],
+        Meta(description="Runtime of the transformer; auto is OpenVINO on x86 CPUs, else torch."),
+    ] = "auto"
+    attn_implementation: Annotated[
+        str | None,
+        Meta(description="Attention of the transformer, such as sdpa or flash_attention_2."),
+    ] = None
+    batch_size: Annotated[
+        int,
+        Meta(ge=1, le=4096, description="Texts of full length that one forward pass may hold."),
+    ] = 32
+    max_seq_length: Annotated[
+        int,
+        Meta(ge=4, le=131072, description="Tokens of a text that count; lowers the model's own maximum."),
+    ] = 256
+    host: Annotated[str, Meta(min_length=1, description="Address to listen on.")] = "0.0.0.0"  # noqa: S104
+    port: Annotated[int, Meta(ge=1, le=65535, description="Port to listen on.")] = 8001
+    web_concurrency: Annotated[
+        int, Meta(ge=1, le=64, description="Web worker processes; they share one model.")
+    ] = 1
+    web_threads: Annotated[
+        int, Meta(ge=2, le=1024, description="Threads of a web worker: the requests it can hold open.")
+    ] = 128
+    max_texts_per_request: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Texts one request may carry.")
+    ] = 4096
+    max_text_characters: Annotated[
+        int, Meta(ge=1, le=100_000_000, description="Characters one text may have.")
+    ] = 100_000
+    max_body_bytes: Annotated[
+        int, Meta(ge=1024, le=1 << 31, description="Bytes a request body may have.")
+    ] = 32 << 20
+    max_queued_tokens: Annotated[
+        int,
+        Meta(ge=1024, description="Tokens that may wait for the model before requests get 429."),
+    ] = 2_000_000
+    request_timeout_seconds: Annotated[
+        float, Meta(gt=0, le=3600, description="Seconds after which a request gets 504.")
+    ] = 60.0
+    graceful_timeout_seconds: Annotated[
+        int, Meta(ge=1, le=3600, description="Seconds that requests in flight have at a shutdown.")
+    ] = 30
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least severe line that is logged.")
+    ] = "info"
+    log_format: Annotated[Literal["text", "json"], Meta(description="Form of a log line.")] = "text"
+    log_file: Annotated[
+        str | None,
+        Meta(description="File for the log instead of standard error; reopened after a rotation."),
+    ] = None
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices asked for, one model process each."""
+        return self.device.split(",")
+
+
+def name_runtime_folder() -> Path:
+    """The private folder of this process's model sockets, named for all the processes it starts.
+
+    Only named, not made: reading the configuration twice in one process names the same one.
+    """
+    prefix = f"embedding-service-{os.getpid()}-"
+    named = os.environ.get(RUNTIME_FOLDER, "")
+    if not Path(named).name.startswith(prefix):
+        named = str(Path(tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(4)}")
+        os.environ[RUNTIME_FOLDER] = named
+    return Path(named)
+
+
+def runtime_folder() -> Path | None:
+    """The folder of the model sockets, where a gunicorn master has named one."""
+    named = os.environ.get(RUNTIME_FOLDER)
+    return Path(named) if named else None
+
+
+def load(environ: Mapping[str, str] | None = None) -> Config:
+    """The settings from `environ`, by default the process environment over `.env`.
+
+    An empty value counts as not set. Raises ConfigError at the first value that is not allowed.
+    """
+    if environ is None:
+        load_dotenv(ENV_FILE)
+        environ = os.environ
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(Config):
+        name = field.name.upper()
+        raw = environ.get(name, "").strip()
+        if raw:
+            values[field.name] = _convert(name, raw, field.type)
+    return Config(**values)
+
+
+def _convert(name: str, raw: str, wanted: Any) -> Any:
+    kind = msgspec.inspect.type_info(wanted)
+    description = ""
+    if isinstance(kind, msgspec.inspect.Metadata):
+        description = (kind.extra_json_schema or {}).get("description", "")
+        kind = kind.type
+    is_choice = isinstance(kind, msgspec.inspect.LiteralType | msgspec.inspect.BoolType)
+    try:
+        return msgspec.convert(raw.lower() if is_choice else raw, wanted, strict=False)
+    except msgspec.ValidationError as error:
+        expected = str(error)
+        if isinstance(kind, msgspec.inspect.LiteralType):
+            expected = f"Expected one of {', '.join(map(str, kind.values))}"
+        elif isinstance(kind, msgspec.inspect.StrType) and kind.pattern:
+            expected = "Expected another form"
+        raise ConfigError(f"{name}={raw!r} is not allowed: {expected}. {description}") from None

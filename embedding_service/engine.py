@@ -1,0 +1,85 @@
+"""The engine: the one interface through which the web half reaches a model, wherever that model lives."""
+
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Vectors = npt.NDArray[np.float32]
+State = Literal["loading", "healthy", "unhealthy", "draining"]
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds."""
+
+    texts: list[str]
+    deadline: float
+    normalize: bool = True
+    prompt_name: str | None = None
+    input_type: Literal["query", "document"] | None = None
+    dimensions: int | None = None
+    truncate: bool = True
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Where the time of a request went, in milliseconds."""
+
+    tokenization_ms: float = 0.0
+    queue_ms: float = 0.0
+    inference_ms: float = 0.0
+
+
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer: `vectors` is float32 of shape (texts, dimension), in the order of the request's texts.
+
+    `tokens` counts what the model read, special tokens and prompt included;
+    `truncated` lists the indices of the texts that were cut.
+    """
+
+    vectors: Vectors
+    tokens: int
+    truncated: list[int]
+    timings: Timings
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is loaded, and how it runs."""
+
+    model_name: str
+    origin: str
+    revision: str | None
+    embedding_dimension: int
+    max_seq_length: int
+    device: str
+    dtype: str
+    backend: str
+    pooling: str
+    prompts: dict[str, str]
+    batch_size: int
+    max_batch_tokens: int
+    fingerprint: str
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine can say of itself; `info` is there once a model has been loaded."""
+
+    state: State
+    reason: str = ""
+    info: ModelInfo | None = None
+
+
+class Engine(Protocol):
+    """One model, here or in another process. Safe to call from any thread."""
+
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        """Embed the texts; raises a ServiceError. Returns or raises by the request's deadline."""
+
+    def status(self) -> Status:
+        """What state the model is in; never blocks."""
+
+    def must_restart(self) -> bool:
+        """Whether only a new process can bring the engine back."""
+
+    def close(self) -> None:
+        """Give the model's resources back."""

@@ -1,0 +1,89 @@
+"""The tree of errors that the service answers with; everything else that is raised is a 500.
+
+ServiceError
+├── InvalidRequest         400  the caller can mend it
+├── Unauthorized           401
+├── TooLarge               413
+├── UnsupportedMediaType   415
+├── Overloaded             429  the queue is full; carries how long to wait
+├── ModelFailure           500  the model could not embed this text
+├── Unavailable            503  loading, draining or lost; carries how long to wait
+└── DeadlineExceeded       504
+
+StartupError is the other root: the service cannot start, and its message is the one line that says why.
+"""
+
+
+class ServiceError(Exception):
+    """An error with an HTTP status and the `error_type` of the native protocol."""
+
+    status = 500
+    error_type = "internal"
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InvalidRequest(ServiceError):
+    """The request cannot be served as it stands."""
+
+    status = 400
+    error_type = "validation"
+
+
+class Unauthorized(ServiceError):
+    """No key, or not one of ours."""
+
+    status = 401
+    error_type = "unauthorized"
+
+
+class TooLarge(ServiceError):
+    """The body, the number of texts or one text is over a limit."""
+
+    status = 413
+    error_type = "too_large"
+
+
+class UnsupportedMediaType(ServiceError):
+    """A form or a compressed body."""
+
+    status = 415
+    error_type = "unsupported_media_type"
+
+
+class Overloaded(ServiceError):
+    """The queue is full."""
+
+    status = 429
+    error_type = "overloaded"
+
+
+class ModelFailure(ServiceError):
+    """The model failed on this text, and only on it."""
+
+    status = 500
+    error_type = "internal"
+
+
+class Unavailable(ServiceError):
+    """No model can answer now."""
+
+    status = 503
+    error_type = "unavailable"
+
+
+class DeadlineExceeded(ServiceError):
+    """The request waited longer than REQUEST_TIMEOUT_SECONDS."""
+
+    status = 504
+    error_type = "timeout"
+
+
+class StartupError(Exception):
+    """The service cannot start; the message is one line with the reason and the way out."""
+
+
+BY_NAME: dict[str, type[ServiceError]] = {kind.__name__: kind for kind in ServiceError.__subclasses__()}

@@ -1,0 +1,1 @@
+"""The room that owns the model: it knows numpy, torch and threads, and never HTTP."""

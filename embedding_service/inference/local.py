@@ -1,0 +1,130 @@
+"""LocalEngine: the model and its batcher in this process."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from embedding_service.engine import Embeddings, EmbedRequest, Status
+from embedding_service.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ServiceError,
+    StartupError,
+    Unavailable,
+)
+from embedding_service.inference.batcher import Batcher, Job, Outcome
+from embedding_service.inference.runtime import Runtime
+from embedding_service.inference.settings import ModelSettings
+
+log = logging.getLogger(__name__)
+
+# How long after a request's deadline its answer may still be on its way from the batcher.
+GRACE_SECONDS = 0.25
+
+
+class LocalEngine:
+    """Loads the model in a thread of its own; until it is there, `embed` raises Unavailable."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        on_status: Callable[[Status], None] = lambda _status: None,
+        load: Callable[[ModelSettings], Runtime] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._on_status = on_status
+        self._load_runtime = load or _load_model
+        self._batcher: Batcher | None = None
+        self._status = Status(state="loading", reason=f"loading {settings.embedding_model}")
+        self.startup_error: StartupError | None = None
+        self.loaded = threading.Event()
+        self._thread = threading.Thread(target=self._load, name="load", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: EmbedRequest, on_done: Callable[[Outcome], None]) -> Job:
+        """Queue a request as Batcher.submit does, after checking it against the model."""
+        batcher, info = self._batcher, self._status.info
+        if batcher is None or info is None:
+            raise Unavailable(self._status.reason, retry_after_seconds=1)
+        dimensions = request.dimensions
+        if dimensions is not None and not 1 <= dimensions <= info.embedding_dimension:
+            raise InvalidRequest(
+                f"dimensions must be between 1 and {info.embedding_dimension}, not {dimensions}"
+            )
+        return batcher.submit(request, on_done)
+
+    def cancel(self, job: Job) -> None:
+        """Drop a request that nobody waits for any more."""
+        if self._batcher is not None:
+            self._batcher.cancel(job)
+
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        done = threading.Event()
+        outcomes: list[Outcome] = []
+
+        def finish(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            done.set()
+
+        job = self.submit(request, finish)
+        if not done.wait(request.deadline - time.monotonic() + GRACE_SECONDS):
+            self.cancel(job)
+            raise DeadlineExceeded("the model did not answer before the deadline")
+        outcome = outcomes[0]
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        return outcome
+
+    def status(self) -> Status:
+        return self._status
+
+    def must_restart(self) -> bool:
+        return self._status.state == "unhealthy"
+
+    def running_seconds(self) -> float:
+        """How long the batch in flight has been running; 0 where none is."""
+        since = self._batcher.running_since if self._batcher else None
+        return time.monotonic() - since if since is not None else 0.0
+
+    def close(self) -> None:
+        self._set(Status(state="draining", reason="shutting down", info=self._status.info))
+        if self._batcher is not None:
+            self._batcher.close("the service is shutting down")
+
+    def _load(self) -> None:
+        try:
+            runtime = self._load_runtime(self._settings)
+            self._batcher = Batcher(
+                runtime,
+                max_queued_tokens=self._settings.max_queued_tokens,
+                on_device_lost=self._lost,
+            )
+            self._set(Status(state="healthy", info=runtime.info))
+        except StartupError as error:
+            self._fail_to_start(error)
+        except Exception as error:
+            log.debug("Loading failed", exc_info=True)
+            self._fail_to_start(StartupError(f"{type(error).__name__}: {error}"))
+        finally:
+            self.loaded.set()
+
+    def _fail_to_start(self, error: StartupError) -> None:
+        self.startup_error = error
+        self._set(Status(state="unhealthy", reason=str(error)))
+
+    def _lost(self, reason: str) -> None:
+        log.critical("The device is lost: %s", reason)
+        self._set(Status(state="unhealthy", reason=reason, info=self._status.info))
+
+    def _set(self, status: Status) -> None:
+        self._status = status
+        self._on_status(status)
+
+
+def _load_model(settings: ModelSettings) -> Runtime:
+    # Imported here: torch and sentence-transformers take seconds, and /health answers meanwhile.
+    from embedding_service.inference.model import Model
+
+    return Model(settings)

@@ -1,0 +1,298 @@
+"""Load a SentenceTransformer, tokenise for it, and run one batch on it."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+from embedding_service.engine import ModelInfo, Vectors
+from embedding_service.errors import InvalidRequest, StartupError
+from embedding_service.inference import source
+from embedding_service.inference.backends import Backend
+from embedding_service.inference.backends.torch import TorchBackend
+from embedding_service.inference.runtime import Tokens
+from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.tokenizer import FastTokenizer
+
+log = logging.getLogger(__name__)
+
+# On a CPU a batch costs what its tokens cost from about this many on, and wider ones only make
+# requests wait (docs/architecture.md, "The token budget on a CPU").
+CPU_BATCH_TOKENS = 256
+
+# What one more batch costs, in tokens of padding: below it, padding is cheaper than a batch apart.
+CPU_FREE_PADDING, GPU_FREE_PADDING = 16, 2048
+
+# Texts that show whether our tokenisation equals the model's own: case, space, other scripts, emoji.
+PROBES = [
+    "Hello World",
+    "  two  spaces\tand a tab \n",
+    "",
+    "ÀÉÎ straße Ünïcödé ﬁ İstanbul",
+    "東京 한국어 مرحبا שלום 👩‍👩‍👧 \u200b\ufeff",
+    "a" * 300,
+    "one two three four five six seven eight nine ten " * 8,
+]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Model:
+    """A loaded SentenceTransformer with its tokenizer and backend: the Runtime of a batcher."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        """Load, check and warm up. Raises StartupError with a line a person can act on."""
+        began = time.monotonic()
+        found = source.resolve(settings.embedding_model, settings.model_revision)
+        device = choose_device(settings.device, settings.cpu_fallback)
+        dtype = "float16" if device.startswith("cuda") else "float32"
+        dtype = dtype if settings.dtype == "auto" else settings.dtype
+        self._model = _load(settings, found.folder, device, dtype)
+        self.max_seq_length = _limit_length(self._model, settings.max_seq_length)
+        self._prompts: dict[str, str] = {
+            name: text for name, text in self._model.prompts.items() if text is not None
+        }
+        self._pooling = next((m for m in self._model if isinstance(m, Pooling)), None)
+        self._tokenizer = FastTokenizer.build(self._model, self.max_seq_length, self._probes())
+        self._backend = self._choose_backend(settings.backend, device, dtype)
+        self._exact: TorchBackend | None = None
+
+        on_cpu = device == "cpu"
+        full = settings.batch_size * self.max_seq_length
+        self.max_batch_tokens = min(full, CPU_BATCH_TOKENS) if on_cpu else full
+        self.free_padding_tokens = CPU_FREE_PADDING if on_cpu else GPU_FREE_PADDING
+        self.separate_bulk = on_cpu
+        last = list(self._model)[-1]
+        self.normalized = isinstance(last, Normalize) and dtype == "float32"
+        dimension = self._warm_up()
+        self.info = ModelInfo(
+            model_name=settings.embedding_model,
+            origin=found.origin,
+            revision=found.revision,
+            embedding_dimension=dimension,
+            max_seq_length=self.max_seq_length,
+            device=device,
+            dtype=dtype,
+            backend=self._backend.name,
+            pooling=_pooling_name(self._pooling),
+            prompts=self._prompts,
+            batch_size=settings.batch_size,
+            max_batch_tokens=self.max_batch_tokens,
+            fingerprint=self._fingerprint(found.folder, dtype),
+        )
+        log.info(
+            "Loaded %s (%s) on %s: %s, %s, %d dimensions, %d tokens, in %.1f s",
+            settings.embedding_model,
+            found.origin,
+            device,
+            self._backend.name,
+            dtype,
+            dimension,
+            self.max_seq_length,
+            time.monotonic() - began,
+        )
+
+    def prompt(self, prompt_name: str | None, input_type: Literal["query", "document"] | None) -> str | None:
+        """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it."""
+        if prompt_name is not None:
+            if prompt_name not in self._prompts:
+                known = ", ".join(sorted(self._prompts)) or "none"
+                raise InvalidRequest(f"prompt_name {prompt_name!r} is unknown; the model has: {known}")
+            return self._prompts[prompt_name]
+        names = {"query": ["query"], "document": ["document", "passage", "corpus"], None: []}
+        for name in names[input_type]:
+            if name in self._prompts:
+                return self._prompts[name]
+        default = self._model.default_prompt_name
+        return self._prompts.get(default) if default is not None else None
+
+    def tokenize(self, texts: Sequence[str], prompt: str | None, task: str | None) -> list[Tokens]:
+        if self._tokenizer is None:
+            return [self._measure(text, prompt, task) for text in _checked(texts)]
+        group: Hashable = None
+        if prompt and self._pooling is not None and not self._pooling.include_prompt:
+            group = self._model[0]._get_prompt_length(prompt)
+        prefixed = [prompt + text for text in texts] if prompt else texts
+        try:
+            return self._tokenizer.tokenize(prefixed, group)
+        except TypeError:
+            _checked(texts)
+            raise
+
+    def forward(self, batch: Sequence[Tokens]) -> Vectors:
+        return self._backend.forward(self._features(batch))
+
+    def forward_exact(self, tokens: Tokens) -> Vectors:
+        if self._exact is None:
+            model = self._model
+            if model.dtype not in (None, torch.float32):
+                model = copy.deepcopy(model).float()
+            self._exact = TorchBackend(model)
+        return self._exact.forward(self._features([tokens]))
+
+    def _features(self, batch: Sequence[Tokens]) -> dict[str, Any]:
+        group = batch[0].group
+        if self._tokenizer is None:
+            assert isinstance(group, tuple)
+            prompt, task = group
+            extra = {"task": task} if task and self._routed else {}
+            features = self._model.preprocess([t.text for t in batch], prompt=prompt, **extra)
+            return {**features, **extra}
+        features = self._tokenizer.pack(batch)
+        if group is not None:
+            features["prompt_length"] = group
+        return features
+
+    @property
+    def _routed(self) -> bool:
+        return not isinstance(self._model[0], Transformer)
+
+    def _measure(self, text: str, prompt: str | None, task: str | None) -> Tokens:
+        """A text for a model that tokenises for itself: counted as well as its tokenizer allows."""
+        full = (prompt or "") + text
+        length, truncated = max(1, len(full) // 4), False
+        tokenizer = getattr(self._model[0], "tokenizer", None)
+        encode = getattr(tokenizer, "encode", None)
+        if encode is not None:
+            encoded = encode(full)
+            length = len(getattr(encoded, "ids", encoded))
+            truncated = length > self.max_seq_length
+        return Tokens(
+            ids=None,
+            length=min(length, self.max_seq_length),
+            truncated=truncated,
+            group=(prompt, task if self._routed else None),
+            text=text,
+        )
+
+    def _probes(self) -> list[str]:
+        return [prompt + text for prompt in {"", *self._prompts.values()} for text in PROBES]
+
+    def _choose_backend(self, wanted: str, device: str, dtype: str) -> Backend:
+        possible = device == "cpu" and dtype == "float32" and self._tokenizer is not None
+        if wanted == "openvino" and not possible:
+            raise StartupError(
+                "BACKEND=openvino needs DEVICE=cpu, DTYPE=float32 and a transformer with a fast tokenizer"
+            )
+        installed = importlib.util.find_spec("openvino") is not None
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        if wanted == "torch" or not possible or (wanted == "auto" and not (installed and x86)):
+            return TorchBackend(self._model)
+        try:
+            from embedding_service.inference.backends.openvino import OpenVINOBackend
+
+            return OpenVINOBackend(self._model, self._model.preprocess(PROBES[:2]))
+        except Exception as error:
+            if wanted == "openvino":
+                raise StartupError(f"BACKEND=openvino cannot run this model: {error}") from error
+            log.warning("OpenVINO cannot run this model, using torch: %s", error)
+            return TorchBackend(self._model)
+
+    def _warm_up(self) -> int:
+        """Run the smallest and the largest batch; the embedding dimension is seen on the way."""
+        short, long = self.tokenize(["warm", "up " * self.max_seq_length], None, None)
+        dimension = int(self.forward([short]).shape[1])
+        self.forward([long] * max(1, self.max_batch_tokens // max(1, long.length)))
+        return dimension
+
+    def _fingerprint(self, folder: Path, dtype: str) -> str:
+        """Equal for services whose vectors are interchangeable: weights, dtype, pooling, prompts, length."""
+        facts = [
+            source.sha256_of_weights(folder),
+            dtype,
+            _pooling_name(self._pooling),
+            self._prompts,
+            self.max_seq_length,
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def choose_device(wanted: str, cpu_fallback: bool) -> str:
+    """The torch device for DEVICE. Raises StartupError where it is missing and must not be the CPU."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        index = int(wanted.partition(":")[2] or 0)
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        missing = index >= visible
+        why = f"DEVICE={wanted}, but {visible} CUDA devices are visible"
+    elif wanted == "mps":
+        missing, why = not torch.backends.mps.is_available(), "DEVICE=mps, but there is no MPS device"
+    else:
+        missing, why = False, ""
+    if not missing:
+        return wanted
+    if not cpu_fallback:
+        raise StartupError(f"{why}, and CPU_FALLBACK=false. Start with --gpus all, or set DEVICE=cpu")
+    log.warning("%s: RUNNING ON THE CPU, far slower. CPU_FALLBACK=false makes this an error", why)
+    return "cpu"
+
+
+def _load(settings: ModelSettings, folder: Path, device: str, dtype: str) -> SentenceTransformer:
+    transformers.utils.logging.disable_progress_bar()
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+    # On a CPU the tokenizer's threads would take the cores from the model.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if device == "cpu" else "true"
+    arguments: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True}
+    if settings.attn_implementation:
+        arguments["attn_implementation"] = settings.attn_implementation
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device=device,
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs=arguments,
+        )
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        raise StartupError(
+            f"The model in {folder} cannot be loaded ({type(error).__name__}: {line})"
+        ) from error
+    return model.to(DTYPES[dtype]).eval()
+
+
+def _limit_length(model: SentenceTransformer, wanted: int) -> int:
+    """Lower the model's maximum to `wanted` tokens, or to what its positions allow."""
+    limits = [wanted]
+    own = model.max_seq_length
+    if own is not None and own < 1_000_000:
+        limits.append(int(own))
+        if wanted > own:
+            log.info("MAX_SEQ_LENGTH=%d is above the model's own %d, which holds", wanted, own)
+    if isinstance(model[0], Transformer):
+        positions = getattr(model[0].config, "max_position_embeddings", None)
+        if isinstance(positions, int) and positions > 0:
+            limits.append(positions - model[0]._infer_flatten_position_offset())
+        model.max_seq_length = min(limits)
+    return min(limits) if isinstance(model[0], Transformer) or own is not None else wanted
+
+
+def _pooling_name(pooling: Pooling | None) -> str:
+    if pooling is None:
+        return "none"
+    mode = pooling.pooling_mode
+    return mode if isinstance(mode, str) else "+".join(mode)
+
+
+def _checked(texts: Sequence[str]) -> Sequence[str]:
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"texts[{index}] is not valid Unicode: it has a lone surrogate") from None
+    return texts

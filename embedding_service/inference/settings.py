@@ -1,0 +1,18 @@
+"""What the inference room needs to know to load and run one model on one device."""
+
+import msgspec
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one model process; the fields mean what they mean in config.py."""
+
+    embedding_model: str
+    model_revision: str | None = None
+    device: str = "auto"
+    cpu_fallback: bool = True
+    dtype: str = "auto"
+    backend: str = "auto"
+    attn_implementation: str | None = None
+    batch_size: int = 32
+    max_seq_length: int = 256
+    max_queued_tokens: int = 2_000_000

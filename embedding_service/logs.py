@@ -1,0 +1,88 @@
+"""Logging for every process of the service: one line per event, with the request id where there is one."""
+
+import logging
+import logging.config
+import sys
+import time
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from embedding_service.errors import StartupError
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+# A caller's text may end up in a message; a line break in it must not forge a second log line.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.000Z INFO web [request id] message`, and a traceback below where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        caller = request_id.get()
+        line = (
+            f"{stamp}.{int(record.msecs):03d}Z {record.levelname:<7} {_short(record.name)} "
+            f"{f'[{caller}] ' if caller else ''}{record.getMessage().translate(_CONTROL)}"
+        )
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    """The same as one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "logger": _short(record.name),
+            "process": record.process,
+            "message": record.getMessage(),
+        }
+        if caller := request_id.get():
+            fields["request_id"] = caller
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return orjson.dumps(fields).decode()
+
+
+def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
+    """The settings as `logging.config.dictConfig` and gunicorn's `logconfig_dict` take them."""
+    # WatchedFileHandler opens the file anew when logrotate has moved it.
+    handler: dict[str, Any] = (
+        {"class": "logging.handlers.WatchedFileHandler", "filename": file, "encoding": "utf-8"}
+        if file
+        else {"class": "logging.StreamHandler", "stream": sys.stderr}
+    )
+    handler["formatter"] = "line"
+    formatter = JsonFormatter if form == "json" else TextFormatter
+    root_level = "DEBUG" if level == "debug" else "WARNING"
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"()": formatter}},
+        "handlers": {"out": handler},
+        "root": {"level": root_level, "handlers": ["out"]},
+        "loggers": {
+            "embedding_service": {"level": level.upper()},
+            "gunicorn.error": {"level": level.upper(), "handlers": [], "propagate": True},
+        },
+    }
+
+
+def setup(level: str, form: str, file: str | None) -> None:
+    """Configure logging in this process. Raises StartupError where the log file cannot be written."""
+    if file:
+        try:
+            with Path(file).open("a", encoding="utf-8"):
+                pass
+        except OSError as error:
+            raise StartupError(f"LOG_FILE={file!r} cannot be written: {error.strerror}") from None
+    logging.config.dictConfig(dict_config(level, form, file))
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("embedding_service.")

@@ -1,0 +1,164 @@
+"""The model process: a LocalEngine behind a private unix socket."""
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import msgspec
+
+from embedding_service import logs
+from embedding_service.engine import Status
+from embedding_service.errors import ServiceError, StartupError
+from embedding_service.inference.batcher import Job, Outcome
+from embedding_service.inference.local import LocalEngine
+from embedding_service.sharing import wire
+from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ProcessSettings
+
+# Not __name__, which is __main__ where this runs as a process.
+log = logging.getLogger("embedding_service.sharing.server")
+
+WATCH_SECONDS = 0.5
+
+
+class Connection:
+    """One web worker: a thread that reads its calls, and one that writes the answers."""
+
+    def __init__(self, sock: socket.socket, server: "ModelServer") -> None:
+        self._channel = wire.Channel(sock)
+        self._server = server
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._jobs: dict[int, Job] = {}
+        for target in (self._read_forever, self._write_forever):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+
+    def send(self, message: Any) -> None:
+        """Queue a message; a worker that does not read cannot hold up the model."""
+        self._outbox.put(message)
+
+    def _read_forever(self) -> None:
+        with contextlib.suppress(wire.Closed):
+            while True:
+                message, _ = self._channel.receive()
+                if isinstance(message, wire.Call):
+                    self._call(message)
+        self._server.forget(self)
+        self._outbox.put(None)
+        for job in list(self._jobs.values()):
+            self._server.engine.cancel(job)
+        self._channel.close()
+
+    def _write_forever(self) -> None:
+        with contextlib.suppress(wire.Closed):
+            while True:
+                messages = [self._outbox.get()]
+                while not self._outbox.empty():
+                    messages.append(self._outbox.get())
+                if None in messages:
+                    return
+                self._channel.send(*messages)
+
+    def _call(self, call: wire.Call) -> None:
+        number = call.number
+
+        def answer(outcome: Outcome) -> None:
+            self._jobs.pop(number, None)
+            self.send(_message(number, outcome))
+
+        try:
+            job = self._server.engine.submit(call.request, answer)
+        except ServiceError as error:
+            answer(error)
+            return
+        if not job.finished:
+            self._jobs[number] = job
+
+
+class ModelServer:
+    """Accepts web workers from the first moment and tells each how the engine is."""
+
+    def __init__(self, settings: ProcessSettings) -> None:
+        self._connections: set[Connection] = set()
+        self._lock = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(settings.socket_path)
+        self._listener.listen(128)
+        self._device_path = settings.device_path
+        self.engine = LocalEngine(settings.model, on_status=self._broadcast)
+        threading.Thread(target=self._accept_forever, name="accept", daemon=True).start()
+
+    def forget(self, connection: Connection) -> None:
+        """The worker has gone."""
+        with self._lock:
+            self._connections.discard(connection)
+
+    def _accept_forever(self) -> None:
+        while True:
+            sock, _ = self._listener.accept()
+            with self._lock:
+                connection = Connection(sock, self)
+                self._connections.add(connection)
+                connection.send(wire.StatusNotice(self.engine.status()))
+
+    def _broadcast(self, status: Status) -> None:
+        if status.state == "healthy" and status.info is not None:
+            self._device_path.write_text(status.info.device)
+        with self._lock:
+            for connection in self._connections:
+                connection.send(wire.StatusNotice(status))
+
+
+def _message(number: int, outcome: Outcome) -> Any:
+    if isinstance(outcome, ServiceError):
+        return wire.Failure(number, type(outcome).__name__, outcome.message, outcome.retry_after_seconds)
+    texts, dimension = outcome.vectors.shape
+    reply = wire.Reply(number, texts, dimension, outcome.tokens, outcome.truncated, outcome.timings)
+    return reply, outcome.vectors
+
+
+def _exit_with_parent() -> None:
+    """The supervisor holds the other end of standard input for as long as it lives."""
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+def _watch(engine: LocalEngine, hang_seconds: float) -> int:
+    """Return the exit code once this process is of no use any more."""
+    engine.loaded.wait()
+    if isinstance(engine.startup_error, StartupError):
+        log.error("%s", engine.startup_error)
+        return EX_CONFIG
+    idle = threading.Event()
+    while not idle.wait(WATCH_SECONDS):
+        if engine.must_restart():
+            return EX_SOFTWARE
+        if engine.running_seconds() > hang_seconds:
+            log.critical("A batch has been running for over %.0f s; starting anew", hang_seconds)
+            return EX_SOFTWARE
+    return EX_SOFTWARE
+
+
+def main(argument: str) -> int:
+    """Serve until the supervisor goes or the engine is lost; returns the exit code."""
+    settings = msgspec.json.decode(argument, type=ProcessSettings)
+    logs.setup(settings.log.log_level, settings.log.log_format, settings.log.log_file)
+    # Ctrl-C and a service manager signal the whole group; this process outlives the web workers
+    # that drain, and ends when the supervisor closes its standard input.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
+    server = ModelServer(settings)
+    return _watch(server.engine, settings.hang_seconds)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    logging.shutdown()
+    # Not sys.exit: a hung batch or a lost CUDA context would keep the interpreter from ending.
+    os._exit(code)

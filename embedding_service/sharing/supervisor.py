@@ -1,0 +1,146 @@
+"""The supervisor: keeps one model process per device alive, and tells the master when that is of no use.
+
+Lifetimes hang on pipes, not signals: the master holds the supervisor's standard input, the supervisor
+holds each model process's. Whoever dies, and however, those below it see the end of the pipe and go.
+"""
+
+import fcntl
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from embedding_service import logs
+from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LOCK_NAME, ProcessSettings
+
+# Not __name__, which is __main__ where this runs as a process.
+log = logging.getLogger("embedding_service.sharing.supervisor")
+
+MAX_DEATHS, DEATHS_WITHIN_SECONDS = 5, 60.0
+BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0)
+POLL_SECONDS = 0.1
+VERDICT_NAME = "verdict.json"
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Why the service must end, and with which exit code."""
+
+    code: int
+    reason: str
+
+
+class Child:
+    """One model process and its history."""
+
+    def __init__(self, settings: ProcessSettings) -> None:
+        self._settings = settings
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._start_at = time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def keep_alive(self) -> Verdict | None:
+        """Start the process when it is time to; returns a verdict when starting again is of no use."""
+        if self._process is None:
+            if time.monotonic() >= self._start_at:
+                self._start()
+            return None
+        code = self._process.poll()
+        if code is None:
+            return None
+        self._process = None
+        return self._died(code)
+
+    def stop(self) -> None:
+        """End the process; it goes when its standard input closes."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        settings = self._settings
+        Path(settings.socket_path).unlink(missing_ok=True)
+        if settings.device_path.exists():
+            # It has run before: the same device again or none, never a silent fall to the CPU.
+            device = settings.device_path.read_text()
+            model = msgspec.structs.replace(settings.model, device=device, cpu_fallback=False)
+            settings = msgspec.structs.replace(settings, model=model)
+        argument = msgspec.json.encode(settings).decode()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "embedding_service.sharing.server", argument],
+            stdin=subprocess.PIPE,
+        )
+
+    def _died(self, code: int) -> Verdict | None:
+        now = time.monotonic()
+        first = not self._deaths
+        self._deaths.append(now)
+        if code == EX_CONFIG and first:
+            return Verdict(EX_CONFIG, "the model cannot be loaded; the line above says why")
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        process = f"the model process ({self._settings.model.device})"
+        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_SECONDS:
+            return Verdict(
+                EX_SOFTWARE,
+                f"{process} ended {MAX_DEATHS} times in {DEATHS_WITHIN_SECONDS:.0f} s, at last {how}",
+            )
+        recent = sum(now - death < DEATHS_WITHIN_SECONDS for death in self._deaths)
+        wait = BACKOFF_SECONDS[min(recent, len(BACKOFF_SECONDS)) - 1]
+        log.error("%s ended %s; starting it again in %.1f s", process.capitalize(), how, wait)
+        self._start_at = now + wait
+        return None
+
+
+def main(folder: Path, all_settings: list[ProcessSettings]) -> int:
+    """Supervise until the master goes or there is a verdict; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    master = os.getppid()
+    # Locked before it has its name, so that who finds it unlocked knows that the supervisor is gone.
+    with (folder / f"{LOCK_NAME}.new").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / f"{LOCK_NAME}.new").rename(folder / LOCK_NAME)
+        children = [Child(settings) for settings in all_settings]
+        verdict: Verdict | None = None
+        while verdict is None and not _master_gone():
+            for child in children:
+                verdict = verdict or child.keep_alive()
+        if verdict is not None:
+            log.critical("Giving up: %s", verdict.reason)
+            (folder / VERDICT_NAME).write_bytes(msgspec.json.encode(verdict))
+        for child in children:
+            child.stop()
+        if verdict is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            return 0
+        if os.getppid() == master:
+            os.kill(master, signal.SIGTERM)
+        # Keeps the lock until the master has drained, so that no worker takes this for a death.
+        while not _master_gone():
+            pass
+        return verdict.code
+
+
+def _master_gone() -> bool:
+    """Wait a moment for the end of standard input, whose other end the master holds."""
+    readable, _, _ = select.select([0], [], [], POLL_SECONDS)
+    return bool(readable) and not os.read(0, 4096)
+
+
+if __name__ == "__main__":
+    settings = msgspec.json.decode(sys.argv[2], type=list[ProcessSettings])
+    logs.setup(settings[0].log.log_level, settings[0].log.log_format, settings[0].log.log_file)
+    sys.exit(main(Path(sys.argv[1]), settings))

@@ -1,0 +1,1 @@
+"""The HTTP half: it knows Flask and JSON, and never the model."""

@@ -1,0 +1,57 @@
+"""Reading requests and writing answers: bytes to a validated struct, and a dict to bytes."""
+
+from typing import Any, TypeVar
+
+import msgspec
+import orjson
+from flask import Response, request
+
+from embedding_service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from embedding_service.web.context import context
+
+Body = TypeVar("Body")
+
+FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+
+def parse(decoder: msgspec.json.Decoder[Body]) -> Body:
+    """The request's body as the decoder's struct, whatever its Content-Type says."""
+    raw = read()
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"the request is not as it should be: {error}") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+
+
+def read() -> bytes:
+    """The whole body. Raises TooLarge, UnsupportedMediaType, or InvalidRequest where it is empty."""
+    if request.mimetype in FORMS:
+        raise UnsupportedMediaType(
+            "the body is sent as a form; add -H 'Content-Type: application/json' and send JSON"
+        )
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise UnsupportedMediaType("compressed bodies are not read; send the JSON as it is")
+    limit = context().settings.max_body_bytes
+    if (request.content_length or 0) > limit:
+        raise TooLarge(f"the body is over {limit} bytes")
+    # One byte more than allowed, since a chunked body does not say how long it is; the stream
+    # itself ends where the body does.
+    raw: bytes = request.environ["wsgi.input"].read(
+        limit + 1 if request.content_length is None else request.content_length
+    )
+    if len(raw) > limit:
+        raise TooLarge(f"the body is over {limit} bytes")
+    if not raw:
+        raise InvalidRequest("the body is empty; send a JSON object")
+    return raw
+
+
+def answer(body: Any, status: int = 200) -> Response:
+    """A JSON response; numpy arrays of float32 are written as they lie."""
+    return Response(
+        orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), status, mimetype="application/json"
+    )

@@ -1,0 +1,60 @@
+"""What every view reaches through the running app: the engine, the limits, and whether it drains."""
+
+import threading
+from collections.abc import Callable
+
+from flask import Flask, current_app
+
+from embedding_service.engine import Embeddings, EmbedRequest, Engine, Status
+from embedding_service.errors import Overloaded, Unavailable
+from embedding_service.web.settings import WebSettings
+
+KEY = "embedding_service"
+
+# Threads of a worker that no embedding may take, so that /health answers however long the queue is.
+RESERVED_THREADS = 8
+
+
+class Context:
+    """The engine as the web half uses it: bounded by the worker's threads, and off while it drains."""
+
+    def __init__(self, engine: Engine, settings: WebSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.draining: Callable[[], bool] = lambda: False
+        most = max(1, settings.web_threads - RESERVED_THREADS)
+        self._places = threading.BoundedSemaphore(most)
+
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        """Engine.embed; raises Overloaded where this worker has no thread to wait with."""
+        if not self._places.acquire(blocking=False):
+            raise Overloaded("this web worker's threads are all waiting", retry_after_seconds=1)
+        try:
+            return self.engine.embed(request)
+        finally:
+            self._places.release()
+
+    def status(self) -> Status:
+        """The engine's status, or draining."""
+        status = self.engine.status()
+        if self.draining():
+            return Status(state="draining", reason="the service is shutting down", info=status.info)
+        return status
+
+    def require_info(self) -> Status:
+        """The status, with the model's info. Raises Unavailable until a model has been loaded."""
+        status = self.status()
+        if status.info is None:
+            raise Unavailable(status.reason, retry_after_seconds=1)
+        return status
+
+
+def install(app: Flask, context: Context) -> None:
+    """Attach the context to the app."""
+    app.extensions[KEY] = context
+
+
+def context() -> Context:
+    """The running app's context."""
+    found: Context = current_app.extensions[KEY]
+    return found

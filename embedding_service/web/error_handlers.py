@@ -1,0 +1,61 @@
+"""Every error of a request becomes JSON here: ours by its class, Werkzeug's by its code, the rest a 500."""
+
+import logging
+import math
+from typing import Any
+
+from flask import Flask, Response
+from werkzeug.exceptions import HTTPException
+
+from embedding_service import logs
+from embedding_service.errors import ServiceError
+from embedding_service.web.body import answer
+
+log = logging.getLogger(__name__)
+
+HTTP_ERROR_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+def register(app: Flask) -> None:
+    """Attach the handlers."""
+    app.register_error_handler(ServiceError, on_service_error)
+    app.register_error_handler(HTTPException, on_http_error)
+    app.register_error_handler(Exception, on_bug)
+
+
+def on_service_error(error: ServiceError) -> Response:
+    """The error's own status, message and error_type, and how long to wait where it says so."""
+    level = logging.WARNING if error.status >= 500 else logging.INFO
+    log.log(level, "%d %s: %s", error.status, error.error_type, error.message)
+    response = answer(body(error.message, error.error_type), error.status)
+    add_retry_after(response, error)
+    return response
+
+
+def add_retry_after(response: Response, error: ServiceError) -> None:
+    """Retry-After in whole seconds, and retry-after-ms for those who can wait less."""
+    if error.retry_after_seconds is not None:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_seconds))
+        response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_seconds * 1000))
+
+
+def on_http_error(error: HTTPException) -> Response:
+    """Werkzeug's own errors, with their headers (a 405 names what is allowed)."""
+    status = error.code or 500
+    error_type = HTTP_ERROR_TYPES.get(status, "validation" if status < 500 else "internal")
+    response = answer(body(error.description or error.name, error_type), status)
+    for name, value in error.get_headers():
+        if name.lower() != "content-type":
+            response.headers[name] = value
+    return response
+
+
+def on_bug(error: Exception) -> Response:
+    """A fault of ours: the log has the details under the request id, the caller gets none."""
+    log.error("A request failed: %s", type(error).__name__, exc_info=error)
+    return answer(body("the service failed on this request; its log says why", "internal"), 500)
+
+
+def body(message: str, error_type: str) -> dict[str, Any]:
+    """The native protocol's error."""
+    return {"error": message, "error_type": error_type, "request_id": logs.request_id.get()}

@@ -1,0 +1,1 @@
+"""One module per API: its payloads, its routes, its errors."""

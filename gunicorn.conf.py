@@ -1,0 +1,83 @@
+"""The production server: gunicorn's settings, and the model processes that its master keeps."""
+
+import sys
+from pathlib import Path
+
+import msgspec
+from gunicorn import glogging
+
+import config as service_config  # `config` is a setting of gunicorn
+from embedding_service import logs
+from embedding_service.errors import StartupError
+from embedding_service.inference.settings import ModelSettings
+from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings, socket_path
+from embedding_service.sharing.supervision import Supervision
+
+try:
+    settings = service_config.load()
+    logging = msgspec.convert(settings, LogSettings, from_attributes=True)
+    logs.setup(*msgspec.structs.astuple(logging))
+except (service_config.ConfigError, StartupError) as error:
+    print(error, file=sys.stderr)
+    sys.exit(EX_CONFIG)
+folder = service_config.name_runtime_folder()
+
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+workers = settings.web_concurrency
+worker_class = "gthread"
+threads = settings.web_threads
+worker_connections = 1000 + settings.web_threads
+graceful_timeout = settings.graceful_timeout_seconds
+# Longer than nginx's 60 s, so that it is never this side that closes a connection in use.
+keepalive = 75
+# The heartbeat file must not wait for a disk.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
+control_socket_disable = True
+
+
+class Logger(glogging.Logger):
+    """Gunicorn's own lines in the form of ours; --access-logfile still works, and is off by default."""
+
+    def setup(self, cfg):
+        super().setup(cfg)
+        logs.setup(*msgspec.structs.astuple(logging))
+
+
+logger_class = Logger
+
+
+def on_starting(server):
+    """In the master, before any worker: start the supervisor of the model processes."""
+    model = msgspec.convert(settings, ModelSettings, from_attributes=True)
+    processes = [
+        ProcessSettings(
+            socket_path=socket_path(folder, index),
+            model=msgspec.structs.replace(model, device=device),
+            log=logging,
+            hang_seconds=2 * settings.request_timeout_seconds,
+        )
+        for index, device in enumerate(settings.devices)
+    ]
+    try:
+        server.supervision = Supervision(folder, processes)
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EX_CONFIG)
+
+
+def post_fork(server, worker):
+    """In a worker: let go of what belongs to the master."""
+    server.supervision.forget()
+
+
+def post_worker_init(worker):
+    """In a worker with its app: tell it when it is to go."""
+    worker.wsgi.extensions["embedding_service"].draining = lambda: not worker.alive
+
+
+def on_exit(server):
+    """In the master, after the workers have drained: end the model processes, and say how they fared."""
+    verdict = server.supervision.stop()
+    if verdict is not None:
+        server.log.error("The service failed: %s", verdict.reason)
+        sys.exit(verdict.code)
