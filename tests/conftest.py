@@ -1,0 +1,66 @@
+"""Fixtures for all tests: the real service once for the session, and the oracle for its vectors."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.service import Service  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The folder of the packaged default model."""
+    from embedding_service.inference import source
+
+    return source.resolve(source.DEFAULT_MODEL, None).folder
+
+
+@pytest.fixture(scope="session")
+def oracle(model_folder: Path):
+    """SentenceTransformer itself, on the CPU in float32: what every vector is compared with."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(model_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """`python app.py` with one web worker, ready. Tests that change its state start their own."""
+    running = Service(tmp_path_factory.mktemp("service"))
+    try:
+        yield running.wait_ready()
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator:
+    """Start services that end with the test: `start(BATCH_SIZE="8")`, `start(command=[...])`."""
+    running: list[Service] = []
+
+    def begin(command: list[str] | None = None, **settings: str) -> Service:
+        running.append(Service(tmp_path, command, **settings))
+        return running[-1]
+
+    yield begin
+    for service in running:
+        if service.process.poll() is None:
+            service.stop()
+
+
+def require_program(name: str, package: str) -> str:
+    """The path of a system program. Without it a test skips with a hint, and fails where CI is set."""
+    path = shutil.which(name)
+    if path is None:
+        message = f"{name} is not installed (Debian: apt-get install {package})"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path

@@ -1,0 +1,130 @@
+"""Starts the real service as a user would, on a free port, and waits for it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+ROOT = Path(__file__).parent.parent
+START_SECONDS = 60.0
+
+
+def free_port() -> int:
+    """A port that nothing listened on a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def wait_until(condition, seconds: float = 10.0, what: str = "the condition") -> Any:
+    """Ask until the answer is truthy, and return it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come about within {seconds} s")
+
+
+class Service:
+    """One running service; its log is in `log()`, its processes in `processes()`.
+
+    `command` defaults to `python app.py`; "{port}" in it is replaced. Settings are passed in
+    capitals, as `Service(tmp_path, BATCH_SIZE="8")`; a developer's own environment does not leak in.
+    """
+
+    def __init__(self, folder: Path, command: list[str] | None = None, **settings: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log_path = folder / f"service-{self.port}.log"
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "CI") or name.startswith("HF_")
+        }
+        environment |= {"HOST": "127.0.0.1", "PORT": str(self.port)} | settings
+        command = command or [sys.executable, "app.py"]
+        self.started = time.monotonic()
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [part.format(port=self.port) for part in command],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def log(self) -> str:
+        """Everything that the service has printed so far."""
+        return self._log_path.read_text(errors="replace")
+
+    def health(self) -> tuple[int, dict[str, Any]] | None:
+        """Status and body of GET /health, or None where nobody answers."""
+        try:
+            response = requests.get(f"{self.url}/health", timeout=5)
+        except requests.RequestException:
+            return None
+        return response.status_code, response.json()
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> "Service":
+        """Wait for a 200 of /health; fails with the log where the service ended or took too long."""
+
+        def ready() -> bool:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the service ended with {self.process.returncode}:\n{self.log()}")
+            health = self.health()
+            return health is not None and health[0] == 200
+
+        try:
+            wait_until(ready, seconds, "a healthy service")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()}") from None
+        return self
+
+    def post(self, path: str, json: Any, **arguments: Any) -> requests.Response:
+        """POST to the service."""
+        return requests.post(self.url + path, json=json, timeout=120, **arguments)
+
+    def processes(self) -> list[psutil.Process]:
+        """The service's process and everything below it."""
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def model_process(self) -> psutil.Process:
+        """The process that holds the model."""
+        return self._running("embedding_service.sharing.server")
+
+    def supervisor(self) -> psutil.Process:
+        """The process that keeps the model process."""
+        return self._running("embedding_service.sharing.supervisor")
+
+    def web_workers(self) -> list[psutil.Process]:
+        """The gunicorn workers."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "embedding_service.sharing" not in " ".join(child.cmdline())]
+
+    def _running(self, module: str) -> psutil.Process:
+        for process in self.processes():
+            if module in process.cmdline():
+                return process
+        raise AssertionError(f"no process runs {module}:\n{self.log()}")
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 40.0) -> int:
+        """Signal the service and wait for its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
