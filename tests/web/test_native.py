@@ -1,0 +1,141 @@
+"""POST /embed: what it accepts, what it answers, and how it refuses."""
+
+import base64
+
+import numpy as np
+import pytest
+
+from embedding_service.errors import DeadlineExceeded, ModelFailure, Overloaded, Unavailable
+
+
+def test_one_string_gives_nested_embeddings(client):
+    body = client.post("/embed", json={"texts": "four"}).json
+    assert body["embeddings"] == [[4.0, 0.0, 1.0]]
+    assert (body["dimension"], body["model"], body["count"]) == (3, "fake/model", 1)
+    assert body["processing_time_ms"] >= 0
+    assert body["usage"] == {"tokens": 4, "truncated": []}
+
+
+def test_many_texts_keep_their_order(client):
+    body = client.post("/embed", json={"texts": ["a", "bbb", ""]}).json
+    assert [row[0] for row in body["embeddings"]] == [1.0, 3.0, 0.0]
+    assert body["count"] == 3
+
+
+def test_options_reach_the_engine(client, engine):
+    options = {"normalize": False, "prompt_name": "query", "dimensions": 2, "truncate": False}
+    body = client.post("/embed", json={"texts": ["a"], "input_type": "document", **options}).json
+    request = engine.requests[0]
+    assert (request.normalize, request.prompt_name, request.dimensions, request.truncate) == (
+        False,
+        "query",
+        2,
+        False,
+    )
+    assert request.input_type == "document"
+    assert body["dimension"] == 2
+
+
+def test_base64_is_little_endian_float32(client):
+    body = client.post("/embed", json={"texts": ["abc"], "encoding_format": "base64"}).json
+    vector = np.frombuffer(base64.b64decode(body["embeddings"][0]), "<f4")
+    assert vector.tolist() == [3.0, 0.0, 1.0]
+
+
+def test_unknown_fields_are_ignored(client):
+    assert client.post("/embed", json={"texts": "a", "future": {"x": [1]}}).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "", "application/octet-stream"])
+def test_json_is_read_whatever_the_content_type_says(client, content_type):
+    response = client.post("/embed", data=b'{"texts":"a"}', headers={"Content-Type": content_type})
+    assert response.status_code == 200
+
+
+BAD_BODIES = [
+    pytest.param(b"", "empty", id="empty"),
+    pytest.param(b"{", "not valid JSON", id="cut off"),
+    pytest.param(b'{"texts": NaN}', "not valid JSON", id="NaN literal"),
+    pytest.param(b'{"texts": "\xff"}', "not valid UTF-8", id="bad UTF-8"),
+    pytest.param(b'{"texts": "\\ud800"}', "", id="lone surrogate"),
+    pytest.param(b'{"texts": ' + b"[" * 900 + b"]" * 900 + b"}", "", id="deep"),
+    pytest.param(b"[]", "object", id="not an object"),
+    pytest.param(b"{}", "texts", id="no texts"),
+    pytest.param(b'{"texts": []}', "texts is empty", id="no text"),
+    pytest.param(b'{"texts": [1]}', "$.texts[0]", id="a number"),
+    pytest.param(b'{"texts": ["a", null]}', "$.texts[1]", id="null"),
+    pytest.param(b'{"texts": "a", "normalize": "yes"}', "$.normalize", id="normalize is a string"),
+    pytest.param(b'{"texts": "a", "dimensions": 0}', "$.dimensions", id="no dimension"),
+    pytest.param(b'{"texts": "a", "input_type": "poem"}', "$.input_type", id="unknown input_type"),
+    pytest.param(b'{"texts": "a", "encoding_format": "hex"}', "$.encoding_format", id="unknown format"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), BAD_BODIES)
+def test_bad_bodies_get_a_400_that_says_where(client, engine, body, words):
+    response = client.post("/embed", data=body, content_type="application/json")
+    assert response.status_code == 400
+    assert response.json["error_type"] == "validation"
+    assert words in response.json["error"]
+    assert response.json["request_id"] == response.headers["X-Request-ID"]
+    assert not engine.requests
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "multipart/form-data"])
+def test_forms_get_a_415_with_the_way_out(client, content_type):
+    response = client.post("/embed", data=b'{"texts":"a"}', content_type=content_type)
+    assert response.status_code == 415
+    assert "-H 'Content-Type: application/json'" in response.json["error"]
+
+
+def test_compressed_bodies_get_a_415(client):
+    response = client.post("/embed", data=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+    assert (response.status_code, response.json["error_type"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pytest.param(["a"] * 9, id="too many texts"),
+        pytest.param(["a", "b" * 101], id="a text too long"),
+        pytest.param(["c" * 90] * 8 * 3, id="both"),
+        pytest.param("d" * 3000, id="a body too large"),
+    ],
+)
+def test_too_much_gets_a_413(client, engine, texts):
+    response = client.post("/embed", json={"texts": texts})
+    assert (response.status_code, response.json["error_type"]) == (413, "too_large")
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "error_type", "retry"),
+    [
+        (Overloaded("full", retry_after_seconds=0.25), 429, "overloaded", ("1", "250")),
+        (Unavailable("loading", retry_after_seconds=1), 503, "unavailable", ("1", "1000")),
+        (DeadlineExceeded("late"), 504, "timeout", (None, None)),
+        (ModelFailure("texts[0] could not be embedded"), 500, "internal", (None, None)),
+    ],
+)
+def test_the_engines_errors_become_statuses(client, engine, error, status, error_type, retry):
+    engine.error = error
+    response = client.post("/embed", json={"texts": "a"})
+    assert (response.status_code, response.json["error_type"]) == (status, error_type)
+    assert response.json["error"] == error.message
+    assert (response.headers.get("Retry-After"), response.headers.get("retry-after-ms")) == retry
+
+
+def test_a_bug_is_a_generic_500_and_the_log_has_the_details(client, engine, caplog):
+    engine.error = RuntimeError("secret detail")
+    response = client.post("/embed", json={"texts": "a"})
+    assert (response.status_code, response.json["error_type"]) == (500, "internal")
+    assert "secret" not in response.text
+    assert "secret detail" in caplog.text
+
+
+def test_when_all_threads_wait_the_answer_is_429_and_health_still_answers(app, engine, client):
+    places = app.extensions["embedding_service"]._places
+    while places.acquire(blocking=False):
+        pass
+    assert client.post("/embed", json={"texts": "a"}).status_code == 429
+    assert client.get("/health").status_code == 200
