@@ -47,6 +47,9 @@ LOWERED_BUDGET_SECONDS = 60.0
 
 CHARACTERS_PER_TOKEN = 4
 
+# What a batch weighs in the measured rate once another one has run.
+RECENT = 0.9
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -107,6 +110,7 @@ class Batcher:
         self._virtual_time = 0.0
         self._queued_tokens = 0
         self._tokens_per_second = 0.0
+        self._recent_tokens = self._recent_seconds = 0.0
         self._budget = runtime.max_batch_tokens
         self._budget_lowered_until = 0.0
         self._closed: str | None = None
@@ -129,16 +133,23 @@ class Batcher:
         Raises InvalidRequest, Overloaded, DeadlineExceeded or Unavailable where it is not accepted.
         """
         now = time.monotonic()
+        texts = len(request.texts)
+        if not texts:
+            raise InvalidRequest("there is no text to embed")
         prompt = self._runtime.prompt(request.prompt_name, request.input_type)
-        characters = sum(map(len, request.texts)) + len(prompt or "") * len(request.texts)
-        charge = characters // CHARACTERS_PER_TOKEN + 2 * len(request.texts)
-        job = Job(request, on_done, now, prompt, charge, remaining=len(request.texts))
+        characters = sum(map(len, request.texts)) + len(prompt or "") * texts
+        estimate = characters // CHARACTERS_PER_TOKEN + 2 * texts
+        charge = min(estimate, self._runtime.max_seq_length * texts)
+        job = Job(request, on_done, now, prompt, charge, remaining=texts)
         with self._lock:
             self._admit(job, now)
             self._jobs.add(job)
             self._queued_tokens += charge
-            job.tag = self._virtual_time
-        if len(request.texts) <= INLINE_TEXTS and characters <= INLINE_CHARACTERS:
+            # Not behind what is next: a bulk request may have texts whose turn is over due, passed
+            # over for others of like length, and a newcomer must not wait for all of those.
+            head = self._heap[0][0] if self._heap else self._virtual_time
+            job.tag = min(self._virtual_time, head)
+        if texts <= INLINE_TEXTS and characters <= INLINE_CHARACTERS:
             self._tokenize_piece(job)
         else:
             with self._lock:
@@ -252,26 +263,39 @@ class Batcher:
     # Batches
 
     def _run_forever(self) -> None:
-        while True:
-            with self._lock:
-                while not self._heap:
-                    if self._closed is not None:
-                        return
-                    self._work.wait()
-                batch, expired = self._next_batch(time.monotonic())
-            for job in expired:
-                self._fail(job, DeadlineExceeded("the deadline passed in the queue"))
-            if batch:
-                try:
-                    self._run(batch)
-                except DeviceLost as error:
-                    self._on_device_lost(str(error))
-                    self.close(str(error))
-                    return
-                except Exception:
-                    log.exception("A batch failed outside the model")
-                    for item in batch:
-                        self._fail(item.job, ModelFailure("the service failed on this request"))
+        """The model's thread: nothing ends it but closing, a lost device, or a fault of its own code."""
+        try:
+            while True:
+                with self._lock:
+                    while not self._heap:
+                        if self._closed is not None:
+                            return
+                        self._work.wait()
+                    batch, expired = self._next_batch(time.monotonic())
+                for job in expired:
+                    self._fail(job, DeadlineExceeded("the deadline passed in the queue"))
+                self._try(batch)
+        except DeviceLost as error:
+            self._give_up(str(error))
+        except BaseException:
+            log.critical("The batcher failed", exc_info=True)
+            self._give_up("the batcher failed")
+
+    def _try(self, batch: list[Item]) -> None:
+        try:
+            self._run(batch)
+        except DeviceLost:
+            raise
+        except Exception:
+            log.exception("A batch failed outside the model")
+            for item in batch:
+                self._fail(item.job, ModelFailure("the service failed on this request"))
+        finally:
+            self.running_since = None
+
+    def _give_up(self, reason: str) -> None:
+        self._on_device_lost(reason)
+        self.close(reason)
 
     def _next_batch(self, now: float) -> tuple[list[Item], set[Job]]:
         if now > self._budget_lowered_until:
@@ -335,13 +359,13 @@ class Batcher:
             self.running_since = began = time.monotonic()
             try:
                 vectors = self._runtime.forward([item.tokens for item in part])
+                if len(vectors) != len(part):
+                    raise RuntimeError(f"{len(vectors)} vectors came back for {len(part)} texts")
             except DeviceLost:
                 raise
             except Exception as error:
                 parts += self._narrow(part, error)
                 continue
-            finally:
-                self.running_since = None
             ended = time.monotonic()
             self._measure(part, ended - began)
             self._deliver(part, vectors, began, ended)
@@ -362,9 +386,10 @@ class Batcher:
         return []
 
     def _measure(self, part: Sequence[Item], seconds: float) -> None:
-        rate = sum(item.tokens.length for item in part) / max(seconds, 1e-6)
-        old = self._tokens_per_second
-        self._tokens_per_second = rate if not old else 0.9 * old + 0.1 * rate
+        """Keep the rate of the last batches, each by its weight: a lone short text says little."""
+        self._recent_tokens = RECENT * self._recent_tokens + sum(item.tokens.length for item in part)
+        self._recent_seconds = RECENT * self._recent_seconds + seconds
+        self._tokens_per_second = self._recent_tokens / max(self._recent_seconds, 1e-6)
 
     def _deliver(self, part: list[Item], vectors: Vectors, began: float, ended: float) -> None:
         if not np.isfinite(vectors).all():

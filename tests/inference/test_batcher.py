@@ -1,0 +1,576 @@
+"""The batcher's properties, with a runtime whose batches, failures and speed the tests decide."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from embedding_service.engine import Embeddings
+from embedding_service.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFailure,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
+from embedding_service.inference.batcher import Batcher, normalize
+from embedding_service.inference.runtime import DeviceLost, OutOfMemory
+from tests.inference.fake_runtime import Answer, FakeRuntime, Gate, lengths, padded, request, text, vector_of
+from tests.service import wait_until
+
+
+@pytest.fixture
+def build() -> Iterator:
+    """`build(runtime)` makes a batcher that ends with the test."""
+    batchers: list[Batcher] = []
+
+    def make(runtime: FakeRuntime, max_queued_tokens: int = 1_000_000, **arguments) -> Batcher:
+        batchers.append(Batcher(runtime, max_queued_tokens=max_queued_tokens, **arguments))
+        return batchers[-1]
+
+    yield make
+    for batcher in batchers:
+        batcher.close("the test is over")
+
+
+def submit(batcher: Batcher, texts, seconds: float = 30.0, **fields) -> Answer:
+    answer = Answer()
+    batcher.submit(request(texts, seconds, **fields), answer)
+    return answer
+
+
+def held(build, runtime: FakeRuntime, **arguments) -> tuple[Batcher, Gate]:
+    """A batcher whose model is busy with a first text, so that what comes next must queue."""
+    gate = Gate()
+    after, runtime.on_forward = runtime.on_forward, gate
+    batcher = build(runtime, **arguments)
+    submit(batcher, [text(3, "first")])
+    assert gate.entered.wait(5)
+    runtime.batches.clear()
+    runtime.on_forward = after
+    return batcher, gate
+
+
+def expect_vectors(outcome: Embeddings | ServiceError, texts, rtol: float = 1e-5) -> None:
+    assert isinstance(outcome, Embeddings), outcome
+    expected = normalize(np.stack([vector_of(one) for one in texts]))
+    assert np.abs(outcome.vectors - expected).max() < rtol
+
+
+# 1. Batches
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
+def test_no_batch_exceeds_the_token_budget(build, seed, separate_bulk):
+    runtime = FakeRuntime(max_batch_tokens=512, separate_bulk=separate_bulk, free_padding_tokens=64)
+    batcher, gate = held(build, runtime)
+    answers = []
+    sizes = random.Random(seed)
+    for name in range(60):
+        count = sizes.choice([1, 1, 2, 5, 40])
+        answers.append(submit(batcher, [text(n, name) for n in lengths(seed * 100 + name, count)]))
+    gate.open()
+    for answer in answers:
+        assert isinstance(answer.wait(), Embeddings)
+    assert max(map(padded, runtime.batches)) <= 512
+
+
+@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
+@pytest.mark.parametrize(
+    ("budget", "free", "most"),
+    # A GPU wastes more on purpose: up to `free` tokens of padding cost less than one more batch.
+    [(256, 16, 0.10), (8192, 2048, 0.25)],
+    ids=["CPU", "GPU"],
+)
+def test_padding_waste_of_a_log_normal_mix_under_load_is_small(build, budget, free, most, separate_bulk):
+    runtime = FakeRuntime(max_batch_tokens=budget, free_padding_tokens=free, separate_bulk=separate_bulk)
+    batcher, gate = held(build, runtime)
+    answers = [
+        submit(batcher, [text(n, f"{name} {i}") for i, n in enumerate(lengths(name, 16))])
+        for name in range(200)
+    ]
+    gate.open()
+    for answer in answers:
+        answer.wait()
+    computed = sum(map(padded, runtime.batches))
+    asked = sum(tokens.length for batch in runtime.batches for tokens in batch)
+    assert computed - asked <= most * computed
+
+
+def test_short_texts_ride_in_wide_batches_under_load(build):
+    runtime = FakeRuntime(max_batch_tokens=256)
+    batcher, gate = held(build, runtime)
+    answers = [submit(batcher, [text(8, name)]) for name in range(320)]
+    gate.open()
+    for answer in answers:
+        answer.wait()
+    assert len(runtime.batches) == 10  # of 32 texts with 8 tokens each
+
+
+def test_only_texts_of_one_group_share_a_batch(build):
+    runtime = FakeRuntime()
+    tokenize = runtime.tokenize
+
+    def grouped(texts, prompt, task):
+        found = tokenize(texts, prompt, task)
+        for tokens in found:
+            tokens.group = task
+        return found
+
+    runtime.tokenize = grouped
+    batcher, gate = held(build, runtime)
+    answers = [submit(batcher, [text(8, n)], input_type=["query", "document"][n % 2]) for n in range(40)]
+    gate.open()
+    for n, answer in enumerate(answers):
+        expect_vectors(answer.wait(), [text(8, n)])
+    assert all(len({tokens.group for tokens in batch}) == 1 for batch in runtime.batches)
+
+
+# 2. Order
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_text_gets_its_own_vector_in_its_own_place(build, seed):
+    batcher, gate = held(build, FakeRuntime(max_batch_tokens=300))
+    wanted = {}
+    for name in range(50):
+        count = random.Random(seed * 50 + name).choice([1, 3, 30, 300])
+        texts = [text(n, f"{name} {i}") for i, n in enumerate(lengths(name, count))]
+        wanted[submit(batcher, texts)] = texts
+    gate.open()
+    for answer, texts in wanted.items():
+        expect_vectors(answer.wait(), texts)
+
+
+def test_tokens_truncations_and_dimensions_are_those_of_the_request(build):
+    batcher = build(FakeRuntime(max_seq_length=20))
+    texts = [text(5), text(50), text(20), text(21)]
+    outcome = submit(batcher, texts, dimensions=3).wait()
+    assert (outcome.tokens, outcome.truncated) == (65, [1, 3])
+    expected = normalize(np.stack([vector_of(one) for one in texts])[:, :3])
+    assert np.allclose(outcome.vectors, expected, atol=1e-6)
+    raw = submit(batcher, texts, normalize=False).wait()
+    assert np.array_equal(raw.vectors, np.stack([vector_of(one) for one in texts]))
+
+
+def test_a_text_that_would_be_cut_is_refused_by_its_index_where_cutting_is_off(build):
+    batcher = build(FakeRuntime(max_seq_length=20))
+    outcome = submit(batcher, [text(5), text(21)], truncate=False).wait()
+    assert isinstance(outcome, InvalidRequest)
+    assert "texts[1] has more than 20 tokens" in outcome.message
+
+
+# 3. Fairness
+
+
+@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
+def test_a_single_text_passes_a_bulk_request_after_the_batch_in_flight_and_one_more(build, separate_bulk):
+    """At whatever moment it comes: before each of a bulk request's batches, one single text is sent."""
+    runtime = FakeRuntime(separate_bulk=separate_bulk, seconds_per_token=1e-6)
+    batcher, gate = held(build, runtime)
+    sent: dict[int, Answer] = {}
+    served: dict[int, int] = {}
+
+    def at_each_batch(batch) -> None:
+        number = len(runtime.batches)
+        for tokens in batch:
+            if "single" in tokens.text:
+                served[int(tokens.text.rsplit(" ", 1)[1])] = number
+        if number % 3 == 0 and not bulk.done:
+            sent[number] = submit(batcher, [text(12, f"single {number}")])
+
+    bulk = submit(batcher, [text(n, i) for i, n in enumerate(lengths(7, 2048))])
+    wait_until(lambda: len(runtime.tokenized) == 2049, what="all texts tokenised")
+    runtime.on_forward = at_each_batch
+    gate.open()
+    bulk.wait()
+    for answer in sent.values():
+        answer.wait()
+    waits = [served[number] - number for number in sent]
+    assert len(waits) > 50
+    assert max(waits) <= 2
+
+
+def test_a_bulk_request_is_not_starved_by_single_texts(build):
+    runtime = FakeRuntime(separate_bulk=True, seconds_per_token=2e-6)
+    batcher = build(runtime)
+    bulk = submit(batcher, [text(32, i) for i in range(256)])
+    stop = threading.Event()
+
+    def single(name: int) -> None:
+        count = 0
+        while not stop.is_set():
+            submit(batcher, [text(32, f"{name} {count}")]).wait()
+            count += 1
+
+    threads = [threading.Thread(target=single, args=(name,)) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert isinstance(bulk.wait(15), Embeddings)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_tokenisation_of_a_bulk_request_holds_nobody_up(build):
+    """The bulk request's first piece hangs in the tokenizer; a single text passes it."""
+    hung, release = threading.Event(), threading.Event()
+
+    def slow(texts) -> None:
+        if len(texts) > 1:
+            hung.set()
+            assert release.wait(20)
+
+    batcher = build(FakeRuntime(on_tokenize=slow))
+    bulk = submit(batcher, [text(5, i) for i in range(500)])
+    assert hung.wait(5)
+    expect_vectors(submit(batcher, [text(5, "single")]).wait(5), [text(5, "single")])
+    assert not bulk.done
+    release.set()
+    assert isinstance(bulk.wait(), Embeddings)
+
+
+# 4. Failures are narrowed
+
+
+def failing_on(word: str, error: type[Exception] = RuntimeError):
+    def check(batch) -> None:
+        if any(word in tokens.text for tokens in batch):
+            raise error("injected")
+
+    return check
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_poisoned_text_among_a_hundred_requests_is_exactly_one_error(build, seed):
+    runtime = FakeRuntime(on_forward=failing_on("poison"))
+    batcher, gate = held(build, runtime)
+    guilty = random.Random(seed).randrange(100)
+    answers = {}
+    for name in range(100):
+        texts = [text(n, f"{name} {i}") for i, n in enumerate(lengths(seed + name, 1 + name % 3))]
+        if name == guilty:
+            texts[-1] += " poison"
+        answers[name] = (submit(batcher, texts), texts)
+    gate.open()
+    for name, (answer, texts) in answers.items():
+        if name == guilty:
+            assert isinstance(answer.wait(), ModelFailure)
+            assert f"texts[{len(texts) - 1}]" in answer.wait().message
+        else:
+            expect_vectors(answer.wait(), texts)
+    assert batcher.queued_tokens == 0
+
+
+def test_out_of_memory_is_halved_away_and_lowers_the_budget(build):
+    def little_memory(batch) -> None:
+        if padded(batch) > 100:
+            raise OutOfMemory("injected")
+
+    runtime = FakeRuntime(max_batch_tokens=800, max_seq_length=50, on_forward=little_memory)
+    batcher, gate = held(build, runtime)
+    texts = [text(20, i) for i in range(200)]
+    answer = submit(batcher, texts)
+    gate.open()
+    expect_vectors(answer.wait(), texts)
+    failed = [batch for batch in runtime.batches if padded(batch) > 100]
+    assert padded(failed[0]) == 800
+    assert len(failed) < 10, "the budget did not follow"
+
+
+def test_a_text_that_never_fits_fails_alone(build):
+    runtime = FakeRuntime(on_forward=failing_on("huge", OutOfMemory))
+    batcher, gate = held(build, runtime)
+    texts = [text(9, i) for i in range(20)]
+    huge, fine = submit(batcher, [*texts, text(9, "huge")]), submit(batcher, texts)
+    gate.open()
+    assert "texts[20] does not fit" in huge.wait().message
+    expect_vectors(fine.wait(), texts)
+
+
+# 5. Vectors that are no numbers
+
+
+def spoiled(batch) -> np.ndarray:
+    vectors = np.stack([vector_of(tokens.text) for tokens in batch])
+    for row, tokens in enumerate(batch):
+        if "nan" in tokens.text:
+            vectors[row, 1] = np.nan
+        if "inf" in tokens.text:
+            vectors[row] = np.inf
+    return vectors
+
+
+def test_a_vector_that_is_not_finite_is_computed_again_alone(build):
+    runtime = FakeRuntime(on_forward=spoiled)
+    batcher, gate = held(build, runtime)
+    texts = [text(9, "a"), text(9, "nan"), text(9, "b"), text(9, "inf")]
+    answer = submit(batcher, texts)
+    gate.open()
+    expect_vectors(answer.wait(), texts)
+    assert [tokens.text for tokens in runtime.exact] == [texts[1], texts[3]]
+
+
+@pytest.mark.parametrize("second", ["nan", "error"])
+def test_a_vector_that_stays_not_finite_fails_its_request_and_names_the_text(build, second):
+    runtime = FakeRuntime(on_forward=spoiled)
+
+    def exact(tokens):
+        if second == "error":
+            raise RuntimeError("injected")
+        return np.full((1, 8), np.nan, np.float32)
+
+    runtime.forward_exact = exact
+    batcher, gate = held(build, runtime)
+    bad, good = submit(batcher, [text(9, "a"), text(9, "nan")]), submit(batcher, [text(9, "c")])
+    gate.open()
+    assert isinstance(bad.wait(), ModelFailure)
+    assert "texts[1] is not finite" in bad.wait().message
+    expect_vectors(good.wait(), [text(9, "c")])
+
+
+# 6. Deadlines
+
+
+def test_work_whose_deadline_passed_in_the_queue_never_reaches_the_model(build):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    late = submit(batcher, [text(9, "late")], seconds=0.05)
+    late_bulk = submit(batcher, [text(9, f"late {i}") for i in range(300)], seconds=0.05)
+    fine = submit(batcher, [text(9, "fine")])
+    past = time.monotonic() + 0.06
+    wait_until(lambda: time.monotonic() > past)
+    gate.open()
+    assert isinstance(fine.wait(), Embeddings)
+    assert isinstance(late.wait(), DeadlineExceeded)
+    assert isinstance(late_bulk.wait(), DeadlineExceeded)
+    assert [tokens.text for batch in runtime.batches for tokens in batch] == [text(9, "fine")]
+    assert batcher.queued_tokens == 0
+
+
+def test_work_whose_deadline_passed_is_not_tokenised(build):
+    hung, release = threading.Event(), threading.Event()
+
+    def slow(texts) -> None:
+        if "slow" in texts[0]:
+            hung.set()
+            assert release.wait(20)
+
+    runtime = FakeRuntime(on_tokenize=slow)
+    batcher = build(runtime)
+    first = submit(batcher, [text(5, f"slow {i}") for i in range(100)])
+    assert hung.wait(5)
+    late = submit(batcher, [text(5, f"late {i}") for i in range(100)], seconds=0.05)
+    past = time.monotonic() + 0.06
+    wait_until(lambda: time.monotonic() > past)
+    release.set()
+    assert isinstance(late.wait(), DeadlineExceeded)
+    assert isinstance(first.wait(), Embeddings)
+    assert not [one for one in runtime.tokenized if "late" in one]
+
+
+def test_a_deadline_that_passed_already_is_refused(build):
+    with pytest.raises(DeadlineExceeded):
+        submit(build(FakeRuntime()), [text(5)], seconds=-1)
+
+
+# Admission
+
+
+@pytest.mark.parametrize("texts_a_request", [1, 64])
+def test_a_full_queue_refuses_and_says_how_long_to_wait(build, texts_a_request):
+    runtime = FakeRuntime(seconds_per_token=1e-5)
+    batcher = build(runtime, max_queued_tokens=4000)
+    for name in range(20):  # a rate to compute with: 100,000 tokens a second
+        submit(batcher, [text(30, f"{name} {i}") for i in range(8)]).wait()
+    gate = Gate()
+    runtime.on_forward = gate
+    submit(batcher, [text(30, "held")])
+    assert gate.entered.wait(5)
+    runtime.on_forward = lambda _batch: None
+    accepted = []
+    with pytest.raises(Overloaded) as refused:
+        for name in range(1000):
+            accepted.append(submit(batcher, [text(30, f"{name} {i}") for i in range(texts_a_request)]))
+    assert 0.01 < refused.value.retry_after_seconds < 0.5
+    gate.open()
+    for answer in accepted:
+        assert isinstance(answer.wait(), Embeddings)
+    assert batcher.queued_tokens == 0
+
+
+def test_a_request_that_would_miss_its_deadline_is_refused_at_once(build):
+    runtime = FakeRuntime(seconds_per_token=1e-4)
+    batcher = build(runtime)
+    for name in range(5):
+        submit(batcher, [text(30, f"{name} {i}") for i in range(8)]).wait()
+    submit(batcher, [text(200, i) for i in range(200)])
+    wait_until(lambda: batcher.queued_tokens > 30_000, what="the tokens counted")
+    with pytest.raises(Overloaded):
+        submit(batcher, [text(200, "x")], seconds=0.5)
+
+
+def test_an_idle_service_takes_a_request_larger_than_the_queue(build):
+    texts = [text(100, i) for i in range(100)]
+    expect_vectors(submit(build(FakeRuntime(), max_queued_tokens=1024), texts).wait(), texts)
+
+
+def test_a_text_is_charged_with_what_the_model_can_read_of_it(build):
+    """100,000 characters of which 256 tokens count must not fill the queue."""
+    batcher, gate = held(build, FakeRuntime(), max_queued_tokens=2000)
+    answers = [submit(batcher, [text(9999, "x" * 100_000 + str(i))]) for i in range(5)]
+    gate.open()
+    for answer in answers:
+        assert isinstance(answer.wait(), Embeddings)
+
+
+def test_a_request_without_texts_is_refused(build):
+    with pytest.raises(InvalidRequest):
+        submit(build(FakeRuntime()), [])
+
+
+# 7. Every accepted request gets one outcome
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_accepted_request_gets_one_outcome_whatever_fails(build, seed):
+    """Random sizes, deadlines, cancellations, and failures of every part; at last also a lost device."""
+    chance = random.Random(seed)
+    lock = threading.Lock()
+
+    def fail(_texts_or_batch) -> np.ndarray | None:
+        with lock:
+            throw = chance.random()
+        if throw < 0.05:
+            raise OutOfMemory("injected")
+        if throw < 0.10:
+            raise RuntimeError("injected")
+        if throw < 0.12:
+            raise MemoryError("injected")
+        if throw < 0.13 and seed % 4 == 0 and hasattr(_texts_or_batch[0], "length"):
+            raise DeviceLost("injected")
+        if throw < 0.16 and hasattr(_texts_or_batch[0], "length"):
+            return np.full((len(_texts_or_batch), 8), np.nan, np.float32)
+        if throw < 0.17 and hasattr(_texts_or_batch[0], "length"):
+            return np.zeros((0, 8), np.float32)
+        return None
+
+    runtime = FakeRuntime(on_forward=fail, on_tokenize=fail, seconds_per_token=2e-7)
+    lost = threading.Event()
+    batcher = build(runtime, max_queued_tokens=20_000, on_device_lost=lambda _reason: lost.set())
+    accepted: list[tuple[Answer, list[str]]] = []
+
+    def client(number: int) -> None:
+        own = random.Random(seed * 1000 + number)
+        for name in range(40):
+            count = own.choice([1, 1, 1, 4, 40, 400])
+            texts = [text(n, f"{number} {name} {i}") for i, n in enumerate(lengths(name, count))]
+            answer = Answer()
+            try:
+                job = batcher.submit(request(texts, own.choice([0.001, 0.05, 30])), answer)
+            except (Overloaded, DeadlineExceeded, Unavailable):
+                continue
+            if own.random() < 0.05:
+                batcher.cancel(job)
+            else:
+                accepted.append((answer, texts))
+            if own.random() < 0.3:
+                answer._done.wait(0.02)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    vectors = 0
+    for answer, texts in accepted:
+        outcome = answer.wait()
+        if isinstance(outcome, Embeddings):
+            vectors += 1
+            expect_vectors(outcome, texts)
+    assert vectors or lost.is_set()
+    wait_until(lambda: batcher.queued_tokens == 0, what="an empty queue")
+    assert all(len(answer.outcomes) == 1 for answer, _ in accepted)
+    if not lost.is_set():
+        expect_vectors(_until_success(batcher), [text(5, "after")])
+
+
+def _until_success(batcher: Batcher) -> Embeddings | ServiceError:
+    for _ in range(200):
+        outcome = submit(batcher, [text(5, "after")]).wait()
+        if isinstance(outcome, Embeddings):
+            return outcome
+    return outcome
+
+
+def test_a_lost_device_fails_what_waits_and_refuses_what_comes(build):
+    lost = []
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime, on_device_lost=lost.append)
+    runtime.on_forward = failing_on("lost", DeviceLost)
+    answers = [submit(batcher, [text(9, "lost")]), submit(batcher, [text(200, i) for i in range(500)])]
+    gate.open()
+    for answer in answers:
+        assert isinstance(answer.wait(), Unavailable)
+    assert lost == ["injected"]
+    with pytest.raises(Unavailable):
+        submit(batcher, [text(9)])
+
+
+def test_a_fault_of_the_batcher_itself_ends_the_process_instead_of_hanging_it(build, monkeypatch):
+    lost = []
+    batcher = build(FakeRuntime(), on_device_lost=lost.append)
+
+    def broken(_now):
+        raise KeyError("injected")
+
+    monkeypatch.setattr(batcher, "_next_batch", broken)
+    assert isinstance(submit(batcher, [text(9)]).wait(5), Unavailable)
+    assert len(lost) == 1
+
+
+def test_closing_fails_what_waits(build):
+    batcher, gate = held(build, FakeRuntime())
+    waiting = submit(batcher, [text(9)])
+    batcher.close("over")
+    assert isinstance(waiting.wait(), Unavailable)
+    gate.open()
+    with pytest.raises(Unavailable):
+        submit(batcher, [text(9)])
+
+
+def test_a_cancelled_request_is_not_run_and_frees_its_place(build):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    before = batcher.queued_tokens
+    answer = Answer()
+    batcher.cancel(batcher.submit(request([text(9, "gone")]), answer))
+    assert batcher.queued_tokens == before
+    fine = submit(batcher, [text(9, "fine")])
+    gate.open()
+    fine.wait()
+    assert not answer.done
+    assert not [t for batch in runtime.batches for t in batch if "gone" in t.text]
+
+
+def test_a_recomputation_counts_as_running(build):
+    """So that the watchdog sees a hang there too."""
+    runtime = FakeRuntime(on_forward=spoiled)
+    seen = []
+    batcher = build(runtime)
+
+    def exact(tokens):
+        seen.append(batcher.running_since)
+        return vector_of(tokens.text)[None]
+
+    runtime.forward_exact = exact
+    submit(batcher, [text(9, "nan")]).wait()
+    assert seen[0] is not None
+    wait_until(lambda: batcher.running_since is None)
