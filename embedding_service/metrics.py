@@ -121,7 +121,10 @@ REQUESTS = _counter(
     "requests", "Requests answered, by route rule, method and status.", ("route", "method", "status")
 )
 REQUEST_SECONDS = _histogram(
-    "request_duration_seconds", "From a request's headers to its answer, by route rule.", _SECONDS, ("route",)
+    "request_duration_seconds",
+    "From a request's headers to its answer, by route rule and method.",
+    _SECONDS,
+    ("route", "method"),
 )
 PHASE_SECONDS = _histogram(
     "phase_duration_seconds",

@@ -23,31 +23,28 @@ class RequestCounter:
     """Counts answers; keeps the labelled children, since finding them costs as much as counting."""
 
     def __init__(self) -> None:
-        self._counters = dict[tuple[str, str, int], Counter]()
-        self._durations = dict[str, Histogram]()
+        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one answer."""
-        self.counter(route, method, status).inc()
-        self.duration(route).observe(seconds)
+        requests, durations = self.children(route, method, status)
+        requests.inc()
+        durations.observe(seconds)
 
-    def counter(self, route: str, method: str, status: int) -> Counter:
-        """The counter with these labels, at 0 if it is new."""
+    def children(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        """The series with these labels, at 0 where they are new."""
         key = (route, method, status)
-        if key not in self._counters:
-            self._counters[key] = metrics.REQUESTS.labels(route, method, str(status))
-        return self._counters[key]
-
-    def duration(self, route: str) -> Histogram:
-        """The histogram with this label, empty if it is new."""
-        if route not in self._durations:
-            self._durations[route] = metrics.REQUEST_SECONDS.labels(route)
-        return self._durations[route]
+        if key not in self._children:
+            self._children[key] = (
+                metrics.REQUESTS.labels(route, method, str(status)),
+                metrics.REQUEST_SECONDS.labels(route, method),
+            )
+        return self._children[key]
 
 
 def register(app: Flask) -> None:
     """Count the app's answers. To be called before other hooks are attached: theirs run within."""
-    counter = RequestCounter()
+    counter = app.extensions["request_counter"] = RequestCounter()
 
     def begin() -> None:
         g.began = time.perf_counter()
@@ -60,21 +57,18 @@ def register(app: Flask) -> None:
 
     app.before_request(begin)
     app.after_request(end)
-    app.extensions["request_counter"] = counter
 
 
 def prepare(app: Flask) -> None:
     """Make the series of every route. To be called when the last blueprint is registered."""
     counter: RequestCounter = app.extensions["request_counter"]
     for rule in app.url_map.iter_rules():
-        counter.duration(rule.rule)
         for method in (rule.methods or set()) & {"GET", "POST"}:
             for status in READING if method == "GET" else WRITING:
-                counter.counter(rule.rule, method, status)
-    counter.duration(UNMATCHED)
+                counter.children(rule.rule, method, status)
     for method in ("GET", "POST"):
         for status in (401, 404, 405):
-            counter.counter(UNMATCHED, method, status)
+            counter.children(UNMATCHED, method, status)
 
 
 @blueprint.get("/metrics")
