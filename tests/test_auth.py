@@ -1,6 +1,5 @@
 """Keys: who is asked for one, how it may be sent, how it is rotated, and that no log ever holds one."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,12 @@ from embedding_service.web.keys import KeyRing
 from embedding_service.web.settings import WebSettings
 from tests.service import wait_until
 
-OURS, OTHERS, FILED, ROTATED = "key-of-ours-1", "schlüssel-der-anderen", "key-from-a-file", "key-after-rotation"
+OURS, OTHERS, FILED, ROTATED = (
+    "key-of-ours-1",
+    "schlüssel-der-anderen",
+    "key-from-a-file",
+    "key-after-rotation",
+)
 BODY = {"texts": "hello"}
 
 
@@ -113,7 +117,13 @@ def test_what_does_not_exist_is_not_told_apart_without_a_key(client):
 
 
 def test_health_is_told_by_its_rule_not_by_how_a_path_looks(client):
-    for path in ("//health", "/health/../embed", "/embed?x=/health", "/health%2f..%2fembed", "/static/../embed"):
+    for path in (
+        "//health",
+        "/health/../embed",
+        "/embed?x=/health",
+        "/health%2f..%2fembed",
+        "/static/../embed",
+    ):
         assert client.post(path, json=BODY).status_code == 401, path
 
 
@@ -140,7 +150,7 @@ def test_each_key_is_compared_with_every_known_one(monkeypatch):
 def replace(file: Path, *keys: str) -> None:
     new = file.with_suffix(".new")
     new.write_text("".join(f"{key}\n" for key in keys))
-    os.replace(new, file)
+    new.replace(file)
 
 
 def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path):
@@ -227,7 +237,9 @@ def test_which_addresses_are_open(host, is_open):
 def test_the_real_service_asks_for_keys_rotates_them_and_never_logs_them(start, tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"{FILED}\n")
-    running = start(API_KEYS=OURS, API_KEYS_FILE=str(file), LOG_LEVEL="debug", WEB_CONCURRENCY="2").wait_ready()
+    running = start(
+        API_KEYS=OURS, API_KEYS_FILE=str(file), LOG_LEVEL="debug", WEB_CONCURRENCY="2"
+    ).wait_ready()
 
     def status(key: str, path: str = "/embed") -> int:
         return running.post(path, BODY, headers={"Authorization": f"Bearer {key}"}).status_code
