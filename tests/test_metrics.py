@@ -1,6 +1,7 @@
 """Metrics: complete from the first scrape, right across processes and their deaths, cheap, documented."""
 
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -161,10 +162,13 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     folder = metrics_folder(service)
     files = len(list(folder.iterdir()))
 
-    for _ in range(3):
+    for end in ("kill", "kill", "reload"):
         old = {worker.pid for worker in service.web_workers()}
-        for worker in service.web_workers():
-            worker.kill()
+        if end == "reload":
+            service.process.send_signal(signal.SIGHUP)
+        else:
+            for worker in service.web_workers():
+                worker.kill()
 
         def replaced(old=old):
             try:
