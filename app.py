@@ -1,6 +1,7 @@
 """The entry point: settings, an engine, the Flask app over it; `python app.py` serves it with gunicorn."""
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing.client import RemoteEngine
 from embedding_service.sharing.settings import EX_CONFIG, LogSettings, socket_path
 from embedding_service.web.factory import create_app
+from embedding_service.web.keys import OPEN_WARNING, KeyRing
 from embedding_service.web.settings import WebSettings
 
 HERE = Path(__file__).parent
@@ -32,6 +34,9 @@ def build() -> Flask:
         engine = RemoteEngine(folder, paths, lambda: os.kill(os.getppid(), signal.SIGTERM))
     else:
         logs.setup(*msgspec.structs.astuple(msgspec.convert(settings, LogSettings, from_attributes=True)))
+        KeyRing(settings.api_keys, settings.api_keys_file).check()
+        if settings.is_open_at(settings.host):
+            logging.getLogger("embedding_service").warning(OPEN_WARNING, settings.host)
         engine = LocalEngine(msgspec.convert(settings, ModelSettings, from_attributes=True))
     return create_app(engine, msgspec.convert(settings, WebSettings, from_attributes=True))
 

@@ -1,7 +1,9 @@
 """Every setting: its name, type, default, bounds and one sentence; read from the environment and `.env`."""
 
+import atexit
+import ipaddress
 import os
-import secrets
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,9 @@ ENV_FILE = Path(__file__).with_name(".env")
 RUNTIME_FOLDER = "EMBEDDING_SERVICE_RUNTIME_FOLDER"
 
 DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
+# Nor this: where prometheus-client is told to share the counts of all processes.
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
 
 
 class ConfigError(ValueError):
@@ -94,6 +99,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     graceful_timeout_seconds: Annotated[
         int, Meta(ge=1, le=3600, description="Seconds that requests in flight have at a shutdown.")
     ] = 30
+    api_keys: Annotated[
+        str | None,
+        Meta(description="Keys, separated by commas, of which a caller must send one."),
+    ] = None
+    api_keys_file: Annotated[
+        str | None,
+        Meta(description="File with a key on each line, read again whenever it changes."),
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Least severe line that is logged.")
     ] = "info"
@@ -108,18 +121,37 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The devices asked for, one model process each."""
         return self.device.split(",")
 
+    def is_open_at(self, host: str) -> bool:
+        """Whether others than this machine may use the service at this address without a key."""
+        if self.api_keys or self.api_keys_file or host == "localhost":
+            return False
+        try:
+            return not ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return True
 
-def name_runtime_folder() -> Path:
-    """The private folder of this process's model sockets, named for all the processes it starts.
 
-    Only named, not made: reading the configuration twice in one process names the same one.
+def make_runtime_folder() -> Path:
+    """The private folder of this process's model sockets and metrics, named for all that it starts.
+
+    Reading the configuration twice in one process makes one. Raises OSError.
     """
     prefix = f"embedding-service-{os.getpid()}-"
-    named = os.environ.get(RUNTIME_FOLDER, "")
-    if not Path(named).name.startswith(prefix):
-        named = str(Path(tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(4)}")
-        os.environ[RUNTIME_FOLDER] = named
-    return Path(named)
+    named = Path(os.environ.get(RUNTIME_FOLDER, ""))
+    if not named.name.startswith(prefix):
+        named = Path(tempfile.mkdtemp(prefix=prefix))
+        atexit.register(_remove, named, os.getpid())
+        metrics = named / "metrics"
+        metrics.mkdir()
+        os.environ[RUNTIME_FOLDER] = str(named)
+        os.environ[METRICS_FOLDER] = str(metrics)
+    return named
+
+
+def _remove(folder: Path, owner: int) -> None:
+    # A forked worker runs what its parent registered.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def runtime_folder() -> Path | None:

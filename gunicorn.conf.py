@@ -1,4 +1,8 @@
-"""The production server: gunicorn's settings, and the model processes that its master keeps."""
+"""The production server: gunicorn's settings, and the model processes that its master keeps.
+
+Nothing that imports embedding_service.metrics may be imported here: the workers would inherit a module
+that was made before the folder of the metrics had its name.
+"""
 
 import sys
 from pathlib import Path
@@ -12,15 +16,19 @@ from embedding_service.errors import StartupError
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings, socket_path
 from embedding_service.sharing.supervision import Supervision
+from embedding_service.web.keys import OPEN_WARNING, KeyRing
 
 try:
     settings = service_config.load()
     logging = msgspec.convert(settings, LogSettings, from_attributes=True)
     logs.setup(*msgspec.structs.astuple(logging))
+    folder = service_config.make_runtime_folder()
 except (service_config.ConfigError, StartupError) as error:
     print(error, file=sys.stderr)
     sys.exit(EX_CONFIG)
-folder = service_config.name_runtime_folder()
+except OSError as error:
+    print(f"No folder for the service's sockets can be made: {error}; set TMPDIR", file=sys.stderr)
+    sys.exit(EX_CONFIG)
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
@@ -59,10 +67,15 @@ def on_starting(server):
         for index, device in enumerate(settings.devices)
     ]
     try:
+        KeyRing(settings.api_keys, settings.api_keys_file).check()
         server.supervision = Supervision(folder, processes)
     except StartupError as error:
         print(error, file=sys.stderr)
         sys.exit(EX_CONFIG)
+    # The addresses after gunicorn's own flags, which win over HOST; a string is a unix socket.
+    for address in server.cfg.address:
+        if not isinstance(address, str) and settings.is_open_at(address[0]):
+            server.log.warning(OPEN_WARNING, address[0])
 
 
 def post_fork(server, worker):

@@ -11,6 +11,7 @@ from itertools import count
 
 import numpy as np
 
+from embedding_service import metrics
 from embedding_service.engine import Embeddings, EmbedRequest, Timings, Vectors
 from embedding_service.errors import (
     DeadlineExceeded,
@@ -368,11 +369,13 @@ class Batcher:
                 continue
             ended = time.monotonic()
             self._measure(part, ended - began)
+            metrics.record_batch([item.tokens.length for item in part], ended - began)
             self._deliver(part, vectors, began, ended)
 
     def _narrow(self, part: list[Item], error: Exception) -> list[list[Item]]:
         out_of_memory = isinstance(error, OutOfMemory)
         if out_of_memory:
+            metrics.OUT_OF_MEMORY_HALVINGS.inc()
             log.warning("Out of memory with %d texts; halving", len(part))
             self._budget = max(self._runtime.max_seq_length, self._budget // 2)
             self._budget_lowered_until = time.monotonic() + LOWERED_BUDGET_SECONDS
@@ -424,6 +427,7 @@ class Batcher:
         vectors = vectors.copy()
         for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
             item = part[row]
+            metrics.NONFINITE_RECOMPUTATIONS.inc()
             log.warning("A vector was not finite; computing it again in float32")
             try:
                 vectors[row] = self._runtime.forward_exact(item.tokens)[0]

@@ -5,7 +5,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from embedding_service.engine import Embeddings, EmbedRequest, Status
+from embedding_service import metrics
+from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Status
 from embedding_service.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -15,6 +16,7 @@ from embedding_service.errors import (
 )
 from embedding_service.inference.batcher import Batcher, Job, Outcome
 from embedding_service.inference.runtime import Runtime
+from embedding_service.inference.sampling import Sampler, find_gpu
 from embedding_service.inference.settings import ModelSettings
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class LocalEngine:
         self._on_status = on_status
         self._load_runtime = load or _load_model
         self._batcher: Batcher | None = None
+        self._sampler: Sampler | None = None
         self._status = Status(state="loading", reason=f"loading {settings.embedding_model}")
         self.startup_error: StartupError | None = None
         self.loaded = threading.Event()
@@ -92,6 +95,8 @@ class LocalEngine:
         self._set(Status(state="draining", reason="shutting down", info=self._status.info))
         if self._batcher is not None:
             self._batcher.close("the service is shutting down")
+        if self._sampler is not None:
+            self._sampler.close()
 
     def _load(self) -> None:
         try:
@@ -101,6 +106,8 @@ class LocalEngine:
                 max_queued_tokens=self._settings.max_queued_tokens,
                 on_device_lost=self._lost,
             )
+            self._sampler = Sampler(self._queued_tokens, find_gpu(runtime.info.device))
+            _publish(runtime.info)
             self._set(Status(state="healthy", info=runtime.info))
         except StartupError as error:
             self._fail_to_start(error)
@@ -118,9 +125,27 @@ class LocalEngine:
         log.critical("The device is lost: %s", reason)
         self._set(Status(state="unhealthy", reason=reason, info=self._status.info))
 
+    def _queued_tokens(self) -> int:
+        return self._batcher.queued_tokens if self._batcher else 0
+
     def _set(self, status: Status) -> None:
         self._status = status
+        metrics.MODEL_READY.set(status.state == "healthy")
         self._on_status(status)
+
+
+def _publish(info: ModelInfo) -> None:
+    """Say in the metrics which model this is."""
+    metrics.MODEL_INFO.labels(
+        model=info.model_name,
+        revision=info.revision or "",
+        device=info.device,
+        dtype=info.dtype,
+        backend=info.backend,
+        dimension=info.embedding_dimension,
+        max_seq_length=info.max_seq_length,
+        fingerprint=info.fingerprint,
+    ).set(1)
 
 
 def _load_model(settings: ModelSettings) -> Runtime:

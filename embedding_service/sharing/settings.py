@@ -12,6 +12,16 @@ EX_CONFIG, EX_SOFTWARE = 78, 70
 # The supervisor keeps this file of the runtime folder locked for as long as it lives.
 LOCK_NAME = "supervisor.lock"
 
+# The file of the runtime folder in which the supervisor gives up.
+VERDICT_NAME = "verdict.json"
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Why the service must end, and with which exit code."""
+
+    code: int
+    reason: str
+
 
 class LogSettings(msgspec.Struct, frozen=True):
     """The logging of a process; the fields mean what they mean in config.py."""

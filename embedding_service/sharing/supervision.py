@@ -10,8 +10,7 @@ from pathlib import Path
 import msgspec
 
 from embedding_service.errors import StartupError
-from embedding_service.sharing.settings import EX_SOFTWARE, LOCK_NAME, ProcessSettings
-from embedding_service.sharing.supervisor import VERDICT_NAME, Verdict
+from embedding_service.sharing.settings import EX_SOFTWARE, LOCK_NAME, VERDICT_NAME, ProcessSettings, Verdict
 
 # sun_path of sockaddr_un: 108 bytes on Linux, 104 on BSD and macOS.
 MAX_SOCKET_PATH = 103
@@ -21,13 +20,9 @@ class Supervision:
     """A running supervisor. The master must not reap it by pid: gunicorn waits for every child itself."""
 
     def __init__(self, folder: Path, processes: list[ProcessSettings]) -> None:
-        """Make the private runtime folder and start the supervisor. Raises StartupError."""
+        """Start the supervisor, with the private runtime folder. Raises StartupError."""
         if any(len(process.socket_path) > MAX_SOCKET_PATH for process in processes):
             raise StartupError(f"The path of {folder} is too long for a socket; set TMPDIR to a shorter one")
-        try:
-            folder.mkdir(mode=0o700)
-        except OSError as error:
-            raise StartupError(f"{folder} cannot be made: {error.strerror}; set TMPDIR") from None
         self._folder = folder
         self._process = subprocess.Popen(
             [

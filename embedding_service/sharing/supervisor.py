@@ -18,8 +18,15 @@ from pathlib import Path
 
 import msgspec
 
-from embedding_service import logs
-from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LOCK_NAME, ProcessSettings
+from embedding_service import logs, metrics
+from embedding_service.sharing.settings import (
+    EX_CONFIG,
+    EX_SOFTWARE,
+    LOCK_NAME,
+    VERDICT_NAME,
+    ProcessSettings,
+    Verdict,
+)
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.supervisor")
@@ -27,14 +34,6 @@ log = logging.getLogger("embedding_service.sharing.supervisor")
 MAX_DEATHS, DEATHS_WITHIN_SECONDS = 5, 60.0
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0)
 POLL_SECONDS = 0.1
-VERDICT_NAME = "verdict.json"
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """Why the service must end, and with which exit code."""
-
-    code: int
-    reason: str
 
 
 class Child:
@@ -99,6 +98,7 @@ class Child:
             )
         recent = sum(now - death < DEATHS_WITHIN_SECONDS for death in self._deaths)
         wait = BACKOFF_SECONDS[min(recent, len(BACKOFF_SECONDS)) - 1]
+        metrics.MODEL_RESTARTS.inc()
         log.error("%s ended %s; starting it again in %.1f s", process.capitalize(), how, wait)
         self._start_at = now + wait
         return None

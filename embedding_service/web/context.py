@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from flask import Flask, current_app
 
+from embedding_service import metrics
 from embedding_service.engine import Embeddings, EmbedRequest, Engine, Status
 from embedding_service.errors import Overloaded, Unavailable
 from embedding_service.web.settings import WebSettings
@@ -30,9 +31,14 @@ class Context:
         if not self._places.acquire(blocking=False):
             raise Overloaded("this web worker's threads are all waiting", retry_after_seconds=1)
         try:
-            return self.engine.embed(request)
+            result = self.engine.embed(request)
         finally:
             self._places.release()
+        timings = result.timings
+        metrics.record_embedding(
+            timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
+        )
+        return result
 
     def status(self) -> Status:
         """The engine's status, or draining."""

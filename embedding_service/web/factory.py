@@ -3,7 +3,7 @@
 from flask import Flask
 
 from embedding_service.engine import Engine
-from embedding_service.web import error_handlers, health, request_ids
+from embedding_service.web import auth, error_handlers, health, monitoring, request_ids
 from embedding_service.web.context import Context, install
 from embedding_service.web.protocols import native
 from embedding_service.web.settings import WebSettings
@@ -14,8 +14,12 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     app = Flask("embedding_service", static_folder=None)
     app.url_map.strict_slashes = False
     install(app, Context(engine, settings))
+    monitoring.register(app)
     request_ids.register(app)
+    auth.register(app)
     error_handlers.register(app)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(native.blueprint)
+    app.register_blueprint(monitoring.blueprint)
+    monitoring.prepare(app)
     return app

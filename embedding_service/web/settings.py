@@ -4,10 +4,12 @@ import msgspec
 
 
 class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The limits of a request; the fields mean what they mean in config.py."""
+    """The keys and the limits of a request; the fields mean what they mean in config.py."""
 
     max_texts_per_request: int = 4096
     max_text_characters: int = 100_000
     max_body_bytes: int = 32 << 20
     request_timeout_seconds: float = 60.0
     web_threads: int = 128
+    api_keys: str | None = None
+    api_keys_file: str | None = None

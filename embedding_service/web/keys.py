@@ -1,0 +1,86 @@
+"""The keys that callers may send: from the settings, and from a file that may change while we serve."""
+
+import hashlib
+import hmac
+import logging
+import threading
+from pathlib import Path
+
+from embedding_service.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+OPEN_WARNING = (
+    "Whoever reaches %s may use this service: no key is asked for. Set API_KEYS or API_KEYS_FILE, "
+    "or HOST=127.0.0.1 for this machine alone"
+)
+
+Version = tuple[int, ...]
+
+
+class KeyRing:
+    """Knows the keys by their hashes only, so that comparing takes the same time whatever is sent."""
+
+    def __init__(self, listed: str | None, file: str | None) -> None:
+        """`listed` is separated by commas; `file` has a key on each line, and comments after #."""
+        self.required = listed is not None or file is not None
+        self._listed = _hashes((listed or "").split(","))
+        self._file = Path(file) if file is not None else None
+        self._version: Version | None = None
+        self._filed: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Raises StartupError where keys are asked for and there is none: nobody could use the service."""
+        if self._file is not None:
+            try:
+                self._filed = _read(self._file)
+            except (OSError, ValueError) as error:
+                raise StartupError(
+                    f"API_KEYS_FILE={str(self._file)!r} cannot be read: {_why(error)}"
+                ) from None
+        if self.required and not (self._listed or self._filed):
+            raise StartupError("API_KEYS and API_KEYS_FILE hold no key; leave both empty to serve without")
+
+    def holds(self, key: bytes) -> bool:
+        """Whether this is one of the keys now."""
+        if self._file is not None:
+            self._refresh(self._file)
+        sent = hashlib.sha256(key).digest()
+        found = False
+        for known in (*self._listed, *self._filed):
+            found |= hmac.compare_digest(sent, known)
+        return found
+
+    def _refresh(self, file: Path) -> None:
+        try:
+            version = _version(file)
+            if version == self._version:
+                return
+            with self._lock:
+                if version != self._version:
+                    # The version is the one from before reading: a change meanwhile is seen next time.
+                    self._filed, self._version = _read(file), version
+                    log.info("API_KEYS_FILE holds %d keys", len(self._filed))
+        except (OSError, ValueError) as error:
+            if self._version != ():
+                self._version = ()
+                log.error("API_KEYS_FILE cannot be read, its last keys stay: %s", _why(error))
+
+
+def _hashes(keys: list[str]) -> list[bytes]:
+    return [hashlib.sha256(key.strip().encode()).digest() for key in keys if key.strip()]
+
+
+def _read(file: Path) -> list[bytes]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return _hashes([line for line in lines if not line.lstrip().startswith("#")])
+
+
+def _version(file: Path) -> Version:
+    facts = file.stat()
+    return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino
+
+
+def _why(error: OSError | ValueError) -> str:
+    return error.strerror or "" if isinstance(error, OSError) else "it is not UTF-8"

@@ -1,0 +1,281 @@
+"""Keys: who is asked for one, how it may be sent, how it is rotated, and that no log ever holds one."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+
+import config
+from embedding_service.engine import Embeddings, Status, Timings
+from embedding_service.errors import StartupError
+from embedding_service.web import auth
+from embedding_service.web.factory import create_app
+from embedding_service.web.keys import KeyRing
+from embedding_service.web.settings import WebSettings
+from tests.service import wait_until
+
+OURS, OTHERS, FILED, ROTATED = (
+    "key-of-ours-1",
+    "schlüssel-der-anderen",
+    "key-from-a-file",
+    "key-after-rotation",
+)
+BODY = {"texts": "hello"}
+
+
+class OneVector:
+    """An engine without a model, for what happens before one is asked."""
+
+    def embed(self, request):
+        vectors = np.ones((len(request.texts), 3), np.float32)
+        return Embeddings(vectors=vectors, tokens=3, truncated=[], timings=Timings())
+
+    def status(self):
+        return Status(state="healthy")
+
+    def must_restart(self):
+        return False
+
+    def close(self):
+        pass
+
+
+def client_for(**settings):
+    return create_app(OneVector(), WebSettings(**settings)).test_client()
+
+
+@pytest.fixture(scope="module")
+def client():
+    return client_for(api_keys=f"{OURS}, {OTHERS}")
+
+
+SENT = {
+    "bearer": {"Authorization": f"Bearer {OURS}"},
+    "scheme in lower case": {"Authorization": f"bearer {OURS}"},
+    "second key": {"X-API-Key": OTHERS.encode().decode("latin-1")},
+    "x-api-key": {"X-API-Key": OURS},
+    "x-api-key beside the proxy's own login": {"X-API-Key": OURS, "Authorization": "Basic dXNlcjpwYXNz"},
+}
+REFUSED = {
+    "nothing": {},
+    "wrong": {"Authorization": "Bearer wrong"},
+    "empty bearer": {"Authorization": "Bearer "},
+    "empty x-api-key": {"X-API-Key": ""},
+    "no scheme": {"Authorization": OURS},
+    "basic": {"Authorization": f"Basic {OURS}"},
+    "the beginning of a key": {"X-API-Key": OURS[:-1]},
+    "longer than a key": {"X-API-Key": OURS + "x"},
+    "the whole list": {"X-API-Key": f"{OURS}, {OTHERS}"},
+    "a very long one": {"X-API-Key": "k" * 100_000},
+}
+
+
+@pytest.mark.parametrize("headers", SENT.values(), ids=SENT.keys())
+def test_every_way_to_send_a_key_works(client, headers):
+    assert client.post("/embed", json=BODY, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("headers", REFUSED.values(), ids=REFUSED.keys())
+def test_without_a_valid_key_the_answer_is_401_and_says_how_to_send_one(client, headers):
+    answer = client.post("/embed", json=BODY, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == 'Bearer realm="embedding-service"'
+    assert answer.json["error_type"] == "unauthorized"
+    assert "X-API-Key" in answer.json["error"]
+    assert answer.json["request_id"] == answer.headers["X-Request-ID"]
+    assert OURS not in answer.text
+
+
+def is_meant_to_be_public(rule, method):
+    health = {"/health", "/health/live", "/health/ready", "/.well-known/live", "/.well-known/ready"}
+    return method == "GET" and (rule in (*health, "/") or rule.startswith("/static/"))
+
+
+def test_every_route_but_health_and_the_page_asks_for_a_key(client):
+    routes = [
+        (rule.rule, method)
+        for rule in client.application.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+    ]
+    asked = {
+        route
+        for route in routes
+        if client.open(route[0].replace("<", "").replace(">", ""), method=route[1]).status_code == 401
+    }
+    assert asked == {route for route in routes if not is_meant_to_be_public(*route)}
+    assert ("/embed", "POST") in asked
+    assert ("/metrics", "GET") in asked
+    assert ("/health", "GET") not in asked
+
+
+def test_what_does_not_exist_is_not_told_apart_without_a_key(client):
+    assert client.get("/nothing/here").status_code == 401
+    assert client.get("/embed").status_code == 401
+    assert client.get("/nothing/here", headers=SENT["bearer"]).status_code == 404
+
+
+def test_health_is_told_by_its_rule_not_by_how_a_path_looks(client):
+    for path in (
+        "//health",
+        "/health/../embed",
+        "/embed?x=/health",
+        "/health%2f..%2fembed",
+        "/static/../embed",
+    ):
+        assert client.post(path, json=BODY).status_code == 401, path
+
+
+def test_no_key_is_asked_for_where_none_is_set():
+    assert client_for().post("/embed", json=BODY).status_code == 200
+
+
+def test_each_key_is_compared_with_every_known_one(monkeypatch):
+    compared = []
+    real = auth.KeyRing.holds.__globals__["hmac"].compare_digest
+
+    def compare(a, b):
+        compared.append((len(a), len(b)))
+        return real(a, b)
+
+    monkeypatch.setattr("embedding_service.web.keys.hmac.compare_digest", compare)
+    ring = KeyRing("one,two,three", None)
+    for sent in (b"one", b"three", b"nothing at all", b""):
+        compared.clear()
+        ring.holds(sent)
+        assert compared == [(32, 32)] * 3
+
+
+def replace(file: Path, *keys: str) -> None:
+    new = file.with_suffix(".new")
+    new.write_text("".join(f"{key}\n" for key in keys))
+    new.replace(file)
+
+
+def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(f"# a comment\n\n  {FILED}  \r\nsecond\n")
+    ring = KeyRing(OURS, str(file))
+    assert [ring.holds(key.encode()) for key in (OURS, FILED, "second", "# a comment", "")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    replace(file, ROTATED)
+    assert [ring.holds(key.encode()) for key in (OURS, FILED, ROTATED)] == [True, False, True]
+
+
+def test_an_emptied_file_lets_nobody_in(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(f"{FILED}\n")
+    client = client_for(api_keys_file=str(file))
+    assert client.get("/info", headers={"X-API-Key": FILED}).status_code != 401
+    replace(file)
+    assert client.get("/info", headers={"X-API-Key": FILED}).status_code == 401
+    assert client.get("/info").status_code == 401
+
+
+def test_a_file_that_cannot_be_read_any_more_keeps_its_last_keys_and_says_so_once(tmp_path, caplog):
+    file = tmp_path / "keys"
+    file.write_text(f"{FILED}\n")
+    ring = KeyRing(None, str(file))
+    assert ring.holds(FILED.encode())
+    file.unlink()
+    assert [ring.holds(FILED.encode()) for _ in range(3)] == [True] * 3
+    assert sum("cannot be read" in line for line in caplog.messages) == 1
+    replace(file, ROTATED)
+    assert [ring.holds(key.encode()) for key in (FILED, ROTATED)] == [False, True]
+    assert FILED not in caplog.text
+
+
+BAD_SOURCES = {
+    "no key in the list": (" , ,", None, "hold no key"),
+    "no such file": (None, "missing", "No such file"),
+    "empty file": (None, "empty", "hold no key"),
+    "not text": (None, "binary", "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("listed", "name", "reason"), BAD_SOURCES.values(), ids=BAD_SOURCES.keys())
+def test_a_source_of_keys_without_one_stops_the_start(tmp_path, listed, name, reason):
+    (tmp_path / "empty").write_text("\n# nothing\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(StartupError, match=reason):
+        KeyRing(listed, name and str(tmp_path / name)).check()
+
+
+def test_the_service_does_not_start_without_the_keys_it_is_told_to_ask_for(start, tmp_path):
+    running = start(API_KEYS_FILE=str(tmp_path / "missing"))
+    assert running.process.wait(30) == 78
+    assert len(running.log().splitlines()[-1:]) == 1
+    assert "API_KEYS_FILE" in running.log()
+    assert "Traceback" not in running.log()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_open"),
+    [
+        ("0.0.0.0", True),
+        ("::", True),
+        ("192.168.1.7", True),
+        ("some.name", True),
+        ("127.0.0.1", False),
+        ("127.1.2.3", False),
+        ("::1", False),
+        ("localhost", False),
+    ],
+)
+def test_which_addresses_are_open(host, is_open):
+    assert config.Config().is_open_at(host) == is_open
+    assert not config.Config(api_keys="key").is_open_at(host)
+    assert not config.Config(api_keys_file="file").is_open_at(host)
+
+
+def test_the_real_service_asks_for_keys_rotates_them_and_never_logs_them(start, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(f"{FILED}\n")
+    running = start(
+        API_KEYS=OURS, API_KEYS_FILE=str(file), LOG_LEVEL="debug", WEB_CONCURRENCY="2"
+    ).wait_ready()
+
+    def status(key: str, path: str = "/embed") -> int:
+        return running.post(path, BODY, headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert [status(key) for key in (OURS, FILED, ROTATED)] == [200, 200, 401]
+    assert [status(key, "/nothing") for key in (OURS, ROTATED)] == [404, 401]
+    assert requests.get(f"{running.url}/metrics", timeout=10).status_code == 401
+    replace(file, ROTATED)
+    # New connections, so that both workers are asked.
+    assert {status(ROTATED) for _ in range(20)} == {200}
+    assert {status(FILED) for _ in range(20)} == {401}
+    assert status(OURS) == 200
+
+    with requests.Session() as session:  # a refused body must not be taken for the next request
+        for _ in range(3):
+            refused = session.post(f"{running.url}/embed", json={"texts": ["x" * 5000] * 100}, timeout=10)
+            assert refused.status_code == 401
+        key = {"X-API-Key": OURS}
+        assert session.post(f"{running.url}/embed", json=BODY, headers=key, timeout=10).status_code == 200
+        scraped = session.get(f"{running.url}/metrics", headers=key, timeout=10).text
+
+    command_lines = " ".join(" ".join(process.cmdline()) for process in running.processes())
+    for key in (OURS, FILED, ROTATED):
+        for place in (running.log(), scraped, command_lines):
+            assert key not in place
+    assert "no key is asked for" not in running.log()
+
+
+def test_a_warning_when_the_network_may_use_the_service_without_a_key(start):
+    running = start(HOST="0.0.0.0")
+    wait_until(lambda: "Whoever reaches 0.0.0.0 may use this service" in running.log(), 30, "the warning")
+    assert running.log().count("Whoever reaches") == 1
+
+
+def test_no_warning_where_only_this_machine_may(start):
+    command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", "127.0.0.1:{port}", "app:app"]
+    running = start(command, HOST="0.0.0.0")
+    wait_until(running.health, 30, "an answer")
+    assert "Whoever reaches" not in running.log()

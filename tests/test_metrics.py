@@ -1,0 +1,402 @@
+"""Metrics: complete from the first scrape, right across processes and their deaths, cheap, documented."""
+
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from embedding_service import metrics
+from embedding_service.engine import EmbedRequest
+from embedding_service.inference import sampling
+from embedding_service.inference.batcher import Batcher
+from embedding_service.inference.runtime import OutOfMemory, Tokens
+from tests.conftest import ROOT
+from tests.service import Service, wait_until
+
+ALL = {value._name: value for name, value in vars(metrics).items() if name.isupper() and name[0] != "_"}
+
+# What nobody can know before a model is loaded, and what only a machine with a GPU has.
+LATER = {"embedding_model_info", *(name for name in ALL if "_gpu_" in name)}
+
+
+class Scraped:
+    """The samples of one scrape."""
+
+    def __init__(self, text: str) -> None:
+        self.families = {family.name: family for family in text_string_to_metric_families(text)}
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of the samples with this name and, among others, these labels."""
+        return sum(s.value for s in self.samples(name) if labels.items() <= s.labels.items())
+
+    def samples(self, name: str) -> list:
+        return [s for family in self.families.values() for s in family.samples if s.name == name]
+
+
+def scrape(service: Service) -> Scraped:
+    answer = requests.get(f"{service.url}/metrics", timeout=10)
+    assert answer.status_code == 200
+    return Scraped(answer.text)
+
+
+def embedded(scraped: Scraped) -> float:
+    return scraped.value("embedding_requests_total", route="/embed", status="200")
+
+
+def metrics_folder(service: Service) -> Path:
+    """The folder that the service's processes share, as the model process was told."""
+    return Path(service.model_process().environ()["PROMETHEUS_MULTIPROC_DIR"])
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    """A service with two web workers, and what its first scrape said."""
+    running = Service(tmp_path_factory.mktemp("metrics"), WEB_CONCURRENCY="2")
+    try:
+
+        def first():
+            try:
+                return scrape(running)
+            except requests.ConnectionError:
+                return None
+
+        first_scrape = wait_until(first, 30, "a first scrape")
+        yield running.wait_ready(), first_scrape
+    finally:
+        running.stop()
+
+
+def test_the_first_scrape_is_complete_before_there_is_a_model(two_workers):
+    _, first = two_workers
+    assert set(first.families) == set(ALL) - LATER
+    for name in set(ALL) - LATER - {"embedding_build_info"}:
+        assert first.families[name].samples, name
+        assert {s.value for s in first.families[name].samples} == {0.0}, name
+    statuses = {
+        s.labels["status"]
+        for s in first.samples("embedding_requests_total")
+        if s.labels["route"] == "/embed" and s.labels["method"] == "POST"
+    }
+    assert statuses == {"200", "400", "401", "413", "415", "429", "500", "503", "504"}
+    phases = {s.labels["phase"] for s in first.samples("embedding_phase_duration_seconds_count")}
+    assert phases == {"tokenization", "queue", "inference"}
+
+
+def test_every_request_of_every_worker_is_counted_once(two_workers):
+    service, _ = two_workers
+    before = scrape(service)
+    requests_sent, texts = 60, ["short", "a somewhat longer text " * 4]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: service.post("/embed", {"texts": texts}), range(requests_sent)))
+    tokens = sum(answer.json()["usage"]["tokens"] for answer in answers)
+    service.post("/embed", {"texts": ["word " * 600, "fits", "word " * 700]})
+    for _ in range(3):
+        service.post("/embed", {"texts": []})
+
+    # Each scrape is a new connection, so both workers are asked; both must say the same.
+    scrapes = [scrape(service) for _ in range(10)]
+    assert {embedded(s) - embedded(before) for s in scrapes} == {requests_sent + 1}
+    after = scrapes[-1]
+
+    def gained(name: str, **labels: str) -> float:
+        return after.value(name, **labels) - before.value(name, **labels)
+
+    assert gained("embedding_requests_total", route="/embed", status="400") == 3
+    assert gained("embedding_request_duration_seconds_count", route="/embed") == requests_sent + 4
+    for phase in ("tokenization", "queue", "inference"):
+        assert gained("embedding_phase_duration_seconds_count", phase=phase) == requests_sent + 1
+    assert gained("embedding_phase_duration_seconds_sum", phase="inference") > 0
+    assert gained("embedding_batch_texts_sum") == 2 * requests_sent + 3
+    assert gained("embedding_batch_tokens_sum") == tokens + 256 * 2 + 3
+    assert gained("embedding_batch_texts_count") == gained("embedding_batch_duration_seconds_count")
+    assert gained("embedding_truncated_texts_total") == 2
+    info = after.samples("embedding_model_info")[0].labels
+    assert (info["model"], info["device"], info["dimension"]) == (
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "cpu",
+        "384",
+    )
+    assert after.value("embedding_model_ready") == 1
+
+
+def test_labels_stay_few_whatever_is_asked_for(two_workers):
+    service, _ = two_workers
+    for number in range(30):
+        requests.get(f"{service.url}/nothing/{number}?key={number}", timeout=10)
+        requests.request(f"MADEUP{number}", f"{service.url}/embed", timeout=10)
+        requests.request("DELETE", f"{service.url}/embed", timeout=10)
+    after = scrape(service)
+    routes = {s.labels["route"] for s in after.samples("embedding_requests_total")}
+    methods = {s.labels["method"] for s in after.samples("embedding_requests_total")}
+    assert not [route for route in routes if "nothing" in route]
+    assert methods <= {"GET", "HEAD", "POST", "DELETE", "OPTIONS", "other"}
+    assert after.value("embedding_requests_total", route="unmatched", method="GET", status="404") == 30
+    assert after.value("embedding_requests_total", route="unmatched", method="other", status="405") == 30
+    assert after.value("embedding_requests_total", route="unmatched", method="DELETE", status="405") == 30
+
+
+def test_openmetrics_is_spoken_to_those_who_ask_for_it(two_workers):
+    service, _ = two_workers
+    answer = requests.get(
+        f"{service.url}/metrics",
+        headers={"Accept": "application/openmetrics-text; version=1.0.0"},
+        timeout=10,
+    )
+    assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+
+
+def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers):
+    service, _ = two_workers
+    service.post("/embed", {"texts": "once"})
+    before = scrape(service)
+    folder = metrics_folder(service)
+    files = len(list(folder.iterdir()))
+
+    for end in ("kill", "kill", "reload"):
+        old = {worker.pid for worker in service.web_workers()}
+        if end == "reload":
+            service.process.send_signal(signal.SIGHUP)
+        else:
+            for worker in service.web_workers():
+                worker.kill()
+
+        def replaced(old=old):
+            try:
+                workers = {worker.pid for worker in service.web_workers()}
+            except psutil.Error:  # one is gone and not yet reaped
+                return False
+            return len(workers) == 2 and not workers & old and service.health()
+
+        wait_until(replaced, 30, "two new workers")
+        assert embedded(scrape(service)) == embedded(before)
+    service.wait_ready()
+
+    with ThreadPoolExecutor(1) as pool:
+        bulk = pool.submit(service.post, "/embed", {"texts": ["many words to wait for " * 60] * 4096})
+        wait_until(lambda: scrape(service).value("embedding_queued_tokens") > 10_000, 20, "a queue")
+        service.model_process().kill()
+        assert bulk.result(60).status_code == 503
+    lost = scrape(service)
+    assert lost.value("embedding_model_ready") == 0
+    assert lost.value("embedding_queued_tokens") == 0
+    assert not lost.samples("embedding_model_info")
+    assert lost.value("embedding_batch_texts_count") >= before.value("embedding_batch_texts_count")
+    wait_until(lambda: scrape(service).value("embedding_model_restarts_total") == 1, 10, "a restart")
+    service.wait_ready()
+
+    service.post("/embed", {"texts": "again"})
+    after = scrape(service)
+    assert embedded(after) == embedded(before) + 1
+    assert after.value("embedding_batch_texts_count") > before.value("embedding_batch_texts_count")
+    assert after.value("embedding_model_ready") == 1
+    assert after.value("embedding_requests_total", route="/embed", status="503") == 1
+    # Seven processes have come and gone, and the folder is as it was: a slot each for those that live.
+    assert len(list(folder.iterdir())) <= files + 5
+
+
+def test_the_folder_is_private_and_goes_with_the_service(start):
+    service = start()
+    wait_until(service.health, 30, "an answer")
+    folder = wait_until(lambda: _folder_or_none(service), 10, "the model process")
+    assert folder.parent.stat().st_mode & 0o077 == 0
+    assert service.stop() == 0
+    assert not folder.parent.exists()
+
+
+def _folder_or_none(service: Service) -> Path | None:
+    try:
+        return metrics_folder(service)
+    except (AssertionError, psutil.Error):
+        return None
+
+
+def test_a_preloaded_app_counts_in_each_of_its_workers(start):
+    command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "2", "-b", "127.0.0.1:{port}", "app:app"]
+    service = start(command).wait_ready()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: service.post("/embed", {"texts": "hello"}), range(40)))
+    assert {embedded(scrape(service)) for _ in range(10)} == {40}
+    assert scrape(service).value("embedding_batch_texts_sum") == 40
+
+
+def test_check_config_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "-m", "gunicorn", "--check-config", "app:app"]
+    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_folder_one_process_counts_for_itself(two_workers):
+    answer, content_type = metrics.exposition("")
+    assert content_type.startswith("text/plain")
+    assert set(Scraped(answer.decode()).families) >= set(ALL) - LATER
+
+
+class OneToken:
+    """A runtime whose vectors or failures a test chooses."""
+
+    max_seq_length, max_batch_tokens, free_padding_tokens = 8, 64, 64
+    separate_bulk, normalized, info = False, True, None
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def prompt(self, _name, _type):
+        return None
+
+    def tokenize(self, texts, _prompt, _task):
+        return [Tokens(ids=[1] * len(t), length=len(t), truncated=False, group=None) for t in texts]
+
+    def forward_exact(self, _tokens):
+        return np.ones((1, 3), np.float32)
+
+
+def run(forward, texts):
+    """Embed the texts with a batcher over this forward; returns how the counters have changed."""
+    outcomes = []
+    before = Scraped(metrics.exposition("")[0].decode())
+    batcher = Batcher(OneToken(forward), max_queued_tokens=10_000)
+    try:
+        batcher.submit(EmbedRequest(texts=texts, deadline=float("inf")), outcomes.append)
+        wait_until(lambda: outcomes, 5, "an outcome")
+    finally:
+        batcher.close("the test is over")
+    after = Scraped(metrics.exposition("")[0].decode())
+    return outcomes[0], lambda name: after.value(name) - before.value(name)
+
+
+def test_padding_is_counted():
+    _, gained = run(lambda batch: np.ones((len(batch), 3), np.float32), ["a", "bb", "cccc"])
+    assert gained("embedding_batch_tokens_sum") == 7
+    assert gained("embedding_padding_tokens_total") == 3 * 4 - 7
+
+
+def test_out_of_memory_halvings_are_counted():
+    def forward(batch):
+        if len(batch) > 1:
+            raise OutOfMemory("injected")
+        return np.ones((1, 3), np.float32)
+
+    outcome, gained = run(forward, ["a"] * 4)
+    assert outcome.vectors.shape == (4, 3)
+    assert gained("embedding_out_of_memory_halvings_total") == 3
+    assert gained("embedding_batch_texts_count") == 4
+
+
+def test_recomputed_vectors_are_counted():
+    outcome, gained = run(lambda batch: np.full((len(batch), 3), np.nan, np.float32), ["a", "b"])
+    assert np.isfinite(outcome.vectors).all()
+    assert gained("embedding_nonfinite_recomputations_total") == 2
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """The NVIDIA driver and its GPU, which this machine may not have."""
+    import pynvml
+    import torch
+
+    asked = []
+    uuid = "5e1f0f0e-0000-1111-2222-333344445555"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuid))
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: asked.append(uuid) or "handle")
+    monkeypatch.setattr(
+        pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(used=3 << 30, total=80 << 30)
+    )
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda handle: SimpleNamespace(gpu=42))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTemperature", lambda handle, sensor: 61)
+    return SimpleNamespace(pynvml=pynvml, asked=asked)
+
+
+def test_a_gpu_is_sampled_with_the_queue(driver):
+    gpu = sampling.find_gpu("cuda:1")
+    assert driver.asked == ["GPU-5e1f0f0e-0000-1111-2222-333344445555"]
+    sampler = sampling.Sampler(lambda: 1234, gpu)
+    try:
+
+        def value(name: str, **labels: str) -> float:
+            return Scraped(metrics.exposition("")[0].decode()).value(name, **labels)
+
+        wait_until(lambda: value("embedding_gpu_temperature_celsius", gpu="cuda:1") == 61, 5, "a sample")
+        assert value("embedding_queued_tokens") == 1234
+        assert value("embedding_gpu_memory_used_bytes", gpu="cuda:1") == 3 << 30
+        assert value("embedding_gpu_memory_total_bytes", gpu="cuda:1") == 80 << 30
+        assert value("embedding_gpu_utilization_ratio", gpu="cuda:1") == 0.42
+    finally:
+        sampler.close()
+
+
+def test_what_a_gpu_does_not_tell_is_left_out(driver, monkeypatch):
+    def refuse(*_):
+        raise driver.pynvml.NVMLError(driver.pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(driver.pynvml, "nvmlDeviceGetUtilizationRates", refuse)
+    sampling.find_gpu("cuda:2").sample()
+    after = Scraped(metrics.exposition("")[0].decode())
+    assert after.value("embedding_gpu_temperature_celsius", gpu="cuda:2") == 61
+    assert not [s for s in after.samples("embedding_gpu_utilization_ratio") if s.labels["gpu"] == "cuda:2"]
+
+
+def test_no_driver_is_no_failure(driver, monkeypatch, caplog):
+    def missing():
+        raise driver.pynvml.NVMLError(driver.pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(driver.pynvml, "nvmlInit", missing)
+    assert sampling.find_gpu("cuda") is None
+    assert "NVML does not answer" in caplog.text
+    assert sampling.find_gpu("cpu") is None
+
+
+COSTS = """
+import timeit
+from embedding_service import metrics
+from embedding_service.web.monitoring import RequestCounter
+assert metrics.PADDING_TOKENS._value._multiprocess
+counter, lengths = RequestCounter(), list(range(1, 33))
+def request():
+    metrics.record_embedding(1.2, 3.4, 8.8, 1)
+    counter.count("/embed", "POST", 200, 0.012)
+def batch():
+    metrics.record_batch(lengths, 0.01)
+for hot in (request, batch):
+    print(min(timeit.repeat(hot, number=1000, repeat=30)) * 1000)
+"""
+
+
+def test_counting_costs_little(tmp_path):
+    """Microseconds, the best of 30 runs: 40 for a request in a web worker, 30 for a batch of the model."""
+    environment = {"PATH": "/usr/bin:/bin", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COSTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    request, batch = map(float, done.stdout.split())
+    assert request < 40
+    assert batch < 30
+
+
+def test_the_documentation_lists_every_metric_as_it_is():
+    rows = re.findall(
+        r"^\| `(embedding_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$",
+        (ROOT / "docs" / "metrics.md").read_text(),
+        re.MULTILINE,
+    )
+    documented = {name: (kind, labels.strip(), text.strip()) for name, kind, labels, text in rows}
+    expected = {
+        name + ("_total" if metric._type == "counter" else ""): (
+            metric._type,
+            ", ".join(f"`{label}`" for label in metric._labelnames),
+            metric._documentation,
+        )
+        for name, metric in ALL.items()
+    }
+    assert documented == expected
