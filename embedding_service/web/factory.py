@@ -3,9 +3,9 @@
 from flask import Flask
 
 from embedding_service.engine import Engine
-from embedding_service.web import error_handlers, health, request_ids
+from embedding_service.web import docs, error_handlers, health, request_ids
 from embedding_service.web.context import Context, install
-from embedding_service.web.protocols import native
+from embedding_service.web.protocols import native, ollama, openai, tei, weaviate
 from embedding_service.web.settings import WebSettings
 
 
@@ -17,5 +17,7 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     request_ids.register(app)
     error_handlers.register(app)
     app.register_blueprint(health.blueprint)
-    app.register_blueprint(native.blueprint)
+    app.register_blueprint(docs.blueprint)
+    for module in (native, openai, tei, ollama, weaviate):
+        app.register_blueprint(module.protocol)
     return app
