@@ -37,9 +37,6 @@ CODES = {
     "unavailable": "service_unavailable",
 }
 
-# Where a message of the validation names a field: `$.input[0]`.
-FIELD = re.compile(r"`\$\.(\w+)")
-
 
 class OpenAIError(TypedDict):
     """What went wrong."""
@@ -59,7 +56,7 @@ class OpenAIErrorAnswer(TypedDict):
 def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
     """OpenAI's error; its SDK makes an exception class of the status, and shows the message."""
     kind = TYPES.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
-    named = FIELD.search(failure.message)
+    named = _field.search(failure.message)
     error: OpenAIError = {
         "message": failure.message,
         "type": kind,
@@ -131,6 +128,9 @@ class OpenAIModels(TypedDict):
 
 _decoder = msgspec.json.Decoder(OpenAIEmbedBody)
 _token_ids_decoder = msgspec.json.Decoder(TokenIds)
+
+# Where a message names a field: "input[0] has", "field `input`", "at `$.input[0]`".
+_field = re.compile(rf"(?:^|field `|`\$\.)({'|'.join(OpenAIEmbedBody.__struct_fields__)})\b")
 
 
 @protocol.post("/v1/embeddings")
