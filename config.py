@@ -23,7 +23,6 @@ DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
-
 class ConfigError(ValueError):
     """A setting has a value it cannot have; the message is one line that names both."""
 

@@ -11,7 +11,10 @@ State = Literal["loading", "healthy", "unhealthy", "draining"]
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds."""
+    """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds.
+
+    `truncation_side` is the end that over-long texts lose, by default the one the model's tokenizer cuts.
+    """
 
     texts: list[str]
     deadline: float
@@ -20,6 +23,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     input_type: Literal["query", "document"] | None = None
     dimensions: int | None = None
     truncate: bool = True
+    truncation_side: Literal["left", "right"] | None = None
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -41,6 +45,26 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     truncated: list[int]
     timings: Timings
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts whose tokens are asked for, whatever their length; `deadline` as in EmbedRequest."""
+
+    texts: list[str]
+    deadline: float
+    add_special_tokens: bool = True
+
+
+class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
+    """The tokens of one text; token i is its characters from `starts[i]` to before `stops[i]`.
+
+    `special` has the position and the name of those that stand for no characters, such as [CLS].
+    """
+
+    ids: list[int]
+    starts: list[int]
+    stops: list[int]
+    special: dict[int, str]
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +98,9 @@ class Engine(Protocol):
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """Embed the texts; raises a ServiceError. Returns or raises by the request's deadline."""
+
+    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
+        """The tokens of the texts, untruncated; raises a ServiceError, by the request's deadline."""
 
     def status(self) -> Status:
         """What state the model is in; never blocks."""

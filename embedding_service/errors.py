@@ -3,6 +3,7 @@
 ServiceError
 ├── InvalidRequest         400  the caller can mend it
 ├── Unauthorized           401
+├── NotFound               404
 ├── TooLarge               413
 ├── UnsupportedMediaType   415
 ├── Overloaded             429  the queue is full; carries how long to wait
@@ -38,6 +39,13 @@ class Unauthorized(ServiceError):
 
     status = 401
     error_type = "unauthorized"
+
+
+class NotFound(ServiceError):
+    """There is no such thing here."""
+
+    status = 404
+    error_type = "not_found"
 
 
 class TooLarge(ServiceError):

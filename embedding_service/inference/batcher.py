@@ -219,7 +219,8 @@ class Batcher:
         first = job.tokenized
         texts = _piece(job.request.texts, first)
         try:
-            piece = self._runtime.tokenize(texts, job.prompt, job.request.input_type)
+            request = job.request
+            piece = self._runtime.tokenize(texts, job.prompt, request.input_type, request.truncation_side)
             if not job.request.truncate:
                 self._refuse_truncated(piece, first)
         except InvalidRequest as error:

@@ -6,10 +6,18 @@ import time
 from collections.abc import Callable
 
 from embedding_service import metrics
-from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Status
+from embedding_service.engine import (
+    Embeddings,
+    EmbedRequest,
+    ModelInfo,
+    Status,
+    TokenizedText,
+    TokenizeRequest,
+)
 from embedding_service.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    ModelFailure,
     ServiceError,
     StartupError,
     Unavailable,
@@ -23,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # How long after a request's deadline its answer may still be on its way from the batcher.
 GRACE_SECONDS = 0.25
+
+# Between two pieces of so many texts a tokenisation looks at its deadline.
+TOKENIZE_PIECE_TEXTS = 64
 
 
 class LocalEngine:
@@ -40,6 +51,7 @@ class LocalEngine:
         self._load_runtime = load or _load_model
         self._batcher: Batcher | None = None
         self._sampler: Sampler | None = None
+        self._runtime: Runtime | None = None
         self._status = Status(state="loading", reason=f"loading {settings.embedding_model}")
         self.startup_error: StartupError | None = None
         self.loaded = threading.Event()
@@ -80,6 +92,23 @@ class LocalEngine:
             raise outcome
         return outcome
 
+    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
+        if self._runtime is None:
+            raise Unavailable(self._status.reason, retry_after_seconds=1)
+        tokenized: list[TokenizedText] = []
+        for first in range(0, len(request.texts), TOKENIZE_PIECE_TEXTS):
+            if time.monotonic() > request.deadline:
+                raise DeadlineExceeded("the deadline passed before the texts were tokenised")
+            piece = request.texts[first : first + TOKENIZE_PIECE_TEXTS]
+            try:
+                tokenized += self._runtime.list_tokens(piece, request.add_special_tokens)
+            except ServiceError:
+                raise
+            except Exception:
+                log.exception("Tokenisation failed")
+                raise ModelFailure("the request could not be tokenised") from None
+        return tokenized
+
     def status(self) -> Status:
         return self._status
 
@@ -100,7 +129,7 @@ class LocalEngine:
 
     def _load(self) -> None:
         try:
-            runtime = self._load_runtime(self._settings)
+            runtime = self._runtime = self._load_runtime(self._settings)
             self._batcher = Batcher(
                 runtime,
                 max_queued_tokens=self._settings.max_queued_tokens,

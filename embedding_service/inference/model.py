@@ -18,14 +18,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from embedding_service.engine import ModelInfo, Vectors
+from embedding_service.engine import ModelInfo, TokenizedText, Vectors
 from embedding_service.errors import InvalidRequest, StartupError
 from embedding_service.inference import source
 from embedding_service.inference.backends import Backend
 from embedding_service.inference.backends.torch import TorchBackend
 from embedding_service.inference.runtime import Tokens
 from embedding_service.inference.settings import ModelSettings
-from embedding_service.inference.tokenizer import FastTokenizer
+from embedding_service.inference.tokenizer import FastTokenizer, TokenLister
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Model:
         }
         self._pooling = next((m for m in self._model if isinstance(m, Pooling)), None)
         self._tokenizer = FastTokenizer.build(self._model, self.max_seq_length, self._probes())
+        self._lister: TokenLister | None = None
         self._backend = self._choose_backend(settings.backend, device, dtype)
         self._exact: TorchBackend | None = None
 
@@ -119,18 +120,31 @@ class Model:
         default = self._model.default_prompt_name
         return self._prompts.get(default) if default is not None else None
 
-    def tokenize(self, texts: Sequence[str], prompt: str | None, task: str | None) -> list[Tokens]:
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        prompt: str | None,
+        task: str | None,
+        side: Literal["left", "right"] | None = None,
+    ) -> list[Tokens]:
         if self._tokenizer is None:
+            if side == "left":
+                raise InvalidRequest("this model cuts its texts itself, on the side that it was made for")
             return [self._measure(text, prompt, task) for text in _checked(texts)]
         group: Hashable = None
         if prompt and self._pooling is not None and not self._pooling.include_prompt:
             group = self._model[0]._get_prompt_length(prompt)
         prefixed = [prompt + text for text in texts] if prompt else texts
         try:
-            return self._tokenizer.tokenize(prefixed, group)
+            return self._tokenizer.tokenize(prefixed, group, side)
         except TypeError:
             _checked(texts)
             raise
+
+    def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
+        if self._lister is None:
+            self._lister = TokenLister(self._model)
+        return self._lister.list(_checked(texts), add_special_tokens)
 
     def forward(self, batch: Sequence[Tokens]) -> Vectors:
         return self._backend.forward(self._features(batch))

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from embedding_service.engine import ModelInfo, Vectors
+from embedding_service.engine import ModelInfo, TokenizedText, Vectors
 
 
 class OutOfMemory(Exception):
@@ -43,8 +43,17 @@ class Runtime(Protocol):
     def prompt(self, prompt_name: str | None, input_type: Literal["query", "document"] | None) -> str | None:
         """The text to put in front of each text; raises InvalidRequest for a name the model lacks."""
 
-    def tokenize(self, texts: Sequence[str], prompt: str | None, task: str | None) -> list[Tokens]:
-        """Texts to tokens; raises InvalidRequest, with the index, for what is not Unicode."""
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        prompt: str | None,
+        task: str | None,
+        side: Literal["left", "right"] | None = None,
+    ) -> list[Tokens]:
+        """Texts to tokens, cut at `side`; raises InvalidRequest, with the index, for what is not Unicode."""
+
+    def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
+        """Every token of the texts, for a person to look at; raises InvalidRequest."""
 
     def forward(self, batch: Sequence[Tokens]) -> Vectors:
         """Vectors of shape (len(batch), dimension); raises OutOfMemory or DeviceLost."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Hashable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tokenizers import Tokenizer
 
+from embedding_service.engine import TokenizedText
+from embedding_service.errors import InvalidRequest
 from embedding_service.inference.runtime import Tokens
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,11 @@ class FastTokenizer:
         self._tokenizer: Tokenizer = Tokenizer.from_str(own.backend_tokenizer.to_str())
         self._tokenizer.enable_truncation(max_length, direction=own.truncation_side)
         self._tokenizer.no_padding()
+        self._by_side: dict[str | None, Tokenizer] = {
+            None: self._tokenizer,
+            own.truncation_side: self._tokenizer,
+        }
+        self._max_length = max_length
         self._pad_id: int = own.pad_token_id or 0
         self._pads_left = own.padding_side == "left"
         self._with_type_ids = "token_type_ids" in names
@@ -53,8 +60,14 @@ class FastTokenizer:
             return None
         return tokenizer
 
-    def tokenize(self, texts: Sequence[str], group: Hashable) -> list[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], group: Hashable, side: Literal["left", "right"] | None = None
+    ) -> list[Tokens]:
         """Raises TypeError where a text is not valid Unicode."""
+        if side not in self._by_side:
+            other = Tokenizer.from_str(self._tokenizer.to_str())
+            other.enable_truncation(self._max_length, direction=side)
+            self._by_side[side] = other
         return [
             Tokens(
                 ids=encoding.ids,
@@ -62,7 +75,7 @@ class FastTokenizer:
                 truncated=bool(encoding.overflowing),
                 group=group,
             )
-            for encoding in self._tokenizer.encode_batch_fast(texts)
+            for encoding in self._by_side[side].encode_batch_fast(texts)
         ]
 
     def pack(self, batch: Sequence[Tokens]) -> dict[str, Any]:
@@ -78,3 +91,27 @@ class FastTokenizer:
         if self._with_type_ids:
             packed["token_type_ids"] = np.zeros_like(ids)
         return packed
+
+
+class TokenLister:
+    """Lists every token of a text with its place in it: slower than FastTokenizer, and it never cuts."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        """Raises InvalidRequest where the model's tokenizer does not tell where a token stands."""
+        own: Any = getattr(model[0], "tokenizer", None)
+        backend = getattr(own, "backend_tokenizer", own)
+        if not isinstance(backend, Tokenizer):
+            raise InvalidRequest("this model's tokenizer does not tell its tokens")
+        self._tokenizer: Tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def list(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
+        """The tokens of each text, at offsets in its characters."""
+        listed = []
+        for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens):
+            special = {i: encoding.tokens[i] for i, flag in enumerate(encoding.special_tokens_mask) if flag}
+            offsets = encoding.offsets
+            starts, stops = [start for start, _ in offsets], [stop for _, stop in offsets]
+            listed.append(TokenizedText(encoding.ids, starts, stops, special))
+        return listed

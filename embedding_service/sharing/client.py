@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from embedding_service.engine import Embeddings, EmbedRequest, Status
+from embedding_service.engine import Embeddings, EmbedRequest, Status, TokenizedText, TokenizeRequest
 from embedding_service.errors import BY_NAME, DeadlineExceeded, ServiceError, Unavailable
 from embedding_service.sharing import wire
 from embedding_service.sharing.supervision import supervisor_gone
@@ -24,7 +25,7 @@ RETRY_AFTER_SECONDS = 1.0
 # How long after a request's deadline its answer may still be on its way here.
 GRACE_SECONDS = 0.25
 
-Outcome = Embeddings | ServiceError
+Outcome = Embeddings | list[TokenizedText] | ServiceError
 
 
 class Waiter:
@@ -66,6 +67,17 @@ class Link:
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """Send the request and wait for its outcome."""
+        outcome = self._ask(wire.Call, request)
+        assert isinstance(outcome, Embeddings)
+        return outcome
+
+    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
+        """Send the request and wait for its outcome."""
+        outcome = self._ask(wire.Tokenize, request)
+        assert isinstance(outcome, list)
+        return outcome
+
+    def _ask(self, kind: Any, request: EmbedRequest | TokenizeRequest) -> Embeddings | list[TokenizedText]:
         waiter = Waiter()
         with self._lock:
             channel = self._channel
@@ -74,7 +86,7 @@ class Link:
             number = next(self._numbers)
             self._waiters[number] = waiter
         try:
-            channel.send(wire.Call(number, request))
+            channel.send(kind(number, request))
         except wire.Closed:
             self._waiters.pop(number, None)
             raise self._lost() from None
@@ -121,6 +133,10 @@ class Link:
                             timings=message.timings,
                         )
                     )
+            case wire.Tokenized():
+                waiter = self._waiters.pop(message.number, None)
+                if waiter is not None:
+                    waiter.finish(message.texts)
             case wire.Failure():
                 waiter = self._waiters.pop(message.number, None)
                 if waiter is not None:
@@ -166,10 +182,16 @@ class RemoteEngine:
         self._connect()
 
     def embed(self, request: EmbedRequest) -> Embeddings:
+        return self._least_loaded().embed(request)
+
+    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
+        return self._least_loaded().tokenize(request)
+
+    def _least_loaded(self) -> Link:
         ready = [link for link in self._alive() if link.status.state == "healthy"]
         if not ready:
             raise Unavailable(self.status().reason, retry_after_seconds=RETRY_AFTER_SECONDS)
-        return min(ready, key=lambda link: link.load).embed(request)
+        return min(ready, key=lambda link: link.load)
 
     def status(self) -> Status:
         if self._gone:

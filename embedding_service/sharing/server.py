@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -47,6 +48,8 @@ class Connection:
                 message, _ = self._channel.receive()
                 if isinstance(message, wire.Call):
                     self._call(message)
+                elif isinstance(message, wire.Tokenize):
+                    self._server.tokenizing.submit(self._tokenize, message)
         self._server.forget(self)
         self._outbox.put(None)
         for job in list(self._jobs.values()):
@@ -78,6 +81,12 @@ class Connection:
         if not job.finished:
             self._jobs[number] = job
 
+    def _tokenize(self, message: wire.Tokenize) -> None:
+        try:
+            self.send(wire.Tokenized(message.number, self._server.engine.tokenize(message.request)))
+        except ServiceError as error:
+            self.send(_message(message.number, error))
+
 
 class ModelServer:
     """Accepts web workers from the first moment and tells each how the engine is."""
@@ -89,6 +98,8 @@ class ModelServer:
         self._listener.bind(settings.socket_path)
         self._listener.listen(128)
         self._device_path = settings.device_path
+        # One thread, apart from those that bring texts to embed: listing tokens must not hold these up.
+        self.tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self.engine = LocalEngine(settings.model, on_status=self._broadcast)
         threading.Thread(target=self._accept_forever, name="accept", daemon=True).start()
 

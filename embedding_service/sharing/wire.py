@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from embedding_service.engine import EmbedRequest, Status, Timings
+from embedding_service.engine import EmbedRequest, Status, Timings, TokenizedText, TokenizeRequest
 
 _SIZES = struct.Struct("<II")
 
@@ -36,6 +36,20 @@ class Reply(msgspec.Struct, frozen=True, tag=True, array_like=True):
     timings: Timings
 
 
+class Tokenize(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Web to model: list the tokens of this."""
+
+    number: int
+    request: TokenizeRequest
+
+
+class Tokenized(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Model to web: the tokens asked for."""
+
+    number: int
+    texts: list[TokenizedText]
+
+
 class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Model to web: a ServiceError, by the name of its class."""
 
@@ -51,7 +65,7 @@ class StatusNotice(msgspec.Struct, frozen=True, tag=True, array_like=True):
     status: Status
 
 
-Message = Call | Reply | Failure | StatusNotice
+Message = Call | Reply | Tokenize | Tokenized | Failure | StatusNotice
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

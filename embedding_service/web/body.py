@@ -16,7 +16,11 @@ FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 def parse(decoder: msgspec.json.Decoder[Body]) -> Body:
     """The request's body as the decoder's struct, whatever its Content-Type says."""
-    raw = read()
+    return decode(decoder, read())
+
+
+def decode(decoder: msgspec.json.Decoder[Body], raw: bytes) -> Body:
+    """The bytes as the decoder's struct. Raises InvalidRequest."""
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from flask import Flask, current_app
 
 from embedding_service import metrics
-from embedding_service.engine import Embeddings, EmbedRequest, Engine, Status
+from embedding_service.engine import (
+    Embeddings,
+    EmbedRequest,
+    Engine,
+    Status,
+    TokenizedText,
+    TokenizeRequest,
+)
 from embedding_service.errors import Overloaded, Unavailable
 from embedding_service.web.settings import WebSettings
 
@@ -39,6 +46,15 @@ class Context:
             timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
         )
         return result
+
+    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
+        """Engine.tokenize, bounded as `embed` is."""
+        if not self._places.acquire(blocking=False):
+            raise Overloaded("this web worker's threads are all waiting", retry_after_seconds=1)
+        try:
+            return self.engine.tokenize(request)
+        finally:
+            self._places.release()
 
     def status(self) -> Status:
         """The engine's status, or draining."""

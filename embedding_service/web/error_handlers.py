@@ -2,14 +2,14 @@
 
 import logging
 import math
-from typing import Any
 
 from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 
-from embedding_service import logs
 from embedding_service.errors import ServiceError
 from embedding_service.web.body import answer
+from embedding_service.web.protocol import Failure, spoken
+from embedding_service.web.protocols import native
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def on_service_error(error: ServiceError) -> Response:
     """The error's own status, message and error_type, and how long to wait where it says so."""
     level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(level, "%d %s: %s", error.status, error.error_type, error.message)
-    response = answer(body(error.message, error.error_type), error.status)
+    response = render(Failure(error.status, error.error_type, error.message))
     add_retry_after(response, error)
     return response
 
@@ -40,10 +40,10 @@ def add_retry_after(response: Response, error: ServiceError) -> None:
 
 
 def on_http_error(error: HTTPException) -> Response:
-    """Werkzeug's own errors, with their headers (a 405 names what is allowed)."""
+    """Werkzeug's own errors and redirects, with their headers (a 405 names what is allowed)."""
     status = error.code or 500
     error_type = HTTP_ERROR_TYPES.get(status, "validation" if status < 500 else "internal")
-    response = answer(body(error.description or error.name, error_type), status)
+    response = render(Failure(status, error_type, error.description or error.name))
     for name, value in error.get_headers():
         if name.lower() != "content-type":
             response.headers[name] = value
@@ -53,9 +53,10 @@ def on_http_error(error: HTTPException) -> Response:
 def on_bug(error: Exception) -> Response:
     """A fault of ours: the log has the details under the request id, the caller gets none."""
     log.error("A request failed: %s", type(error).__name__, exc_info=error)
-    return answer(body("the service failed on this request; its log says why", "internal"), 500)
+    return render(Failure(500, "internal", "the service failed on this request; its log says why"))
 
 
-def body(message: str, error_type: str) -> dict[str, Any]:
-    """The native protocol's error."""
-    return {"error": message, "error_type": error_type, "request_id": logs.request_id.get()}
+def render(failure: Failure) -> Response:
+    """The failure as the clients of the request's protocol expect it."""
+    body, status = (spoken() or native.protocol).render(failure)
+    return answer(body, status)

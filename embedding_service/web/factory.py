@@ -3,9 +3,9 @@
 from flask import Flask
 
 from embedding_service.engine import Engine
-from embedding_service.web import auth, error_handlers, health, monitoring, request_ids
+from embedding_service.web import auth, docs, error_handlers, health, monitoring, request_ids
 from embedding_service.web.context import Context, install
-from embedding_service.web.protocols import native
+from embedding_service.web.protocols import native, ollama, openai, tei, weaviate
 from embedding_service.web.settings import WebSettings
 
 
@@ -19,7 +19,9 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     auth.register(app)
     error_handlers.register(app)
     app.register_blueprint(health.blueprint)
-    app.register_blueprint(native.blueprint)
     app.register_blueprint(monitoring.blueprint)
+    app.register_blueprint(docs.blueprint)
+    for module in (native, openai, tei, ollama, weaviate):
+        app.register_blueprint(module.protocol)
     monitoring.prepare(app)
     return app

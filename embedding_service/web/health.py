@@ -1,25 +1,80 @@
 """GET /health, /health/live, /health/ready and /info: what the service says of itself."""
 
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 from flask import Blueprint, Response
 
 from embedding_service import __version__
-from embedding_service.engine import Status
+from embedding_service.engine import State, Status
+from embedding_service.errors import Unavailable
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
+from embedding_service.web.operation import operation
 
 blueprint = Blueprint("health", __name__)
 
 
+class HealthAnswer(TypedDict):
+    """The state of the service, the model once one has been loaded, and why a request would not be served."""
+
+    status: State
+    model: NotRequired[str]
+    device: NotRequired[str]
+    embedding_dimension: NotRequired[int]
+    reason: NotRequired[str]
+
+
+class LiveAnswer(TypedDict):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class Pooling(TypedDict):
+    """How the vectors of tokens become one."""
+
+    pooling: str
+
+
+class ModelType(TypedDict):
+    """What the model is for."""
+
+    embedding: Pooling
+
+
+class InfoAnswer(TypedDict):
+    """The model and the limits of a request."""
+
+    model_name: str
+    embedding_dimension: int
+    max_seq_length: int
+    device: str
+    batch_size: int
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    model_type: ModelType
+    max_input_length: int
+    max_client_batch_size: int
+    max_batch_tokens: int
+    max_concurrent_requests: int
+    auto_truncate: bool
+    version: str
+    backend: str
+    fingerprint: str
+    prompts: dict[str, str]
+
+
 @blueprint.get("/health")
 @blueprint.get("/health/ready")
+@operation({200: HealthAnswer, 503: HealthAnswer}, public=True)
 def health() -> Response:
     """200 only when a request would be served."""
     return _report(context().status())
 
 
 @blueprint.get("/health/live")
+@operation({200: LiveAnswer, 503: HealthAnswer}, public=True)
 def live() -> Response:
     """503 only when nothing but a new process can help."""
     if context().engine.must_restart():
@@ -28,46 +83,45 @@ def live() -> Response:
 
 
 @blueprint.get("/info")
+@operation({200: InfoAnswer}, raises=(Unavailable,))
 def info() -> Response:
     """The model and the limits: the user's names, beside them those of Text Embeddings Inference."""
     status, settings = context().require_info(), context().settings
     model = status.info
     assert model is not None
-    return answer(
-        {
-            "model_name": model.model_name,
-            "embedding_dimension": model.embedding_dimension,
-            "max_seq_length": model.max_seq_length,
-            "device": model.device,
-            "batch_size": model.batch_size,
-            "model_id": model.model_name,
-            "model_sha": model.revision,
-            "model_dtype": model.dtype,
-            "model_type": {"embedding": {"pooling": model.pooling}},
-            "max_input_length": model.max_seq_length,
-            "max_client_batch_size": settings.max_texts_per_request,
-            "max_batch_tokens": model.max_batch_tokens,
-            "max_concurrent_requests": settings.web_threads,
-            "auto_truncate": True,
-            "version": __version__,
-            "backend": model.backend,
-            "fingerprint": model.fingerprint,
-            "prompts": model.prompts,
-        }
-    )
+    found: InfoAnswer = {
+        "model_name": model.model_name,
+        "embedding_dimension": model.embedding_dimension,
+        "max_seq_length": model.max_seq_length,
+        "device": model.device,
+        "batch_size": model.batch_size,
+        "model_id": model.model_name,
+        "model_sha": model.revision,
+        "model_dtype": model.dtype,
+        "model_type": {"embedding": {"pooling": model.pooling}},
+        "max_input_length": model.max_seq_length,
+        "max_client_batch_size": settings.max_texts_per_request,
+        "max_batch_tokens": model.max_batch_tokens,
+        "max_concurrent_requests": settings.web_threads,
+        "auto_truncate": True,
+        "version": __version__,
+        "backend": model.backend,
+        "fingerprint": model.fingerprint,
+        "prompts": model.prompts,
+    }
+    return answer(found)
 
 
 def _report(status: Status) -> Response:
-    body: dict[str, Any] = {"status": status.state}
+    body: HealthAnswer = {"status": status.state}
     if status.info is not None:
-        body |= {
-            "model": status.info.model_name,
-            "device": status.info.device,
-            "embedding_dimension": status.info.embedding_dimension,
-        }
+        body["model"] = status.info.model_name
+        body["device"] = status.info.device
+        body["embedding_dimension"] = status.info.embedding_dimension
     if status.state == "healthy":
         return _uncached(answer(body))
-    response = _uncached(answer(body | {"reason": status.reason}, 503))
+    body["reason"] = status.reason
+    response = _uncached(answer(body, 503))
     response.headers["Retry-After"] = "1"
     return response
 

@@ -1,66 +1,136 @@
 """POST /embed: the service's own API."""
 
-import base64
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, TypedDict
 
 import msgspec
-from flask import Blueprint, Response
-from msgspec import Meta
+from flask import Response
+from msgspec import UNSET, Meta, Raw, UnsetType
 
-from embedding_service.engine import Embeddings, EmbedRequest
-from embedding_service.web.body import answer, parse
-from embedding_service.web.context import context
-from embedding_service.web.limits import check_texts
+from embedding_service import logs
+from embedding_service.engine import Embeddings
+from embedding_service.errors import InvalidRequest
+from embedding_service.web.body import decode, read
+from embedding_service.web.embedding import (
+    Dimensions,
+    EncodedVectors,
+    EncodingFormat,
+    InputType,
+    PromptName,
+    answer_embeddings,
+    ask,
+    encoded,
+    listed,
+    model_name,
+)
+from embedding_service.web.operation import operation
+from embedding_service.web.protocol import Failure, Protocol, speak
+from embedding_service.web.protocols import tei
 
-blueprint = Blueprint("native", __name__)
+
+class ErrorAnswer(TypedDict):
+    """An error: a sentence for a person, and a word for a program."""
+
+    error: str
+    error_type: str
+    request_id: str | None
+
+
+def render(failure: Failure) -> tuple[ErrorAnswer, int]:
+    """The native protocol's error."""
+    request_id = logs.request_id.get()
+    return {
+        "error": failure.message,
+        "error_type": failure.error_type,
+        "request_id": request_id,
+    }, failure.status
+
+
+protocol = Protocol("native", "Embedding service", render, ErrorAnswer)
 
 
 class EmbedBody(msgspec.Struct, frozen=True):
-    """The body of POST /embed."""
+    """Texts to embed."""
 
-    texts: str | list[str]
-    normalize: bool = True
-    prompt_name: str | None = None
-    input_type: Literal["query", "document"] | None = None
-    dimensions: Annotated[int, Meta(ge=1)] | None = None
-    truncate: bool = True
-    encoding_format: Literal["float", "base64"] = "float"
+    texts: Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
+    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] = True
+    prompt_name: PromptName | None = None
+    input_type: InputType | None = None
+    dimensions: Dimensions | None = None
+    truncate: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] = True
+    encoding_format: EncodingFormat = "float"
+
+
+class Usage(TypedDict):
+    """What the model read."""
+
+    tokens: Annotated[int, Meta(description="Tokens read, special ones and prompts included.")]
+    truncated: Annotated[list[int], Meta(description="Indices of the texts that were cut.")]
+
+
+class EmbedAnswer(TypedDict):
+    """The embeddings, in the order of the texts."""
+
+    embeddings: EncodedVectors
+    dimension: int
+    model: str
+    count: int
+    processing_time_ms: float
+    usage: Usage
+
+
+class Fields(msgspec.Struct, frozen=True):
+    """Which of the two fields that hold texts a body has."""
+
+    texts: Raw | UnsetType = UNSET
+    inputs: Raw | UnsetType = UNSET
 
 
 _decoder = msgspec.json.Decoder(EmbedBody)
+_fields_decoder = msgspec.json.Decoder(Fields)
 
 
-@blueprint.post("/embed")
+@protocol.post("/embed")
+@operation({200: EmbedAnswer}, body=_decoder, embeds=True, variant=tei.embed)
 def embed() -> Response:
-    """Embed one text or many."""
+    """Embed one text or many; with `inputs` in place of `texts`, as Text Embeddings Inference does."""
     began = time.monotonic()
-    body = parse(_decoder)
-    texts = [body.texts] if isinstance(body.texts, str) else body.texts
-    check_texts(texts)
-    request = EmbedRequest(
-        texts=texts,
-        deadline=began + context().settings.request_timeout_seconds,
+    raw = read()
+    try:
+        body = decode(_decoder, raw)
+    except InvalidRequest:
+        if not _is_for_tei(raw):
+            raise
+        speak(tei.protocol)
+        return tei.embed_raw(raw, began)
+    result = ask(
+        listed(body.texts),
+        began,
         normalize=body.normalize,
         prompt_name=body.prompt_name,
         input_type=body.input_type,
         dimensions=body.dimensions,
         truncate=body.truncate,
     )
-    result = context().embed(request)
-    return answer(_answer(result, body.encoding_format, began))
+    return answer_embeddings(_answer(result, body.encoding_format, began), result, began)
 
 
-def _answer(result: Embeddings, encoding_format: str, began: float) -> dict[str, Any]:
-    vectors: Any = result.vectors
-    if encoding_format == "base64":
-        vectors = [base64.b64encode(vector).decode() for vector in vectors]
-    info = context().status().info
+def _is_for_tei(raw: bytes) -> bool:
+    try:
+        fields = _fields_decoder.decode(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return fields.texts is UNSET and fields.inputs is not UNSET
+
+
+def _answer(result: Embeddings, encoding_format: str, began: float) -> EmbedAnswer:
+    count, dimension = result.vectors.shape
+    vectors: Any = encoded(result.vectors, encoding_format)
     return {
         "embeddings": vectors,
-        "dimension": result.vectors.shape[1],
-        "model": info.model_name if info else "",
-        "count": len(vectors),
+        "dimension": dimension,
+        "model": model_name(),
+        "count": count,
         "processing_time_ms": round((time.monotonic() - began) * 1e3, 2),
         "usage": {"tokens": result.tokens, "truncated": result.truncated},
     }

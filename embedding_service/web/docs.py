@@ -1,0 +1,50 @@
+"""GET /openapi.json, and GET /docs, which shows it to a person without asking any other host."""
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import orjson
+from flask import Blueprint, Flask, Response, current_app, render_template, send_from_directory
+
+from embedding_service.web.openapi import JSON, document
+from embedding_service.web.operation import operation
+
+blueprint = Blueprint("docs", __name__, template_folder="templates")
+
+# The package that carries Swagger UI's files; its code is not imported.
+UI_PACKAGE = "flask_swagger_ui"
+UI_FILES = {"swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"}
+
+
+@blueprint.get("/openapi.json")
+@operation({200: dict[str, Any]}, public=True)
+def openapi() -> Response:
+    """This document: OpenAPI 3.1."""
+    return Response(_document(current_app._get_current_object()), mimetype=JSON)  # type: ignore[attr-defined]
+
+
+@blueprint.get("/docs")
+def page() -> str:
+    """The same for a person, rendered by Swagger UI from files of this service."""
+    return render_template("docs.html")
+
+
+@blueprint.get("/docs/<name>")
+def file(name: str) -> Response:
+    """A file of Swagger UI."""
+    return send_from_directory(_ui_folder(), name if name in UI_FILES else "", max_age=86400)
+
+
+@functools.cache
+def _ui_folder() -> Path:
+    found = importlib.util.find_spec(UI_PACKAGE)
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "dist"
+
+
+@functools.cache
+def _document(app: Flask) -> bytes:
+    return orjson.dumps(document(app))

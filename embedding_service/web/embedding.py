@@ -1,0 +1,107 @@
+"""The steps that the embedding views of all protocols share: ask the engine, encode, answer."""
+
+import base64
+import time
+from typing import Annotated, Any, Literal
+
+from flask import Response
+from msgspec import Meta
+
+from embedding_service.engine import Embeddings, EmbedRequest, Vectors
+from embedding_service.errors import ServiceError
+from embedding_service.web.body import answer
+from embedding_service.web.context import context
+from embedding_service.web.limits import check_texts
+
+EncodingFormat = Annotated[
+    Literal["float", "base64"],
+    Meta(description="base64 is the vector's little-endian float32, in a quarter of the bytes."),
+]
+Dimensions = Annotated[
+    int, Meta(ge=1, description="Keep so many dimensions of each vector, and normalise it again.")
+]
+PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
+InputType = Annotated[
+    Literal["query", "document"], Meta(description="Use the model's own prompt for queries or documents.")
+]
+
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+Vector = Annotated[Any, Meta(description="float32", extra_json_schema=_NUMBERS)]
+Matrix = Annotated[Any, Meta(description="float32", extra_json_schema={"type": "array", "items": _NUMBERS})]
+EncodedVector = Annotated[Any, Meta(extra_json_schema={"anyOf": [_NUMBERS, {"type": "string"}]})]
+EncodedVectors = Annotated[
+    Any,
+    Meta(
+        extra_json_schema={
+            "type": "array",
+            "items": {"anyOf": [_NUMBERS, {"type": "string"}]},
+            "description": "One vector a text, in the order of the texts.",
+        }
+    ),
+]
+
+
+def listed(texts: str | list[str]) -> list[str]:
+    """One text or many, as a list."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def ask(
+    texts: list[str],
+    began: float,
+    *,
+    name: str = "texts",
+    normalize: bool = True,
+    prompt_name: str | None = None,
+    input_type: Literal["query", "document"] | None = None,
+    dimensions: int | None = None,
+    truncate: bool = True,
+    truncation_side: Literal["left", "right"] | None = None,
+) -> Embeddings:
+    """The engine's embeddings. `name` is what the protocol calls the texts, `began` when it was asked."""
+    check_texts(texts, name)
+    running = context()
+    request = EmbedRequest(
+        texts=texts,
+        deadline=began + running.settings.request_timeout_seconds,
+        normalize=normalize,
+        prompt_name=prompt_name,
+        input_type=input_type,
+        dimensions=dimensions,
+        truncate=truncate,
+        truncation_side=truncation_side,
+    )
+    try:
+        return running.embed(request)
+    except ServiceError as error:
+        error.message = error.message.replace("texts[", f"{name}[")
+        raise
+
+
+def encoded(vectors: Vectors, encoding_format: str) -> Any:
+    """The rows as they are, or each as base64."""
+    if encoding_format == "base64":
+        return [base64.b64encode(vector).decode() for vector in vectors]
+    return vectors
+
+
+def model_name() -> str:
+    """The name of the model that answers."""
+    info = context().status().info
+    return info.model_name if info else ""
+
+
+def answer_embeddings(body: Any, result: Embeddings, began: float) -> Response:
+    """The body, with what Text Embeddings Inference tells in headers: tokens, and times in whole ms."""
+    response = answer(body)
+    timings = result.timings
+    response.headers.extend(
+        [
+            ("x-compute-tokens", str(result.tokens)),
+            ("x-total-time", str(round((time.monotonic() - began) * 1e3))),
+            ("x-tokenization-time", str(round(timings.tokenization_ms))),
+            ("x-queue-time", str(round(timings.queue_ms))),
+            ("x-inference-time", str(round(timings.inference_ms))),
+        ]
+    )
+    return response

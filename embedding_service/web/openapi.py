@@ -1,0 +1,163 @@
+"""The OpenAPI document, made of the routes and of the structs that validate their requests."""
+
+import re
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from flask import Flask
+from werkzeug.routing import Rule
+
+from embedding_service import __version__
+from embedding_service.errors import Unauthorized
+from embedding_service.web.operation import Operation, operation_of
+from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.protocols import native
+
+JSON = "application/json"
+REFERENCE = "#/components/schemas/{name}"
+
+HEADERS = {
+    "X-Request-ID": "The id of this request in the service's log; the caller's own, if it sent one.",
+    "Retry-After": "Seconds to wait before the next try.",
+    "retry-after-ms": "The same in milliseconds.",
+    "x-compute-tokens": "Tokens that the model read.",
+    "x-total-time": "Milliseconds that the request took.",
+    "x-tokenization-time": "Milliseconds of tokenisation.",
+    "x-queue-time": "Milliseconds in the queue.",
+    "x-inference-time": "Milliseconds in the model.",
+}
+ON_EVERY, ON_WAIT, ON_VECTORS = tuple(HEADERS)[:1], tuple(HEADERS)[1:3], tuple(HEADERS)[3:]
+
+
+def document(app: Flask) -> dict[str, Any]:
+    """The OpenAPI document of every route of the app that has an Operation."""
+    described = [(rule, view, found) for rule, view, found in _operations(app)]
+    schemas = Schemas([kind for _, view, found in described for kind in _types(app, view, found)])
+    paths: dict[str, dict[str, Any]] = {}
+    for rule, view, found in described:
+        method = "post" if "POST" in (rule.methods or ()) else "get"
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        name = re.sub(r"\W+", "_", method + rule.rule).rstrip("_")
+        operation = _operation(app, rule, view, found, schemas)
+        paths.setdefault(path, {})[method] = {"operationId": name, **operation}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Embedding service",
+            "version": __version__,
+            "description": "Text embeddings, for the clients of several APIs, from one model and one queue.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas.components,
+            "headers": {
+                name: {"description": text, "schema": {"type": "string"}} for name, text in HEADERS.items()
+            },
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+class Schemas:
+    """The JSON schemas of types, the named ones as references to `components`."""
+
+    def __init__(self, types: list[Any]) -> None:
+        distinct = list({repr(kind): kind for kind in types}.values())
+        made, self.components = msgspec.json.schema_components(distinct, ref_template=REFERENCE)
+        self._made = {repr(kind): schema for kind, schema in zip(distinct, made, strict=True)}
+
+    def any_of(self, types: list[Any]) -> dict[str, Any]:
+        """The schema of a value of one of the types."""
+        schemas = [self._made[repr(kind)] for kind in types]
+        distinct = [schema for index, schema in enumerate(schemas) if schema not in schemas[:index]]
+        return distinct[0] if len(distinct) == 1 else {"anyOf": distinct}
+
+
+def _operations(app: Flask) -> Iterator[tuple[Rule, Callable[..., Any], Operation]]:
+    for rule in app.url_map.iter_rules():
+        view = app.view_functions[rule.endpoint]
+        found = operation_of(view)
+        if found is not None:
+            yield rule, view, found
+
+
+def _operation(
+    app: Flask, rule: Rule, view: Callable[..., Any], found: Operation, schemas: Schemas
+) -> dict[str, Any]:
+    summary, _, description = (view.__doc__ or "").partition("\n")
+    described: dict[str, Any] = {
+        "tags": [_protocol(app, view).title],
+        "summary": summary,
+        "responses": _responses(app, view, found, schemas),
+    }
+    if description.strip():
+        described["description"] = description.strip()
+    if rule.arguments:
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            for name in sorted(rule.arguments)
+        ]
+    if found.body is not None:
+        bodies = [part.body.type for _, part in _variants(view, found) if part.body is not None]
+        described["requestBody"] = {
+            "required": True,
+            "content": {JSON: {"schema": schemas.any_of(bodies)}},
+        }
+    if not found.public:
+        described["security"] = [{}, {"key": []}]
+    return described
+
+
+def _responses(
+    app: Flask, view: Callable[..., Any], found: Operation, schemas: Schemas
+) -> dict[str, dict[str, Any]]:
+    types: dict[int, list[Any]] = {}
+    for status, kind in _outcomes(app, view, found):
+        types.setdefault(status, []).extend(kind)
+    responses = {}
+    for status in sorted(types):
+        names = ON_EVERY + (ON_WAIT if status in (429, 503) else ())
+        if found.embeds and status == HTTPStatus.OK:
+            names += ON_VECTORS
+        responses[str(status)] = {
+            "description": HTTPStatus(status).phrase,
+            "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
+        }
+        if types[status]:
+            responses[str(status)]["content"] = {JSON: {"schema": schemas.any_of(types[status])}}
+    return responses
+
+
+def _outcomes(app: Flask, view: Callable[..., Any], found: Operation) -> Iterator[tuple[int, list[Any]]]:
+    """Every status that the view can answer, with the types of its body (none for no body)."""
+    for part_view, part in _variants(view, found):
+        protocol = _protocol(app, part_view)
+        for status, kind in part.answers.items():
+            yield status, list(kind) if isinstance(kind, tuple) else [kind] if kind is not None else []
+        for error in (*part.raises, *(() if part.public else (Unauthorized,))):
+            _, status = protocol.render(Failure(error.status, error.error_type, ""))
+            yield status, [protocol.error]
+
+
+def _types(app: Flask, view: Callable[..., Any], found: Operation) -> list[Any]:
+    bodies = [part.body.type for _, part in _variants(view, found) if part.body is not None]
+    return bodies + [kind for _, types in _outcomes(app, view, found) for kind in types]
+
+
+def _variants(view: Callable[..., Any], found: Operation) -> list[tuple[Callable[..., Any], Operation]]:
+    """The operation, and that of the other protocol on the same route."""
+    parts = [(view, found)]
+    if found.variant is not None and (variant := operation_of(found.variant)) is not None:
+        parts.append((found.variant, variant))
+    return parts
+
+
+def _protocol(app: Flask, view: Callable[..., Any]) -> Protocol:
+    """The protocol whose errors the view answers."""
+    for endpoint, function in app.view_functions.items():
+        if function is view:
+            found = app.blueprints.get(endpoint.rpartition(".")[0])
+            return found if isinstance(found, Protocol) else native.protocol
+    return native.protocol

@@ -1,0 +1,77 @@
+"""What a view takes, answers and raises, said beside it: the OpenAPI document is made of this."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from embedding_service.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFailure,
+    Overloaded,
+    ServiceError,
+    TooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+# A view that reads a body hands it to the model, and may raise all of these.
+ON_BODY = (
+    InvalidRequest,
+    TooLarge,
+    UnsupportedMediaType,
+    Overloaded,
+    ModelFailure,
+    Unavailable,
+    DeadlineExceeded,
+)
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """One view. `answers` has the type of the body by status; None stands for no body.
+
+    `variant` is a view of another protocol that answers the same route when its fields are sent.
+    """
+
+    answers: Mapping[int, Any]
+    body: msgspec.json.Decoder[Any] | None
+    raises: tuple[type[ServiceError], ...]
+    embeds: bool
+    public: bool
+    variant: Callable[..., Any] | None
+
+
+_operations: dict[Callable[..., Any], Operation] = {}
+
+
+def operation(
+    answers: Mapping[int, Any],
+    *,
+    body: msgspec.json.Decoder[Any] | None = None,
+    raises: tuple[type[ServiceError], ...] = (),
+    embeds: bool = False,
+    public: bool = False,
+    variant: Callable[..., Any] | None = None,
+) -> Callable[[View], View]:
+    """Describe the view below; `body` is the very decoder that validates its requests."""
+
+    def describe(view: View) -> View:
+        _operations[view] = Operation(
+            answers=answers,
+            body=body,
+            raises=raises + (ON_BODY if body else ()),
+            embeds=embeds,
+            public=public,
+            variant=variant,
+        )
+        return view
+
+    return describe
+
+
+def operation_of(view: Callable[..., Any]) -> Operation | None:
+    """What was said of the view, if anything."""
+    return _operations.get(view)

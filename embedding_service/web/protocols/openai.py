@@ -1,0 +1,197 @@
+"""OpenAI: POST /v1/embeddings (and /embeddings), GET /v1/models and /v1/models/{id}."""
+
+import re
+import time
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+from flask import Response
+from msgspec import Meta
+
+from embedding_service.errors import InvalidRequest, NotFound, Unavailable
+from embedding_service.web.body import answer, decode, read
+from embedding_service.web.context import context
+from embedding_service.web.embedding import (
+    Dimensions,
+    EncodedVector,
+    EncodingFormat,
+    InputType,
+    answer_embeddings,
+    ask,
+    encoded,
+    listed,
+    model_name,
+)
+from embedding_service.web.operation import operation
+from embedding_service.web.protocol import Failure, Protocol
+
+STARTED = int(time.time())
+
+# The words of OpenAI's API where an error has one of its own.
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+CODES = {
+    "unauthorized": "invalid_api_key",
+    "not_found": "not_found",
+    "overloaded": "rate_limit_exceeded",
+    "timeout": "timeout",
+    "unavailable": "service_unavailable",
+}
+
+
+class OpenAIError(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorAnswer(TypedDict):
+    """An error in OpenAI's form."""
+
+    error: OpenAIError
+
+
+def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
+    """OpenAI's error; its SDK makes an exception class of the status, and shows the message."""
+    kind = TYPES.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
+    named = _field.search(failure.message)
+    error: OpenAIError = {
+        "message": failure.message,
+        "type": kind,
+        "param": named[1] if named else None,
+        "code": CODES.get(failure.error_type),
+    }
+    return {"error": error}, failure.status
+
+
+protocol = Protocol("openai", "OpenAI", render, OpenAIErrorAnswer, ("/v1/", "/embeddings"))
+
+
+class OpenAIEmbedBody(msgspec.Struct, frozen=True):
+    """Texts to embed."""
+
+    input: Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
+    model: Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")] = ""
+    encoding_format: EncodingFormat | None = None
+    dimensions: Dimensions | None = None
+    user: Annotated[str, Meta(description="Not used.")] | None = None
+    input_type: InputType | None = None
+
+
+class TokenIds(msgspec.Struct, frozen=True):
+    """A body as clients send it that tokenise with the vocabulary of OpenAI's models."""
+
+    input: list[int | list[int]]
+
+
+class OpenAIEmbedding(TypedDict):
+    """One vector."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: EncodedVector
+
+
+class OpenAIUsage(TypedDict):
+    """What the model read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIEmbedAnswer(TypedDict):
+    """The embeddings, in the order of the texts."""
+
+    object: Literal["list"]
+    data: list[OpenAIEmbedding]
+    model: str
+    usage: OpenAIUsage
+
+
+class OpenAIModel(TypedDict):
+    """A model that can be asked for."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class OpenAIModels(TypedDict):
+    """All models: the one."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+_decoder = msgspec.json.Decoder(OpenAIEmbedBody)
+_token_ids_decoder = msgspec.json.Decoder(TokenIds)
+
+# Where a message names a field: "input[0] has", "field `input`", "at `$.input[0]`".
+_field = re.compile(rf"(?:^|field `|`\$\.)({'|'.join(OpenAIEmbedBody.__struct_fields__)})\b")
+
+
+@protocol.post("/v1/embeddings")
+@protocol.post("/embeddings")
+@operation({200: OpenAIEmbedAnswer}, body=_decoder, embeds=True)
+def embeddings() -> Response:
+    """Embed one text or many, as vectors of length 1."""
+    began = time.monotonic()
+    body = _parse()
+    result = ask(
+        listed(body.input), began, name="input", input_type=body.input_type, dimensions=body.dimensions
+    )
+    vectors = encoded(result.vectors, body.encoding_format or "float")
+    data: list[OpenAIEmbedding] = [
+        {"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)
+    ]
+    usage: OpenAIUsage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
+    found: OpenAIEmbedAnswer = {"object": "list", "data": data, "model": model_name(), "usage": usage}
+    return answer_embeddings(found, result, began)
+
+
+@protocol.get("/v1/models")
+@operation({200: OpenAIModels}, raises=(Unavailable,))
+def models() -> Response:
+    """List the one model."""
+    found: OpenAIModels = {"object": "list", "data": [_model()]}
+    return answer(found)
+
+
+@protocol.get("/v1/models/<path:name>")
+@operation({200: OpenAIModel}, raises=(Unavailable, NotFound))
+def model(name: str) -> Response:
+    """Describe the one model; any other name is not found."""
+    found = _model()
+    if name.strip("/") != found["id"].strip("/"):
+        raise NotFound(f"the model {name!r} is not here; there is {found['id']!r}")
+    return answer(found)
+
+
+def _model() -> OpenAIModel:
+    info = context().require_info().info
+    assert info is not None
+    return {"id": info.model_name, "object": "model", "created": STARTED, "owned_by": "embedding-service"}
+
+
+def _parse() -> OpenAIEmbedBody:
+    raw = read()
+    try:
+        return decode(_decoder, raw)
+    except InvalidRequest:
+        if _has_token_ids(raw):
+            raise InvalidRequest(
+                "`$.input` holds token ids, which are of another model's vocabulary; send texts "
+                "(LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False)"
+            ) from None
+        raise
+
+
+def _has_token_ids(raw: bytes) -> bool:
+    try:
+        ids: list[Any] = _token_ids_decoder.decode(raw).input
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return bool(ids)

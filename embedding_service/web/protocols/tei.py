@@ -1,0 +1,195 @@
+"""Text Embeddings Inference: POST / and /embed with `inputs`, POST /tokenize and /similarity."""
+
+import time
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+from flask import Response
+from msgspec import Meta
+
+from embedding_service.engine import TokenizedText, TokenizeRequest
+from embedding_service.errors import TooLarge
+from embedding_service.web.body import answer, decode, parse, read
+from embedding_service.web.context import context
+from embedding_service.web.embedding import (
+    Dimensions,
+    Matrix,
+    PromptName,
+    Vector,
+    answer_embeddings,
+    ask,
+    listed,
+)
+from embedding_service.web.limits import check_texts
+from embedding_service.web.operation import operation
+from embedding_service.web.protocol import Failure, Protocol
+
+# A token becomes some sixty bytes of JSON, so /tokenize takes fewer characters than /embed.
+MAX_TOKENIZE_CHARACTERS = 1_000_000
+
+# Its statuses and words where they differ from the native protocol's.
+STATUSES = {400: 422, 500: 424}
+ERROR_TYPES = {
+    "internal": "Backend",
+    "overloaded": "Overloaded",
+    "timeout": "Backend",
+    "unavailable": "Unhealthy",
+    "unauthorized": "Unauthorized",
+}
+
+
+class TEIErrorAnswer(TypedDict):
+    """An error as Text Embeddings Inference words it."""
+
+    error: str
+    error_type: str
+
+
+def render(failure: Failure) -> tuple[TEIErrorAnswer, int]:
+    """Text Embeddings Inference's error: its own statuses, and the type in PascalCase."""
+    error_type = ERROR_TYPES.get(failure.error_type, "Validation")
+    return {"error": failure.message, "error_type": error_type}, STATUSES.get(failure.status, failure.status)
+
+
+protocol = Protocol("tei", "Text Embeddings Inference", render, TEIErrorAnswer)
+
+Truncate = Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")]
+Direction = Annotated[
+    Literal["left", "right", "Left", "Right"],
+    Meta(description="The end at which over-long texts are cut; by default the model's own."),
+]
+Texts = Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
+
+
+class TEIEmbedBody(msgspec.Struct, frozen=True):
+    """Texts to embed."""
+
+    inputs: Texts
+    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] = True
+    truncate: Truncate | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: PromptName | None = None
+    dimensions: Dimensions | None = None
+
+
+class TokenizeBody(msgspec.Struct, frozen=True):
+    """Texts whose tokens are asked for."""
+
+    inputs: Texts
+    add_special_tokens: bool = True
+
+
+class Token(TypedDict):
+    """One token; `start` and `stop` count characters of the text, and special tokens have none."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class SimilarityInputs(msgspec.Struct, frozen=True):
+    """A sentence, and those to compare it with."""
+
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityParameters(msgspec.Struct, frozen=True):
+    """How to embed the sentences."""
+
+    truncate: Truncate | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: PromptName | None = None
+
+
+class SimilarityBody(msgspec.Struct, frozen=True):
+    """Sentences to compare."""
+
+    inputs: SimilarityInputs
+    parameters: SimilarityParameters | None = None
+
+
+_embed_decoder = msgspec.json.Decoder(TEIEmbedBody)
+_tokenize_decoder = msgspec.json.Decoder(TokenizeBody)
+_similarity_decoder = msgspec.json.Decoder(SimilarityBody)
+
+
+@protocol.post("/")
+@operation({200: Matrix}, body=_embed_decoder, embeds=True)
+def embed() -> Response:
+    """Embed one text or many; the answer is the bare vectors."""
+    began = time.monotonic()
+    return embed_raw(read(), began)
+
+
+def embed_raw(raw: bytes, began: float) -> Response:
+    """The answer to a body that has been read."""
+    body = decode(_embed_decoder, raw)
+    result = ask(
+        listed(body.inputs),
+        began,
+        name="inputs",
+        normalize=body.normalize,
+        prompt_name=body.prompt_name,
+        dimensions=body.dimensions,
+        truncate=body.truncate is not False,
+        truncation_side=_side(body.truncation_direction),
+    )
+    return answer_embeddings(result.vectors, result, began)
+
+
+@protocol.post("/similarity")
+@operation({200: Vector}, body=_similarity_decoder, embeds=True)
+def similarity() -> Response:
+    """Compare a sentence with others: their cosine similarities, in the order of the sentences."""
+    began = time.monotonic()
+    body = parse(_similarity_decoder)
+    check_texts(body.inputs.sentences, "sentences")
+    parameters = body.parameters or SimilarityParameters()
+    result = ask(
+        [body.inputs.source_sentence, *body.inputs.sentences],
+        began,
+        name="inputs",
+        prompt_name=parameters.prompt_name,
+        truncate=parameters.truncate is not False,
+        truncation_side=_side(parameters.truncation_direction),
+    )
+    return answer_embeddings(result.vectors[1:] @ result.vectors[0], result, began)
+
+
+@protocol.post("/tokenize")
+@operation({200: list[list[Token]]}, body=_tokenize_decoder)
+def tokenize() -> Response:
+    """List the tokens of texts, however long, with the characters that each stands for."""
+    deadline = time.monotonic() + context().settings.request_timeout_seconds
+    body = parse(_tokenize_decoder)
+    texts = listed(body.inputs)
+    check_texts(texts, "inputs")
+    characters = sum(map(len, texts))
+    if characters > MAX_TOKENIZE_CHARACTERS:
+        raise TooLarge(
+            f"inputs have {characters} characters together; at most {MAX_TOKENIZE_CHARACTERS} are allowed"
+        )
+    request = TokenizeRequest(texts=texts, deadline=deadline, add_special_tokens=body.add_special_tokens)
+    tokenized = context().tokenize(request)
+    return answer([_tokens(text, tokens) for text, tokens in zip(texts, tokenized, strict=True)])
+
+
+def _tokens(text: str, tokenized: TokenizedText) -> list[Token]:
+    tokens: list[Token] = []
+    spans = zip(tokenized.ids, tokenized.starts, tokenized.stops, strict=True)
+    for position, (number, start, stop) in enumerate(spans):
+        name = tokenized.special.get(position)
+        token: Token = (
+            {"id": number, "text": text[start:stop], "special": False, "start": start, "stop": stop}
+            if name is None
+            else {"id": number, "text": name, "special": True, "start": None, "stop": None}
+        )
+        tokens.append(token)
+    return tokens
+
+
+def _side(direction: str | None) -> Any:
+    return direction.lower() if direction else None

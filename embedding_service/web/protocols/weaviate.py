@@ -1,0 +1,133 @@
+"""Weaviate's text2vec-transformers: POST /vectors, GET /meta, /.well-known/ready and /.well-known/live."""
+
+import time
+from typing import Annotated, Literal, TypedDict
+
+import msgspec
+from flask import Response
+from msgspec import UNSET, Meta, UnsetType
+
+from embedding_service.errors import InvalidRequest, Unavailable
+from embedding_service.web.body import answer, parse
+from embedding_service.web.context import context
+from embedding_service.web.embedding import Dimensions, Matrix, Vector, answer_embeddings, ask
+from embedding_service.web.operation import operation
+from embedding_service.web.protocol import Failure, Protocol
+
+
+class WeaviateErrorAnswer(TypedDict):
+    """An error in the form that Weaviate reads."""
+
+    error: str
+
+
+def render(failure: Failure) -> tuple[WeaviateErrorAnswer, int]:
+    """The error that Weaviate passes on to its caller."""
+    return {"error": failure.message}, failure.status
+
+
+protocol = Protocol("weaviate", "Weaviate", render, WeaviateErrorAnswer, ("/vectors", "/.well-known/"))
+
+# What Weaviate calls the two kinds of text.
+INPUT_TYPES: dict[str, Literal["query", "document"]] = {"query": "query", "passage": "document"}
+
+
+class WeaviateConfig(msgspec.Struct, frozen=True):
+    """How to embed."""
+
+    task_type: Annotated[
+        Literal["query", "passage", ""],
+        Meta(description="Use the model's own prompt for queries or documents."),
+    ] = ""
+    dimensions: Dimensions | None = None
+
+
+class WeaviateBody(msgspec.Struct, frozen=True):
+    """One text, or many as `texts`."""
+
+    text: str | UnsetType = UNSET
+    texts: list[str] | UnsetType = UNSET
+    config: WeaviateConfig | None = None
+
+
+class WeaviateAnswer(TypedDict):
+    """One vector, with its text."""
+
+    text: str
+    vector: Vector
+    dim: int
+    dims: int
+
+
+class WeaviateBatchAnswer(TypedDict):
+    """The vectors, in the order of the texts."""
+
+    vectors: Matrix
+    dims: int
+
+
+class WeaviateMeta(TypedDict):
+    """The model, as Weaviate lists it among its modules."""
+
+    model: str
+    model_type: str
+    embedding_dimension: int
+    max_seq_length: int
+
+
+_decoder = msgspec.json.Decoder(WeaviateBody)
+
+
+@protocol.post("/vectors")
+@operation({200: (WeaviateAnswer, WeaviateBatchAnswer)}, body=_decoder, embeds=True)
+def vectors() -> Response:
+    """Embed one text, or many, as vectors of length 1."""
+    began = time.monotonic()
+    body = parse(_decoder)
+    config = body.config or WeaviateConfig()
+    if isinstance(body.texts, list):
+        texts = body.texts
+    elif isinstance(body.text, str):
+        texts = [body.text]
+    else:
+        raise InvalidRequest("the request has neither text nor texts")
+    result = ask(texts, began, input_type=INPUT_TYPES.get(config.task_type), dimensions=config.dimensions)
+    dims = result.vectors.shape[1]
+    found: WeaviateBatchAnswer | WeaviateAnswer = {"vectors": result.vectors, "dims": dims}
+    if body.texts is UNSET:
+        found = {"text": texts[0], "vector": result.vectors[0], "dim": dims, "dims": dims}
+    return answer_embeddings(found, result, began)
+
+
+@protocol.get("/meta")
+@operation({200: WeaviateMeta}, raises=(Unavailable,))
+def meta() -> Response:
+    """Describe the model."""
+    info = context().require_info().info
+    assert info is not None
+    found: WeaviateMeta = {
+        "model": info.model_name,
+        "model_type": info.pooling,
+        "embedding_dimension": info.embedding_dimension,
+        "max_seq_length": info.max_seq_length,
+    }
+    return answer(found)
+
+
+@protocol.get("/.well-known/ready")
+@operation({204: None}, raises=(Unavailable,), public=True)
+def ready() -> Response:
+    """204 only when a request would be served."""
+    status = context().status()
+    if status.state != "healthy":
+        raise Unavailable(status.reason, retry_after_seconds=1)
+    return Response(status=204)
+
+
+@protocol.get("/.well-known/live")
+@operation({204: None}, raises=(Unavailable,), public=True)
+def live() -> Response:
+    """503 only when nothing but a new process can help."""
+    if context().engine.must_restart():
+        raise Unavailable(context().status().reason, retry_after_seconds=1)
+    return Response(status=204)

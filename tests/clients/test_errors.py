@@ -1,0 +1,101 @@
+"""Every error of the engine in the form that each protocol's clients expect; the engine is a fake."""
+
+import httpx2
+import jsonschema_rs
+import openai
+import pytest
+
+from embedding_service import errors
+from embedding_service.engine import Status
+from embedding_service.web.factory import create_app
+from embedding_service.web.openapi import document
+from embedding_service.web.settings import WebSettings
+
+KINDS = [kind for kind in errors.ServiceError.__subclasses__() if kind is not errors.NotFound]
+
+BODIES = {
+    "/embed": {"texts": "x"},
+    "/": {"inputs": "x"},
+    "/tokenize": {"inputs": "x"},
+    "/similarity": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
+    "/v1/embeddings": {"input": "x"},
+    "/embeddings": {"input": "x"},
+    "/api/embed": {"input": "x"},
+    "/api/embeddings": {"prompt": "x"},
+    "/vectors": {"text": "x"},
+}
+
+
+class FailingEngine:
+    """Raises `error` whatever is asked."""
+
+    error: Exception = RuntimeError("secret detail")
+
+    def embed(self, _request):
+        raise self.error
+
+    def tokenize(self, _request):
+        raise self.error
+
+    def status(self):
+        return Status(state="healthy")
+
+    def must_restart(self):
+        return False
+
+
+@pytest.fixture
+def app():
+    return create_app(FailingEngine(), WebSettings())
+
+
+def validator(app, path: str, status: int) -> jsonschema_rs.Validator:
+    described = document(app)
+    schema = described["paths"][path]["post"]["responses"][str(status)]["content"]["application/json"][
+        "schema"
+    ]
+    return jsonschema_rs.validator_for({**schema, "components": described["components"]})
+
+
+def test_every_embedding_route_is_in_the_table(app):
+    documented = {path for path, methods in document(app)["paths"].items() if "post" in methods}
+    assert documented == set(BODIES)
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_errors_are_answered_as_documented(app, path, kind):
+    app.extensions["embedding_service"].engine.error = kind("it failed", retry_after_seconds=1.2)
+    answer = app.test_client().post(path, json=BODIES[path])
+    changed = {400: 422, 500: 424} if path in ("/", "/tokenize", "/similarity") else {}
+    assert answer.status_code == changed.get(kind.status, kind.status)
+    assert "it failed" in answer.text
+    assert (answer.headers["Retry-After"], answer.headers["retry-after-ms"]) == ("2", "1200")
+    validator(app, path, answer.status_code).validate(answer.json)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_bug_is_a_500_without_details(app, path):
+    answer = app.test_client().post(path, json=BODIES[path])
+    assert answer.status_code in (424, 500)
+    assert "secret" not in answer.text
+    validator(app, path, answer.status_code).validate(answer.json)
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [
+        (errors.Unauthorized, openai.AuthenticationError),
+        (errors.Overloaded, openai.RateLimitError),
+        (errors.Unavailable, openai.InternalServerError),
+        (errors.DeadlineExceeded, openai.InternalServerError),
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_the_openai_sdk_raises_its_own_exceptions(app, kind, raised):
+    app.extensions["embedding_service"].engine.error = kind("it failed", retry_after_seconds=0.05)
+    transport = httpx2.WSGITransport(app=app)
+    with httpx2.Client(transport=transport) as http:
+        client = openai.OpenAI(base_url="http://service/v1", api_key="x", http_client=http, max_retries=0)
+        with pytest.raises(raised, match="it failed"):
+            client.embeddings.create(input="x", model="any")

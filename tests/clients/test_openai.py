@@ -1,0 +1,145 @@
+"""OpenAI's clients: the official SDK, LangChain and LlamaIndex, against the real service."""
+
+import asyncio
+
+import numpy as np
+import openai
+import pytest
+import requests
+import tiktoken
+from langchain_openai import OpenAIEmbeddings
+from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+
+from tests.clients.conftest import TEXTS
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def langchain_client(service, monkeypatch):
+    """Makes LangChain's client; its tokenizer is a byte for a token, since OpenAI's must be downloaded."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding("cl100k_base", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "cl100k_base", encoding)
+
+    def make(**arguments) -> OpenAIEmbeddings:
+        return OpenAIEmbeddings(base_url=f"{service.url}/v1", api_key="none", max_retries=0, **arguments)
+
+    return make
+
+
+def test_the_sdk_gets_the_oracles_vectors_as_base64(client, close, oracle, model_name):
+    answer = client.embeddings.create(input=TEXTS, model="text-embedding-3-small")
+    close([item.embedding for item in answer.data], TEXTS)
+    assert [item.index for item in answer.data] == list(range(len(TEXTS)))
+    assert answer.model == model_name
+    lengths = [min(256, len(oracle.tokenizer(text)["input_ids"])) for text in TEXTS]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(lengths)
+
+
+def test_the_sdk_asks_for_base64_by_itself(client):
+    raw = client.embeddings.with_raw_response.create(input="hello", model="any")
+    assert b"base64" in raw.http_response.request.read()
+    assert isinstance(raw.http_response.json()["data"][0]["embedding"], str)
+
+
+def test_the_sdk_may_ask_for_floats_and_fewer_dimensions(client, close):
+    answer = client.embeddings.create(input="hello", model="any", encoding_format="float", dimensions=64)
+    close([answer.data[0].embedding], ["hello"], truncate_dim=64)
+
+
+def test_the_asynchronous_sdk(service, close):
+    async def embed():
+        async with openai.AsyncOpenAI(base_url=service.url, api_key="none") as client:
+            return await asyncio.gather(
+                *(client.embeddings.create(input=text, model="any") for text in TEXTS)
+            )
+
+    close([answer.data[0].embedding for answer in asyncio.run(embed())], TEXTS)
+
+
+def test_2048_inputs_in_one_request(client, close):
+    texts = [f"text number {number}" for number in range(2048)]
+    answer = client.embeddings.create(input=texts, model="any")
+    assert len(answer.data) == 2048
+    sample = [0, 1, 31, 32, 1023, 2047]
+    close([answer.data[index].embedding for index in sample], [texts[index] for index in sample])
+
+
+def test_the_models_are_the_one(client, model_name):
+    assert [model.id for model in client.models.list()] == [model_name]
+    assert client.models.retrieve(model_name).id == model_name
+    with pytest.raises(openai.NotFoundError, match="'gpt-5' is not here"):
+        client.models.retrieve("gpt-5")
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3]]], ids=["one", "many"])
+def test_token_ids_are_refused_with_the_way_out(client, ids):
+    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as caught:
+        client.embeddings.create(input=ids, model="any")
+    assert caught.value.param == "input"
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param"),
+    [
+        ({"input": ["fine", 3]}, "input"),
+        ({"input": []}, "input"),
+        ({"input": "x", "dimensions": 0}, "dimensions"),
+        ({"input": "x", "dimensions": 385}, "dimensions"),
+        ({"input": "x", "encoding_format": "int8"}, "encoding_format"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(client, arguments, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="any", **arguments)
+    assert caught.value.param == param
+
+
+def test_errors_outside_the_views_have_the_same_form(service):
+    for method, path, status in [
+        ("GET", "/v1/embeddings", 405),
+        ("GET", "/v1/engines", 404),
+        ("POST", "/v1/embeddings", 415),
+    ]:
+        answer = requests.request(method, service.url + path, data={"form": "1"}, timeout=10)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_langchain(langchain_client, close):
+    embeddings = langchain_client(model="any", check_embedding_ctx_length=False)
+    close(embeddings.embed_documents(TEXTS), TEXTS)
+    close([embeddings.embed_query("hello")], ["hello"])
+
+
+def test_langchain_with_token_ids_is_told_the_way_out(langchain_client):
+    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
+        langchain_client().embed_documents(["hello"])
+
+
+def test_langchain_with_fewer_dimensions(langchain_client, close):
+    embeddings = langchain_client(model="any", check_embedding_ctx_length=False, dimensions=32)
+    close(embeddings.embed_documents(["hello"]), ["hello"], truncate_dim=32)
+
+
+def test_llama_index(service, close, model_name):
+    embedding = OpenAILikeEmbedding(model_name=model_name, api_base=f"{service.url}/v1", max_retries=0)
+    texts = [text for text in TEXTS if text]
+    # LlamaIndex itself replaces line breaks.
+    close(embedding.get_text_embedding_batch(texts), [text.replace("\n", " ") for text in texts])
+    close([embedding.get_query_embedding("hello")], ["hello"])
+
+
+def test_base64_is_little_endian_float32(service, oracle):
+    import base64
+
+    answer = service.post("/v1/embeddings", {"input": "hello", "encoding_format": "base64"}).json()
+    vector = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
+    assert np.abs(vector - oracle.encode("hello", normalize_embeddings=True)).max() < 1e-5

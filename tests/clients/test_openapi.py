@@ -1,0 +1,101 @@
+"""The OpenAPI document: complete, true to the service under fuzzing, and shown without another host."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import jsonschema_rs
+import pytest
+import requests
+
+from embedding_service.web.factory import create_app
+from embedding_service.web.settings import WebSettings
+from tests.conftest import require_program
+
+CHECKS = [
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+]
+
+# Pages and files for a person, and what another program than an embedding client reads.
+UNDESCRIBED = {"/", "/docs", "/docs/<name>", "/metrics"}
+
+
+def test_no_request_has_an_undocumented_answer(service, tmp_path):
+    """schemathesis sends what the document allows, and what it does not."""
+    run = subprocess.run(
+        [
+            Path(sys.executable).with_name("schemathesis"),
+            *("run", f"{service.url}/openapi.json", "--checks", ",".join(CHECKS), "--no-color"),
+            *("--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1"),
+            *("--generation-database", "none"),
+        ],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Traceback" not in service.log()
+    assert service.health()[0] == 200
+
+
+def test_every_route_is_described():
+    app = create_app(None, WebSettings())
+    described = app.test_client().get("/openapi.json").json["paths"]
+    rules = {rule.rule for rule in app.url_map.iter_rules()} - UNDESCRIBED
+    assert {rule.replace("<path:name>", "{name}") for rule in rules} == set(described) - {"/"}
+    assert list(described["/"]) == ["post"]
+
+
+def test_the_document_is_made_of_the_structs(service):
+    from embedding_service.web.protocols.native import EmbedBody
+
+    described = requests.get(f"{service.url}/openapi.json", timeout=10).json()
+    assert described["openapi"].startswith("3.1")
+    schema = described["components"]["schemas"]["EmbedBody"]
+    assert set(schema["properties"]) == set(EmbedBody.__struct_fields__)
+    assert schema["required"] == ["texts"]
+    for name, body in described["components"]["schemas"].items():
+        jsonschema_rs.meta.validate(body), name
+
+
+def test_swagger_ui_renders_it_with_no_other_host(service, tmp_path):
+    """Chromium, with every name but ours unresolvable, and a log of what it asked for."""
+    chromium = require_program("chromium", "chromium")
+    log = tmp_path / "net.json"
+    page = subprocess.run(
+        [
+            chromium,
+            *("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--log-net-log={log}"),
+            *("--virtual-time-budget=20000", "--dump-dom", f"{service.url}/docs"),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    for shown in ("/v1/embeddings", "/api/embed", "Text Embeddings Inference", "Weaviate"):
+        assert shown in page
+    events = json.loads(log.read_text())["events"]
+    asked = {event["params"]["url"] for event in events if "url" in event.get("params", {})}
+    hosts = {urlsplit(url).netloc for url in asked if url.startswith(("http:", "https:", "ws"))}
+    assert hosts == {urlsplit(service.url).netloc}
+    paths = {urlsplit(url).path for url in asked}
+    assert {"/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/openapi.json"} <= paths
+
+
+@pytest.mark.parametrize("name", ["../flask_swagger_ui.py", "index.css", "%2e%2e%2fLICENSE"])
+def test_only_the_files_of_the_page_are_served(service, name):
+    answer = requests.get(f"{service.url}/docs/{name}", timeout=10)
+    assert answer.status_code == 404
