@@ -3,7 +3,7 @@
 from flask import Flask
 
 from embedding_service.engine import Engine
-from embedding_service.web import error_handlers, health, request_ids
+from embedding_service.web import error_handlers, health, page, request_ids
 from embedding_service.web.context import Context, install
 from embedding_service.web.protocols import native
 from embedding_service.web.settings import WebSettings
@@ -16,6 +16,7 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     install(app, Context(engine, settings))
     request_ids.register(app)
     error_handlers.register(app)
+    app.register_blueprint(page.blueprint)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(native.blueprint)
     return app
