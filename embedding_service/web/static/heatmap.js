@@ -56,15 +56,16 @@ export function heatmap(texts, matrix, onRead) {
 }
 
 function cell(similarity, i, j, low) {
-  const shown = similarity.toFixed(2);
+  const shown = number(similarity, 2);
   const drawn = element("td", { role: "gridcell", tabindex: -1, "aria-label": `${i + 1} and ${j + 1}: ${shown}` });
   Object.assign(drawn.dataset, { i, j });
   drawn.append(element("span", {}, shown));
   const shade = Math.min(1, Math.max(0, (similarity - low) / (1 - low)));
   drawn.style.setProperty("--shade", `${(100 * shade).toFixed(1)}%`);
   drawn.classList.toggle("self", i === j);
-  drawn.classList.toggle("half", shade >= 0.45);
-  drawn.classList.toggle("deep", shade >= 0.64);
+  drawn.classList.toggle("middle", shade >= 0.5);
+  drawn.classList.toggle("strong", shade >= 0.575);
+  drawn.classList.toggle("deep", shade >= 0.725);
   return drawn;
 }
 
@@ -92,6 +93,9 @@ function move(cells, next) {
   next.tabIndex = 0;
   next.focus();
 }
+
+/** A similarity in `digits` digits, with a true minus sign. */
+export const number = (similarity, digits) => similarity.toFixed(digits).replace(/^-(?=.*[1-9])/, "−").replace("-", "");
 
 /** An element with attributes and a text. */
 export function element(name, attributes = {}, text = "") {

@@ -1,20 +1,20 @@
 // The page: the service's state above, texts on the left, how alike they are on the right.
 
-import { element, floor, heatmap, pairs, similarities } from "./heatmap.js";
+import { element, floor, heatmap, number, pairs, similarities } from "./heatmap.js";
 import { ServiceError, address, embed, health, info, key } from "./service.js";
 import { curl } from "./shell.js";
 
 const EXAMPLE = [
   "A cat sleeps on the warm windowsill.",
   "The kitten is napping in the sun.",
-  "Our revenue rose by twelve percent this quarter.",
-  "The company earned more than in the last three months.",
+  "Revenue rose by twelve percent this quarter.",
+  "The company earned more than last year.",
   "How do I reset my password?",
   "I forgot my login and cannot sign in.",
 ];
 
 const MOST_TEXTS = 100;
-const MOST_PAIRS = 6;
+const MOST_PAIRS = 5;
 const POLL_MS = { healthy: 5000, otherwise: 1000 };
 
 const STATES = {
@@ -164,7 +164,7 @@ function showAnswer(texts, answer, elapsed) {
   $("low").textContent = floor(matrix);
   $("matrix").replaceChildren(
     heatmap(texts, matrix, (i, j) => {
-      $("readout").textContent = `${matrix[i][j].toFixed(3)}  “${texts[i]}” and “${texts[j]}”`;
+      $("readout").textContent = `${number(matrix[i][j], 3)}  “${texts[i]}” and “${texts[j]}”`;
     }),
   );
   show("readout", "Point at a cell, or walk the cells with the arrow keys, to read a pair.");
@@ -193,7 +193,7 @@ function showPairs(texts, nearest) {
     meter.style.setProperty("--shade", `${(100 * Math.max(0, similarity)).toFixed(1)}%`);
     const both = element("div", { class: "pair" });
     both.append(numbered(i, texts), numbered(j, texts));
-    item.append(element("output", {}, similarity.toFixed(2)), both, meter);
+    item.append(element("output", {}, number(similarity, 2)), both, meter);
     return item;
   });
   $("pairs").replaceChildren(...items);
