@@ -159,6 +159,12 @@ def runtime_folder() -> Path | None:
     return Path(named) if named else None
 
 
+def client_api_key() -> str | None:
+    """The key with which embed_file asks a service, from API_KEY; the service itself has API_KEYS."""
+    load_dotenv(ENV_FILE)
+    return os.environ.get("API_KEY", "").strip() or None
+
+
 def load(environ: Mapping[str, str] | None = None) -> Config:
     """The settings from `environ`, by default the process environment over `.env`.
 

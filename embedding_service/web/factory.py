@@ -3,7 +3,7 @@
 from flask import Flask
 
 from embedding_service.engine import Engine
-from embedding_service.web import auth, docs, error_handlers, health, monitoring, request_ids
+from embedding_service.web import auth, docs, error_handlers, health, monitoring, page, request_ids
 from embedding_service.web.context import Context, install
 from embedding_service.web.protocols import native, ollama, openai, tei, weaviate
 from embedding_service.web.settings import WebSettings
@@ -18,6 +18,7 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     request_ids.register(app)
     auth.register(app)
     error_handlers.register(app)
+    app.register_blueprint(page.blueprint)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(monitoring.blueprint)
     app.register_blueprint(docs.blueprint)

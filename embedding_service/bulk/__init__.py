@@ -1,0 +1,1 @@
+"""Embedding a whole file: rows in, vectors out, in memory that does not grow with the file."""

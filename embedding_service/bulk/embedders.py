@@ -1,0 +1,199 @@
+"""Who embeds: a service behind a URL, or an engine in this process; both fail with a ServiceError."""
+
+import base64
+import contextlib
+import sys
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, Protocol, TypeVar
+
+import httpx2
+import msgspec
+import numpy as np
+
+from embedding_service.engine import EmbedRequest, Engine, Vectors
+from embedding_service.errors import ServiceError, StartupError, TooLarge, Unavailable
+
+# A request may wait in the service's queue behind many others.
+REQUEST_SECONDS = 600.0
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked for every text."""
+
+    input_type: Literal["query", "document"] | None = None
+    dimensions: int | None = None
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """What embeds, and how many texts it takes at once."""
+
+    model: str
+    fingerprint: str
+    most_texts: int
+
+
+class Embedder(Protocol):
+    """Safe to use from several threads."""
+
+    def describe(self) -> Description:
+        """Raises a ServiceError."""
+
+    def embed(self, texts: list[str]) -> tuple[Vectors, int]:
+        """A vector for each text, and how many of the texts were cut. Raises a ServiceError."""
+
+    def close(self) -> None:
+        """Give its resources back."""
+
+
+class Stopped(Exception):
+    """The run cannot go on; what it has done is kept."""
+
+
+class Lost(ServiceError):
+    """Nobody answered at the address, or not as this service does."""
+
+    status = 503
+    error_type = "unavailable"
+
+
+class Answered(ServiceError):
+    """An error that the service answered with."""
+
+    def __init__(self, message: str, status: int, retry_after_seconds: float | None) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds)
+        self.status = status
+
+
+class _Info(msgspec.Struct):
+    model_name: str
+    fingerprint: str
+    max_client_batch_size: int
+
+
+class _Usage(msgspec.Struct):
+    truncated: list[int]
+
+
+class _Answer(msgspec.Struct):
+    embeddings: list[str]
+    usage: _Usage
+
+
+Answer = TypeVar("Answer")
+
+
+class RemoteEmbedder:
+    """The service at `url`, over HTTP; `transport` is for tests."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        options: Options,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self._url = url.rstrip("/") + "/"
+        self._options = {k: v for k, v in msgspec.to_builtins(options).items() if v is not None}
+        try:
+            self._client = httpx2.Client(
+                base_url=self._url,
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=httpx2.Timeout(REQUEST_SECONDS, connect=10.0),
+                transport=transport,
+            )
+        except (httpx2.InvalidURL, UnicodeEncodeError) as error:
+            raise StartupError(f"--url {url!r} or the API key cannot be used: {error}") from None
+
+    def describe(self) -> Description:
+        info = self._ask("GET", "info", None, _Info)
+        return Description(
+            model=info.model_name, fingerprint=info.fingerprint, most_texts=info.max_client_batch_size
+        )
+
+    def embed(self, texts: list[str]) -> tuple[Vectors, int]:
+        body = msgspec.json.encode({"texts": texts, "encoding_format": "base64"} | self._options)
+        answer = self._ask("POST", "embed", body, _Answer)
+        if len(answer.embeddings) != len(texts):
+            raise Lost(f"{len(answer.embeddings)} vectors came for {len(texts)} texts")
+        raw = b"".join(base64.b64decode(vector) for vector in answer.embeddings)
+        return np.frombuffer(raw, "<f4").reshape(len(texts), -1), len(answer.usage.truncated)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _ask(self, method: str, path: str, body: bytes | None, kind: type[Answer]) -> Answer:
+        try:
+            response = self._client.request(
+                method, path, content=body, headers={"Content-Type": "application/json"}
+            )
+        except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
+            raise StartupError(f"--url {self._url!r} cannot be used: {error}") from None
+        except httpx2.TransportError as error:
+            raise Lost(f"{self._url} does not answer: {error or type(error).__name__}") from None
+        if response.status_code != 200:
+            raise Answered(_message(response), response.status_code, retry_after_seconds(response.headers))
+        try:
+            return msgspec.json.decode(response.content, type=kind)
+        except msgspec.MsgspecError as error:
+            raise Lost(f"{self._url}{path} does not answer as this service does: {error}") from None
+
+
+class LocalEmbedder:
+    """An engine in this process, bounded as the service would bound it."""
+
+    def __init__(self, engine: Engine, options: Options, max_text_characters: int) -> None:
+        self._engine = engine
+        self._options = options
+        self._max_text_characters = max_text_characters
+
+    def describe(self) -> Description:
+        info = self._engine.status().info
+        if info is None:
+            raise Unavailable(self._engine.status().reason)
+        return Description(model=info.model_name, fingerprint=info.fingerprint, most_texts=sys.maxsize)
+
+    def embed(self, texts: list[str]) -> tuple[Vectors, int]:
+        longest = max(map(len, texts))
+        if longest > self._max_text_characters:
+            raise TooLarge(
+                f"texts[0] has {longest} characters; at most {self._max_text_characters} are allowed"
+            )
+        try:
+            result = self._engine.embed(
+                EmbedRequest(
+                    texts=texts,
+                    deadline=time.monotonic() + REQUEST_SECONDS,
+                    input_type=self._options.input_type,
+                    dimensions=self._options.dimensions,
+                )
+            )
+        except Unavailable as error:
+            if self._engine.must_restart():
+                raise Stopped(f"the model is lost: {error.message}") from None
+            raise
+        return result.vectors, len(result.truncated)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """How long an answer asks to wait: `retry-after-ms`, else Retry-After as seconds or as a date."""
+    with contextlib.suppress(KeyError, ValueError):
+        return max(0.0, float(headers["retry-after-ms"]) / 1000)
+    value = headers.get("Retry-After", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(value))
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
+def _message(response: httpx2.Response) -> str:
+    with contextlib.suppress(msgspec.MsgspecError):
+        error = msgspec.json.decode(response.content, type=dict[str, Any]).get("error")
+        if isinstance(error, str):
+            return error
+    return f"HTTP {response.status_code}"

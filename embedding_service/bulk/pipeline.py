@@ -1,0 +1,204 @@
+"""Rows through an embedder into a part file: several requests in flight, the rows in their order."""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from embedding_service.bulk.embedders import Description, Embedder, Lost, Stopped
+from embedding_service.bulk.part import Part
+from embedding_service.bulk.rows import Row
+from embedding_service.engine import Vectors
+from embedding_service.errors import ServiceError, StartupError
+
+# A request carries at most this many characters, however few texts they are.
+CHUNK_CHARACTERS = 1_000_000
+
+PROBE = "probe"
+
+# Statuses that say nothing of the texts: wait, then ask again; and those that no waiting mends.
+WAIT = {429, 502, 503}
+HOPELESS = {401, 403, 404, 405}
+
+# A text alone may fail so often before it is a bad row.
+TRIES = 3
+
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 30.0
+
+Result = TypeVar("Result")
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """Some rows, embedded: NaN where one is bad; and how many texts were cut."""
+
+    vectors: Vectors
+    bad: list[Row]
+    truncated: int
+
+
+class Patient:
+    """An embedder that is asked again when it is busy or away, and that finds the text that is refused."""
+
+    def __init__(
+        self, embedder: Embedder, give_up_seconds: float, tell: Callable[[str], None] = lambda _message: None
+    ) -> None:
+        """Waits for the embedder to be ready. Raises StartupError where it will not embed as asked."""
+        self._embedder = embedder
+        self._give_up_seconds = give_up_seconds
+        self._tell = tell
+        self._stopping = threading.Event()
+        self._last_success = time.monotonic()
+        self._known: Description | None = None
+        try:
+            self.description = self._known = self._persist(embedder.describe)
+            self.dimension = self._persist(lambda: embedder.embed([PROBE]))[0].shape[1]
+        except (Stopped, ServiceError) as error:
+            raise StartupError(str(error)) from None
+
+    def stop(self) -> None:
+        """Wait for nothing any more."""
+        self._stopping.set()
+
+    def embed(self, rows: list[Row]) -> Chunk:
+        """Embed the rows that have a text. Raises Stopped where the embedder is of no use any more."""
+        good = [row for row in rows if not row.error]
+        outcomes, truncated = self._embed([row.text for row in good]) if good else ([], 0)
+        vectors = np.full((len(rows), self.dimension), np.nan, np.float32)
+        bad = [row for row in rows if row.error]
+        for row, outcome in zip(good, outcomes, strict=True):
+            if isinstance(outcome, str):
+                bad.append(msgspec.structs.replace(row, error=outcome))
+            else:
+                vectors[row.number - rows[0].number] = outcome
+        return Chunk(vectors, sorted(bad, key=lambda row: row.number), truncated)
+
+    def _embed(self, texts: list[str]) -> tuple[list[Vectors | str], int]:
+        """A vector for each text, or what is wrong with it: on a refusal, by halving."""
+        try:
+            return self._vectors(texts)
+        except ServiceError as error:
+            if len(texts) == 1:
+                return self._embed_refused(texts, error)
+        half = len(texts) // 2
+        left, right = self._embed(texts[:half]), self._embed(texts[half:])
+        return left[0] + right[0], left[1] + right[1]
+
+    def _embed_refused(self, texts: list[str], error: ServiceError) -> tuple[list[Vectors | str], int]:
+        """The last tries of one text; only a fault of the service's own is worth another one."""
+        tries = 1
+        for attempt in count():
+            if error.status < 500 or tries == TRIES:
+                break
+            self._wait(error, attempt)
+            # While the service fails at everything, it is not this text's fault.
+            if self._is_well():
+                try:
+                    return self._vectors(texts)
+                except ServiceError as again:
+                    error, tries = again, tries + 1
+        return [error.message.replace("texts[0]", "the text")], 0
+
+    def _vectors(self, texts: list[str]) -> tuple[list[Vectors | str], int]:
+        vectors, truncated = self._persist(lambda: self._embedder.embed(texts))
+        if vectors.shape[1] != self.dimension:
+            raise Stopped(f"the vectors have {vectors.shape[1]} numbers now, and had {self.dimension}")
+        return list(vectors), truncated
+
+    def _is_well(self) -> bool:
+        try:
+            self._persist(lambda: self._embedder.embed([PROBE]))
+        except ServiceError:
+            return False
+        return True
+
+    def _persist(self, ask: Callable[[], Result]) -> Result:
+        """Ask until there is an answer; raises the ServiceErrors that may be the texts' own fault."""
+        was_away = False
+        for attempt in count():
+            try:
+                if was_away:
+                    self._require_same_model()
+                result = ask()
+            except ServiceError as error:
+                if error.status in HOPELESS:
+                    raise Stopped(f"{error.message} (HTTP {error.status})") from None
+                if error.status not in WAIT:
+                    raise
+                was_away = was_away or error.status != 429
+                self._wait(error, attempt)
+            else:
+                self._last_success = time.monotonic()
+                return result
+        raise AssertionError("unreachable")
+
+    def _require_same_model(self) -> None:
+        """Who comes back may be another: its vectors must not stand beside the first one's."""
+        found = self._embedder.describe()
+        if self._known and found.fingerprint != self._known.fingerprint:
+            raise Stopped(f"the service has another model now: {found.model}, and had {self._known.model}")
+
+    def _wait(self, error: ServiceError, attempt: int) -> None:
+        if isinstance(error, Lost) and self._known is None:
+            raise Stopped(error.message)
+        asked = error.retry_after_seconds
+        seconds = min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS) if asked is None else asked
+        # Those who were told to wait equally long must not all come back at once.
+        seconds *= 1 + random.random() / 4
+        if time.monotonic() + seconds - self._last_success > self._give_up_seconds:
+            raise Stopped(f"nothing was embedded in {self._give_up_seconds:.0f} s: {error.message}")
+        if seconds > 5:
+            self._tell(f"waiting {seconds:.0f} s: {error.message}")
+        if self._stopping.wait(seconds):
+            raise Stopped("interrupted")
+
+
+def run(
+    rows: Iterable[Row],
+    embedder: Patient,
+    part: Part,
+    *,
+    chunk_rows: int,
+    in_flight: int,
+    on_chunk: Callable[[Chunk], None],
+) -> None:
+    """Embed the rows and append them to the part, in their order. Memory holds a few chunks at a time."""
+    pool = ThreadPoolExecutor(in_flight, thread_name_prefix="embed")
+    pending: deque[Future[Chunk]] = deque()
+
+    def write_oldest() -> None:
+        chunk = pending.popleft().result()
+        part.append(chunk.vectors, chunk.bad)
+        on_chunk(chunk)
+
+    try:
+        for chunk in chunks(rows, chunk_rows):
+            pending.append(pool.submit(embedder.embed, chunk))
+            # Twice as many as are in flight, so that one slow chunk does not idle the others.
+            if len(pending) >= 2 * in_flight:
+                write_oldest()
+        while pending:
+            write_oldest()
+    finally:
+        embedder.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def chunks(rows: Iterable[Row], chunk_rows: int) -> Iterator[list[Row]]:
+    """Rows in lists of at most `chunk_rows`, and of CHUNK_CHARACTERS unless one row alone has more."""
+    chunk: list[Row] = []
+    characters = 0
+    for row in rows:
+        if chunk and (len(chunk) == chunk_rows or characters + len(row.text) > CHUNK_CHARACTERS):
+            yield chunk
+            chunk, characters = [], 0
+        chunk.append(row)
+        characters += len(row.text)
+    if chunk:
+        yield chunk

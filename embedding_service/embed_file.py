@@ -1,0 +1,190 @@
+"""`python -m embedding_service.embed_file corpus.jsonl -o vectors.npy`: embed a file, row by row."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+from tqdm import tqdm
+
+import config
+from embedding_service import logs
+from embedding_service.bulk import outputs, rows
+from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
+from embedding_service.bulk.part import Failure, Job, Part, discard, errors_path, identify
+from embedding_service.bulk.pipeline import Chunk, Patient, run
+from embedding_service.errors import StartupError
+
+# Exit codes; argparse itself ends with 2.
+DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130
+
+SHOWN_FAILURES = 20
+
+DESCRIPTION = """\
+Embed every row of a file: .jsonl (objects with a text field, or bare strings), .txt (a text a line) or
+.csv (with a header). The same command goes on where an interrupted run stopped."""
+
+EXIT_CODES = """\
+exit codes: 0 every row has its vector; 3 finished, but some rows are bad: they are NaN in .npy, null with
+an error in .jsonl and .parquet, and listed with their lines in OUTPUT.errors.jsonl; 2 could not begin;
+1 stopped before the end, or 130 interrupted: the same command goes on"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m embedding_service.embed_file", description=DESCRIPTION, epilog=EXIT_CODES
+    )
+    made.add_argument("input", type=Path, help="the file: .jsonl, .txt or .csv")
+    made.add_argument("-o", "--output", type=Path, required=True, help="ends in .npy, .jsonl or .parquet")
+    made.add_argument("--url", help="the service to ask, as http://host:8001; without it the model runs here")
+    made.add_argument("--api-key", help="its API key; the environment's API_KEY does not show in `ps`")
+    made.add_argument("--field", default="text", help="the field or column with the text (text)")
+    made.add_argument("--input-type", choices=["query", "document"], help="use the model's prompt for it")
+    made.add_argument("--dimensions", type=_positive, help="cut the vectors to this length")
+    made.add_argument("--batch", type=_positive, default=256, help="texts in one request (256)")
+    made.add_argument("--in-flight", type=_positive, default=4, help="requests at the same time (4)")
+    made.add_argument(
+        "--give-up-after", type=float, default=600.0, help="seconds without one success, then stop (600)"
+    )
+    made.add_argument(
+        "--restart", action="store_true", help="replace the output, and forget an interrupted run"
+    )
+    return made
+
+
+def main() -> int:
+    """Run the command line; the result is the exit code."""
+    arguments = parser().parse_args()
+    try:
+        _check(arguments)
+        return _embed(arguments)
+    except (StartupError, config.ConfigError) as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    except (Stopped, OSError) as error:
+        print(f"Stopped: {error}\nThe same command goes on from here.", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here.", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    outputs.writer(arguments.output)
+    if not arguments.input.is_file():
+        raise StartupError(f"{arguments.input} is not a file")
+    if arguments.input.suffix.lower() not in rows.ENDINGS:
+        raise StartupError(f"{arguments.input}: the input must end in {', '.join(rows.ENDINGS)}")
+    if not arguments.output.parent.is_dir():
+        raise StartupError(f"{arguments.output.parent} is not a folder")
+    if arguments.restart:
+        discard(arguments.output)
+    elif (
+        arguments.output.exists() and not arguments.output.with_name(f"{arguments.output.name}.part").exists()
+    ):
+        raise StartupError(f"{arguments.output} is there already; --restart replaces it")
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    total = rows.count(arguments.input, arguments.field)
+    options = Options(input_type=arguments.input_type, dimensions=arguments.dimensions)
+    embedder = _embedder(arguments, options)
+    patient = Patient(embedder, arguments.give_up_after, _tell)
+    size, digest = identify(arguments.input)
+    job = Job(
+        input_bytes=size,
+        input_hash=digest,
+        field=arguments.field,
+        fingerprint=patient.description.fingerprint,
+        dimension=patient.dimension,
+        input_type=options.input_type,
+        dimensions=options.dimensions,
+    )
+    part = Part(arguments.output, job)
+    truncated = 0
+    with tqdm(
+        total=total,
+        initial=part.rows,
+        unit=" texts",
+        dynamic_ncols=True,
+        # A log file needs no line for every tenth of a second.
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+
+        def on_chunk(chunk: Chunk) -> None:
+            nonlocal truncated
+            truncated += chunk.truncated
+            bar.update(len(chunk.vectors))
+            if part.failures:
+                bar.set_postfix_str(f"{part.failures} bad", refresh=False)
+
+        try:
+            run(
+                rows.read(arguments.input, arguments.field, part.rows),
+                patient,
+                part,
+                chunk_rows=min(arguments.batch, patient.description.most_texts),
+                in_flight=arguments.in_flight,
+                on_chunk=on_chunk,
+            )
+        except BaseException:
+            part.close()
+            raise
+    part.seal()
+    outputs.finish(part, arguments.output)
+    embedder.close()
+    return _report(arguments.output, part, truncated)
+
+
+def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
+    if arguments.url:
+        return RemoteEmbedder(arguments.url, arguments.api_key or config.client_api_key(), options)
+    # Imported here: with --url nothing of the model's half is needed.
+    from embedding_service.inference.local import LocalEngine
+    from embedding_service.inference.settings import ModelSettings
+
+    settings = config.load()
+    logs.setup(settings.log_level, settings.log_format, settings.log_file)
+    model = msgspec.convert(settings, ModelSettings, from_attributes=True)
+    engine = LocalEngine(msgspec.structs.replace(model, device=settings.devices[0]))
+    engine.loaded.wait()
+    if engine.startup_error is not None:
+        raise engine.startup_error
+    return LocalEmbedder(engine, options, settings.max_text_characters)
+
+
+def _report(output: Path, part: Part, truncated: int) -> int:
+    print(f"{part.rows} rows are in {output}", file=sys.stderr)
+    if truncated:
+        print(f"{truncated} texts of this run are longer than the model reads and were cut", file=sys.stderr)
+    if not part.failures:
+        return DONE
+    print(f"{part.failures} rows are bad, listed in {errors_path(output)}:", file=sys.stderr)
+    with errors_path(output).open("rb") as file:
+        for line, _ in zip(file, range(SHOWN_FAILURES), strict=False):
+            failure = msgspec.json.decode(line, type=Failure)
+            print(f"  line {failure.line}: {failure.error}", file=sys.stderr)
+    if part.failures > SHOWN_FAILURES:
+        print("  …", file=sys.stderr)
+    return SOME_BAD
+
+
+def _tell(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: it would wait for requests in flight, whose answers nobody reads any more.
+    os._exit(code)

@@ -1,0 +1,276 @@
+"""The page at / in a real Chromium: over the real service, and over one that fails as it is told."""
+
+import json
+import subprocess
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import requests
+from axe_core_python.base import AXE_SCRIPT
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+
+from embedding_service.engine import Status
+from embedding_service.errors import Overloaded
+from tests.browser.conftest import INFO
+from tests.conftest import require_program
+from tests.service import wait_until
+
+
+class Page:
+    """What a person sees and does."""
+
+    def __init__(self, browser: WebDriver, url: str) -> None:
+        self.browser = browser
+        browser.get(url)
+
+    def __getitem__(self, name: str):
+        return self.browser.find_element(By.ID, name)
+
+    def text(self, name: str) -> str:
+        """The visible text of an element."""
+        return self[name].text
+
+    def wait(self, name: str, words: str) -> None:
+        """Wait until an element shows the words."""
+        wait_until(lambda: words in self.text(name), 15, f"{words!r} in #{name}")
+
+    def type(self, *texts: str) -> None:
+        """Replace what stands in the box, as an input method would: every character is possible."""
+        self["texts"].clear()
+        self["texts"].click()
+        self.browser.execute_cdp_cmd("Input.insertText", {"text": "\n".join(texts)})
+
+    def compare(self, *texts: str) -> None:
+        """Type texts, press Compare, wait for the answer."""
+        self.type(*texts)
+        before = self.text("curl") if self["curl"].is_displayed() else ""
+        self["compare"].click()
+        wait_until(lambda: self["compare"].is_enabled() and self.text("curl") != before, 30, "an answer")
+
+    def matrix(self) -> np.ndarray:
+        """The numbers in the heat map."""
+        rows = self.browser.find_elements(By.CSS_SELECTOR, "#matrix tbody tr")
+        cells = [[c.text.replace("−", "-") for c in r.find_elements(By.TAG_NAME, "td")] for r in rows]
+        return np.array(cells, dtype=float)
+
+    def resize(self, width: int, height: int = 900) -> None:
+        """A screen of this size."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def go_dark(self) -> None:
+        """A reader who prefers dark pages."""
+        features = [{"name": "prefers-color-scheme", "value": "dark"}]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def scheme(self) -> str:
+        """The page's background colour."""
+        return self.browser.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
+
+    def console(self) -> list[str]:
+        """What the browser complained of; a blocked style or script would be here."""
+        return [entry["message"] for entry in self.browser.get_log("browser")]
+
+    def hosts(self) -> set[str]:
+        """Every host that the browser sent a request to."""
+        events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
+        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return {urlsplit(url).netloc for url in urls if url.startswith(("http", "ws"))}
+
+    def accessibility_violations(self) -> list[str]:
+        """What axe-core finds wrong."""
+        self.browser.execute_script(AXE_SCRIPT)
+        found = self.browser.execute_async_script("axe.run().then(arguments[0])")
+        return [f"{v['id']}: {[n['html'][:120] for n in v['nodes']]}" for v in found["violations"]]
+
+
+def test_two_sentences_show_the_similarity_that_sentence_transformers_gives(browser, service, oracle):
+    texts = ["The cat sits on the mat.", "A kitten rests on a rug."]
+    page = Page(browser, service.url)
+    page.compare(*texts)
+    vectors = oracle.encode(texts, normalize_embeddings=True)
+    expected = vectors @ vectors.T
+    assert np.abs(page.matrix() - expected).max() <= 0.00501
+    assert f"{expected[0, 1]:.2f}" in page.text("pairs")
+    assert "2 texts" in page.text("timing") and "ms in the service" in page.text("timing")
+
+
+def test_it_names_the_model_and_its_device(browser, service):
+    page = Page(browser, service.url)
+    page.wait("status", "Healthy")
+    page.wait("longest", "256 tokens")
+    assert page.text("model") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert page.text("device") == "cpu"
+    assert page.text("dimension") == "384"
+
+
+def test_nothing_comes_from_another_host_and_the_browser_has_no_complaint(browser, service):
+    page = Page(browser, service.url)
+    page.compare("one", "two")
+    page.wait("longest", "tokens")
+    assert page.hosts() == {urlsplit(service.url).netloc}
+    assert page.console() == []
+
+
+def test_the_curl_line_sends_what_was_sent(browser, service, oracle):
+    require_program("curl", "curl")
+    texts = ['it\'s "quoted" $HOME `id` \\n !! %s', "東京 👩‍👩‍👧 \\", "@file & ; | <tag>"]
+    page = Page(browser, service.url)
+    page.compare(*texts)
+    command = page.text("curl")
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=60)
+    expected = oracle.encode(texts, normalize_embeddings=True)
+    assert np.abs(np.array(json.loads(ran.stdout)["embeddings"]) - expected).max() < 1e-5
+
+
+def test_the_curl_line_of_a_text_too_long_for_an_argument(browser, scripted):
+    require_program("curl", "curl")
+    page = Page(browser, scripted.url)
+    page.browser.execute_script(
+        "document.getElementById('texts').value = \"it's \".repeat(19000) + '\\n' + 'é '.repeat(40000)"
+    )
+    page["compare"].click()
+    wait_until(page["curl"].is_displayed, 15, "an answer")
+    command = page["curl"].get_property("textContent")
+    ran = subprocess.run(["bash"], input=command.encode(), capture_output=True, check=True, timeout=60)
+    assert json.loads(ran.stdout)["count"] == 2
+
+
+def test_ctrl_enter_compares_and_the_arrow_keys_read_the_cells(browser, service):
+    page = Page(browser, service.url)
+    page.type("red", "crimson", "tax law")
+    page["texts"].send_keys(Keys.CONTROL, Keys.ENTER)
+    wait_until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#matrix td[data-i]")) == 9)
+    page.browser.find_element(By.CSS_SELECTOR, "#matrix td[tabindex='0']").send_keys(Keys.ARROW_RIGHT)
+    assert "“red” and “crimson”" in page.text("readout")
+    page.browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    page.browser.switch_to.active_element.send_keys(Keys.END)
+    assert "“crimson” and “tax law”" in page.text("readout")
+
+
+def test_blank_lines_are_no_texts_and_no_text_is_refused_here(browser, service):
+    page = Page(browser, service.url)
+    page.compare("one", "", "   ", "two")
+    assert page.matrix().shape == (2, 2)
+    page.type("", " ")
+    page["compare"].click()
+    page.wait("error", "Type at least one text.")
+
+
+def test_a_text_cut_by_the_model_is_named(browser, service):
+    page = Page(browser, service.url)
+    page.wait("longest", "256")
+    page.compare("short", "word " * 300)
+    assert page.text("truncated").startswith("Text 2 is longer than the model reads")
+    assert "256 tokens" in page.text("truncated")
+    page.compare("short", "too")
+    assert not page["truncated"].is_displayed()
+
+
+def test_a_refusal_of_the_service_is_readable(browser, service):
+    page = Page(browser, service.url)
+    page.browser.execute_script("document.getElementById('texts').value = 'x'.repeat(100001)")
+    page["compare"].click()
+    page.wait("error", "Texts[0] has 100001 characters; at most 100000 are allowed.")
+
+
+def test_a_text_is_shown_as_it_is_and_never_run(browser, scripted):
+    page = Page(browser, scripted.url)
+    page.compare("<img src=x onerror=alert(1)>", "<b>bold</b>")
+    assert "<b>bold</b>" in page.text("pairs")
+    assert page.console() == []
+
+
+def test_the_states_before_and_after_healthy(browser, scripted):
+    scripted.engine.state = Status(state="loading", reason="loading example/model")
+    page = Page(browser, scripted.url)
+    page.wait("status", "Loading the model")
+    page.wait("reason", "loading example/model")
+    scripted.engine.state = Status(state="healthy", info=INFO)
+    page.wait("status", "Healthy")
+    page.wait("backend", "torch, float16")
+    assert page.text("device") == "cuda"
+    assert not page["reason"].is_displayed()
+    scripted.engine.state = Status(state="unhealthy", reason="the cuda device failed", info=INFO)
+    page.wait("status", "Unhealthy")
+    page.wait("reason", "the cuda device failed")
+
+
+def test_overload_and_a_service_that_is_gone(browser, scripted):
+    page = Page(browser, scripted.url)
+    page.wait("backend", "torch")
+    scripted.engine.error = Overloaded("9000 tokens are waiting for the model", retry_after_seconds=3)
+    page["compare"].click()
+    page.wait("error", "9000 tokens are waiting for the model. Try again in 3 s.")
+    scripted.stop()
+    page["compare"].click()
+    page.wait("error", "The service did not answer.")
+    page.wait("status", "No answer")
+
+
+def test_an_api_key_is_asked_for_kept_in_the_tab_and_never_shown(browser, guarded):
+    page = Page(browser, guarded.url)
+    wait_until(page["key-form"].is_displayed, what="the question for a key")
+    assert page.text("device") == "cuda"  # /health says it to everybody
+
+    page["key"].send_keys("wrong", Keys.ENTER)
+    page.wait("key-error", "The service does not accept this key.")
+    page["compare"].click()
+    wait_until(lambda: page["key-form"].is_displayed() and page["compare"].is_enabled())
+
+    page["key"].send_keys("open sesame", Keys.ENTER)
+    page.wait("backend", "torch, float16")
+    assert not page["key-form"].is_displayed()
+    page.compare("one", "two")
+    assert '-H "Authorization: Bearer $API_KEY"' in page.text("curl")
+    assert "sesame" not in page.browser.page_source
+
+    page.browser.refresh()
+    page.wait("backend", "torch, float16")
+    assert page.browser.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
+    page["forget"].click()
+    wait_until(page["key-form"].is_displayed, what="the question for a key")
+    assert page.browser.execute_script("return sessionStorage.length") == 0
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_it_fits_the_screen_and_axe_core_finds_no_fault(browser, service, width, dark):
+    page = Page(browser, service.url)
+    light = page.scheme()
+    page.resize(width)
+    if dark:
+        page.go_dark()
+        assert page.scheme() != light
+    texts = [f"{word} " * 12 for word in ["Donaudampfschifffahrtsgesellschaft", "sea", "ship", "tax", "cat"]]
+    page.compare(*texts)
+    assert page.browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert page.accessibility_violations() == []
+
+
+def test_a_hundred_texts_make_a_matrix_and_one_more_is_refused(browser, scripted):
+    page = Page(browser, scripted.url)
+    page.resize(360)
+    page.compare(*[f"text {i}" for i in range(100)])
+    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#matrix td[data-i]")) == 10_000
+    assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    page.type(*[f"text {i}" for i in range(101)])
+    page["compare"].click()
+    page.wait("error", "up to 100 texts, and here are 101")
+
+
+def test_the_page_is_asked_for_again_and_its_files_are_kept(scripted):
+    page = requests.get(scripted.url, timeout=10)
+    assert page.headers["Cache-Control"] == "no-cache"
+    assert "'unsafe" not in page.headers["Content-Security-Policy"]
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    path = next(part for part in page.text.split('"') if part.endswith("page.css"))
+    file = requests.get(f"{scripted.url}/{path}", timeout=10)
+    assert (file.status_code, file.headers["Content-Type"]) == (200, "text/css; charset=utf-8")
+    assert "immutable" in file.headers["Cache-Control"]
+    old = requests.get(f"{scripted.url}/static/another/page.css", timeout=10)
+    assert old.headers["Cache-Control"] == "no-cache"
+    assert requests.get(f"{scripted.url}/static/another/..%2fpage.py", timeout=10).status_code == 404
