@@ -13,7 +13,7 @@ TEXTS = [f"sentence number {index} about the weather" for index in range(20)]
 class Load:
     """`clients` threads that each send a request every `interval_seconds`, over connections they keep."""
 
-    def __init__(self, url: str, certificate: str, clients: int = 12, interval_seconds: float = 0.2) -> None:
+    def __init__(self, url: str, certificate: str, clients: int = 8, interval_seconds: float = 0.25) -> None:
         self._url = f"{url}/embed"
         self._certificate = certificate
         self._interval_seconds = interval_seconds
