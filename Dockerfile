@@ -1,0 +1,52 @@
+# One image for CUDA and for CPUs: torch's wheels bring CUDA, the host brings the driver (--gpus all).
+# Any base with `python3` 3.11 or newer and its venv module will do.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS builder
+# A private index or a mirror: --secret id=pip.conf,src=..., or the variables that pip itself reads.
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+# gunicorn_h1c comes as source alone; the compiler stays in this stage.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /build
+COPY requirements.txt constraints.txt ./
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv /opt/venv \
+    && /opt/venv/bin/pip install --disable-pip-version-check -r requirements.txt \
+    && /opt/venv/bin/pip uninstall --yes pip
+WORKDIR /app
+COPY . .
+# Compiled here, since the root is read-only there; and the default model must be inside.
+RUN rm requirements.txt constraints.txt \
+    && /opt/venv/bin/python -m compileall -q . \
+    && /opt/venv/bin/python -c "from embedding_service.inference import source as s; \
+assert s.resolve(s.DEFAULT_MODEL, None).origin.startswith('package'), 'the default model is not inside'"
+
+FROM ${BASE_IMAGE}
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="embedding-service" \
+      org.opencontainers.image.description="Text embeddings over HTTP: one model, one batching queue, many web workers" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+# /models is where models from the hub are kept; mount a volume there to keep them.
+RUN groupadd --gid 10001 service \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin service \
+    && install -d -o 10001 -g 10001 /models
+COPY --from=builder /opt/venv /opt/venv
+COPY --from=builder /app /app
+WORKDIR /app
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HF_HOME=/models \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+EXPOSE 8001
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('PORT') or 8001}/health\", timeout=4)"]
+CMD ["python", "app.py"]

@@ -1,0 +1,108 @@
+"""The image, built for real and run as a non-root user over a read-only root."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.deploy.image import Builder, Container, require_root
+from tests.service import ROOT
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def test_the_dockerfile_names_nothing_of_where_it_is_built() -> None:
+    assert re.findall(r"https?://([^:/{]+)", DOCKERFILE) == ["127.0.0.1"]
+    assert DOCKERFILE.rstrip().endswith('CMD ["python", "app.py"]')
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
+    require_root()
+    folder = tmp_path_factory.mktemp("image")
+    builder = Builder(folder)
+    builder.make_base()
+    builder.build()
+    yield builder
+    builder.buildah("rm", "--all")
+    builder.buildah("rmi", "--all", "--force")
+
+
+@pytest.fixture(scope="module")
+def root(builder: Builder) -> Path:
+    return builder.mount()
+
+
+@pytest.fixture(scope="module")
+def container(builder: Builder, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    container = Container(tmp_path_factory.mktemp("container"), root, builder.configuration())
+    try:
+        yield container.wait_ready()
+    finally:
+        if container.process.poll() is None:
+            container.stop()
+
+
+@pytest.mark.long
+class TestImage:
+    def test_says_how_it_is_run(self, builder: Builder) -> None:
+        image = builder.configuration()
+        assert image["User"] == "10001:10001"
+        assert image["Cmd"] == ["python", "app.py"]
+        assert image["Healthcheck"]["Test"][0] == "CMD"
+        assert list(image["ExposedPorts"]) == ["8001/tcp"]
+        labels = image["Labels"]
+        assert {"title", "description", "licenses", "version", "revision"} <= {
+            name.removeprefix("org.opencontainers.image.") for name in labels
+        }
+
+    def test_is_as_large_as_documented(self, builder: Builder) -> None:
+        [image] = json.loads(builder.buildah("images", "--json", "localhost/embedding-service"))
+        print(f"the image: {image['size']}")
+        size, unit = image["size"].split()
+        assert unit == "GB" and float(size) < 2.2, "explained in docs/deployment.md"
+
+    def test_has_no_compiler_no_pip_and_nothing_of_the_repository_but_the_service(self, root: Path) -> None:
+        programs = {
+            path.name for folder in ("bin", "usr/bin", "opt/venv/bin") for path in (root / folder).iterdir()
+        }
+        assert not {
+            name for name in programs if re.fullmatch(r"(.*-)?(gcc|cc|g\+\+|ld|make|pip)[0-9.-]*", name)
+        }
+        inside = {path.name for path in (root / "app").iterdir()} - {"__pycache__", "LICENSE"}
+        assert inside == {"app.py", "config.py", "gunicorn.conf.py", "embedding_service"}
+
+    def test_nothing_the_user_could_change_but_the_models_folder(self, root: Path) -> None:
+        owned = [path for folder in ("app", "opt", "models") for path in (root / folder).rglob("*")]
+        assert {path.stat().st_uid for path in owned} == {0}
+        assert (root / "models").stat().st_uid == 10001
+
+    def test_answers_as_non_root_on_a_read_only_root(self, container: Container, oracle) -> None:
+        response = container.post("/embed", {"texts": ["one", "two"]})
+        assert response.status_code == 200, container.log()
+        wanted = oracle.encode(["one", "two"], normalize_embeddings=True)
+        assert abs(wanted - response.json()["embeddings"]).max() < 1e-5
+        for process in container.first_process().children(recursive=True):
+            assert process.uids().real == process.uids().effective == 10001
+        assert container.execute("touch", "/app/here").stderr.endswith("Read-only file system\n")
+        assert container.execute("touch", "/models/here").stderr.endswith("Read-only file system\n")
+        status = Path(f"/proc/{container.first_process().pid}/status").read_text()
+        assert re.search(r"^CapEff:\s0+$", status, re.M)
+        assert re.search(r"^NSpid:\s\d+\s1$", status, re.M), "the command is process 1"
+
+    def test_healthcheck_tells_health(self, builder: Builder, container: Container) -> None:
+        check = builder.configuration()["Healthcheck"]["Test"][1:]
+        assert container.execute(*check).returncode == 0
+        sick = [part.replace("/health", "/nowhere") for part in check]
+        assert container.execute(*sick).returncode == 1
+
+    def test_prints_no_warning(self, container: Container) -> None:
+        assert not re.search(r"(?i)warn|error|traceback", container.log()), container.log()
+
+    def test_stops_at_once_and_leaves_nothing(self, container: Container) -> None:
+        processes = container.processes()
+        assert container.stop() == 0
+        assert not [process for process in processes if psutil.pid_exists(process.pid)]
