@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test lint format docker clean
+.PHONY: serve test lint format bench bench-gpu bench-peer docker clean
 
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
@@ -22,6 +22,16 @@ format: $(VENV)/dev.stamp  ## rewrite the code in the project's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/bench.stamp  ## measure beside the raw engine, plain Flask and a peer (BENCH="--quick")
+	$(BIN)/python -m benchmarks.run $(BENCH)
+
+bench-gpu: $(VENV)/bench.stamp  ## the same on CUDA
+	$(BIN)/python -m benchmarks.run --device cuda $(BENCH)
+
+bench-peer:  ## install the peer, infinity-emb, in a virtual environment of its own
+	$(PYTHON) -m venv build/infinity-venv
+	build/infinity-venv/bin/pip install -q --disable-pip-version-check -r benchmarks/requirements-peer.txt
+
 docker:  ## build the image
 	docker build -t embedding-service .
 
@@ -39,4 +49,8 @@ $(VENV)/serve.stamp: requirements.txt constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev.stamp: requirements-dev.txt requirements.txt constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/bench.stamp: requirements-bench.txt requirements.txt constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements-bench.txt
 	touch $@

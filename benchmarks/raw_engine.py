@@ -1,0 +1,187 @@
+"""The raw engine: the model alone in one process, without HTTP or a queue, as fast as it will go.
+
+Two ways: the service's own runtime called directly, and SentenceTransformer.encode. Both get all the
+texts at once, sorted by length, in batches of 32; `batch_size` 1 takes them one at a time.
+
+python -m benchmarks.raw_engine                 a table of lengths and batch sizes
+python -m benchmarks.raw_engine --stdin         tasks as lines of JSON, for the harness
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.texts import Texts
+from embedding_service.engine import EmbedRequest, Vectors
+from embedding_service.inference import source
+from embedding_service.inference.batcher import Batcher, Outcome
+from embedding_service.inference.model import Model
+from embedding_service.inference.runtime import Tokens
+from embedding_service.inference.settings import ModelSettings
+
+Encode = Callable[[list[str]], Any]
+
+
+@dataclass
+class Rate:
+    """What an engine did. The percentiles are those of one batch."""
+
+    texts_per_second: float
+    p50_ms: float
+    p99_ms: float
+    padding_share: float
+
+
+class RawEngine:
+    """One loaded model, called directly."""
+
+    def __init__(self, backend: str, device: str, dtype: str = "auto") -> None:
+        settings = ModelSettings(
+            embedding_model=source.DEFAULT_MODEL, backend=backend, device=device, dtype=dtype
+        )
+        self.model = Model(settings)
+
+    @property
+    def name(self) -> str:
+        """How results are labelled."""
+        return self.model.info.backend
+
+    def run(self, texts: list[str], batch_size: int, seconds: float) -> Rate:
+        """Embed the texts over and over until the time is up."""
+        batches = _batches(texts, batch_size)
+        for batch in batches[:3]:
+            self._embed(batch)
+        padding = self._padding(batches)
+        return _time(self._embed, batches, seconds, padding)
+
+    def encode(self, texts: list[str], batch_size: int, seconds: float) -> Rate:
+        """The same through SentenceTransformer.encode (the transformer in torch), batch by batch."""
+
+        def embed(batch: list[str]) -> Any:
+            return self.model._model.encode(
+                batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+            )
+
+        batches = _batches(texts, batch_size)
+        for batch in batches[:3]:
+            embed(batch)
+        return _time(embed, batches, seconds, self._padding(batches))
+
+    def served_padding(self, texts: list[str], clients: int, seconds: float) -> float:
+        """The share of padding in the batches that the service makes of one-text requests."""
+        recorder = _Recorder(self.model)
+        batcher = Batcher(recorder, max_queued_tokens=10**9)
+        stop = time.monotonic() + seconds
+        turn = iter(range(10**9))
+
+        def submit(_outcome: Outcome | None = None) -> None:
+            if time.monotonic() < stop:
+                text = texts[next(turn) % len(texts)]
+                batcher.submit(EmbedRequest(texts=[text], deadline=stop + 60), submit)
+
+        for _ in range(clients):
+            submit()
+        while batcher.queued_tokens:
+            time.sleep(0.01)
+        batcher.close("done")
+        return 1 - recorder.real / recorder.padded
+
+    def _embed(self, batch: list[str]) -> Vectors:
+        return self.model.forward(self.model.tokenize(batch, None, None))
+
+    def _padding(self, batches: list[list[str]]) -> float:
+        real = padded = 0
+        for batch in batches:
+            lengths = [tokens.length for tokens in self.model.tokenize(batch, None, None)]
+            real += sum(lengths)
+            padded += max(lengths) * len(lengths)
+        return 1 - real / padded
+
+
+class _Recorder:
+    """A runtime that counts the tokens and the padding that pass through it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.real = self.padded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, batch: Sequence[Tokens]) -> Vectors:
+        lengths = [tokens.length for tokens in batch]
+        self.real += sum(lengths)
+        self.padded += max(lengths) * len(lengths)
+        return self._model.forward(batch)
+
+
+def _batches(texts: list[str], batch_size: int) -> list[list[str]]:
+    """Sorted by length, as encode() sorts; one at a time, as they come."""
+    ordered = sorted(texts, key=len) if batch_size > 1 else texts
+    return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
+
+
+def _time(embed: Encode, batches: list[list[str]], seconds: float, padding: float) -> Rate:
+    """Whole passes over the batches, in an order that mixes their lengths, until the time is up."""
+    order = np.random.default_rng(1).permutation(len(batches))
+    took: list[float] = []
+    texts = 0
+    began = now = time.perf_counter()
+    while now - began < seconds:
+        for position in order:
+            embed(batches[position])
+            texts += len(batches[position])
+            ended = time.perf_counter()
+            took.append(ended - now)
+            now = ended
+            if len(batches[position]) == 1 and now - began > seconds:
+                break
+    p50, p99 = np.percentile(took, [50, 99]) * 1e3
+    return Rate(texts / (now - began), float(p50), float(p99), padding)
+
+
+def serve_tasks(engine: RawEngine) -> None:
+    """Answer tasks from standard input: {"do": a method's name, ...its arguments}."""
+    print(json.dumps({"ready": engine.name}), flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        result = getattr(engine, task.pop("do"))(**task)
+        print(json.dumps(asdict(result) if isinstance(result, Rate) else result), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", default="auto", choices=["auto", "torch", "openvino"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--stdin", action="store_true")
+    arguments = parser.parse_args()
+    engine = RawEngine(arguments.backend, arguments.device, arguments.dtype)
+    if arguments.stdin:
+        serve_tasks(engine)
+        return
+    texts = Texts(source.resolve(source.DEFAULT_MODEL, None).folder)
+    pools = {"one sentence": texts.sentences(512), "mixed lengths": texts.mix(512)}
+    pools |= {f"{length} tokens": texts.of_length(length, 128) for length in (64, 256)}
+    print(
+        f"{'texts':>14} {'batch':>5} {engine.name + ' texts/s':>20} {'ms/batch':>9} {'encode() texts/s':>17}"
+    )
+    for name, pool in pools.items():
+        for batch_size in (1, 32):
+            own = engine.run(pool, batch_size, arguments.seconds)
+            plain = engine.encode(pool, batch_size, arguments.seconds)
+            print(
+                f"{name:>14} {batch_size:>5} {own.texts_per_second:>20.1f} {own.p50_ms:>9.2f} "
+                f"{plain.texts_per_second:>17.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""From results to a markdown table and a plot: `python -m benchmarks.report results/FILE.json`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "raw": "raw engine",
+    "service": "this service",
+    "infinity": "infinity (torch)",
+    "baseline": "plain Flask",
+}
+COLORS = {"raw": "#9aa0a6", "service": "#1a73e8", "infinity": "#f29900", "baseline": "#d93025"}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of the README: texts per second, the ratio to the raw engine, and p50/p99."""
+    present = [s for s in LABELS if any(s in row["systems"] for row in results["scenarios"])]
+    lines = [
+        "| load | " + " | ".join(LABELS[s] for s in present) + " | load generator |",
+        "|---|" + "---:|" * (len(present) + 1),
+    ]
+    for row in results["scenarios"]:
+        raw = row["systems"]["raw"]["texts_per_second"]
+        cells = [_cell(row["systems"].get(system), raw, system) for system in present]
+        share = row["systems"].get("service", {}).get("generator_share")
+        cells.append(f"{share:.1%}" if share is not None else "")
+        lines.append(f"| {row['title']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _footnotes(results)])
+
+
+def _cell(result: dict[str, float] | None, raw: float, system: str) -> str:
+    if result is None:
+        return "–"
+    rate = _number(result["texts_per_second"])
+    if system == "raw":
+        return rate
+    ratio = result["texts_per_second"] / raw
+    return f"{rate} ({ratio:.2f}×)<br>{_number(result['p50_ms'])} / {_number(result['p99_ms'])} ms"
+
+
+def _footnotes(results: dict[str, Any]) -> str:
+    machine, settings = results["machine"], results["settings"]
+    one = next((row for row in results["scenarios"] if row["name"] == "one"), None)
+    parts = [
+        "Texts per second, its ratio to the raw engine, and p50 / p99 of a request. "
+        f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})"
+        + (f", {machine['gpu']}" if machine["gpu"] else "")
+        + f"; {results['backend']}, dtype {settings['dtype']}; median of {settings['turns']} alternating turns "
+        f"of {settings['seconds_a_turn']:g} s; commit {results['commit']}, {results['date']}."
+    ]
+    if one:
+        parts.append(
+            f"The raw engine's p50 for one sentence alone: {one['systems']['raw']['p50_ms']:.2f} ms."
+        )
+    if results["padding_of_mix"] is not None:
+        parts.append(f"Padding in the service's batches of the mix: {results['padding_of_mix']:.1%}.")
+    ready = ", ".join(f"{LABELS[name]} {seconds:.1f} s" for name, seconds in results["ready_seconds"].items())
+    parts.append(f"Ready after: {ready}." if ready else "")
+    return " ".join(part for part in parts if part)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Bars of each system's rate as a share of the raw engine's."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "benchmarks"
+    from matplotlib import pyplot
+
+    rows = results["scenarios"][::-1]
+    systems = [s for s in LABELS if s != "raw" and any(s in row["systems"] for row in rows)]
+    height = 0.8 / len(systems)
+    figure, axes = pyplot.subplots(figsize=(8, 0.55 * len(rows) + 1.2))
+    for offset, system in enumerate(reversed(systems)):
+        places, shares = [], []
+        for place, row in enumerate(rows):
+            if system in row["systems"]:
+                places.append(place + (offset - (len(systems) - 1) / 2) * height)
+                raw = row["systems"]["raw"]["texts_per_second"]
+                shares.append(row["systems"][system]["texts_per_second"] / raw)
+        bars = axes.barh(places, shares, height, color=COLORS[system], label=LABELS[system])
+        axes.bar_label(bars, [f"{share:.2f}" for share in shares], padding=2, fontsize=7)
+    axes.axvline(1, color=COLORS["raw"], linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)
+    axes.set_xlabel("texts per second, as a share of the raw engine without HTTP", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right", frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def write(results: dict[str, Any], folder: Path, label: str) -> None:
+    """The results as JSON, the table and the plot."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{label}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{label}.md").write_text(markdown(results) + "\n")
+    plot(results, folder / f"{label}.svg")
+    print(f"Written: benchmarks/results/{label}.json, .md and .svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    write(json.loads(arguments.file.read_text()), arguments.file.parent, arguments.file.stem)
+
+
+if __name__ == "__main__":
+    main()

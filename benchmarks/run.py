@@ -1,0 +1,258 @@
+"""Measures the systems side by side: `make bench`, or `python -m benchmarks.run --help`.
+
+All are started, then asked one at a time and in turn, scenario by scenario, several times over; while
+one is measured the others are idle. The figure of a system is the median of its turns. The load is
+closed-loop, made by wrk: each client sends its next request when it has the answer to the last.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine, report
+from benchmarks.systems import PEER, ROOT, Baseline, Infinity, Raw, Service, System
+from benchmarks.texts import Texts
+from embedding_service.inference import source
+
+LUA = ROOT / "benchmarks" / "load.lua"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A load: texts of a kind, so many a request, from so many clients."""
+
+    name: str
+    title: str
+    kind: str  # sentence, mix, or a number of tokens
+    texts: int = 1
+    clients: int = 1
+    encoding: str = "float"
+    # Of the length of a turn: more where few requests fit in one, of which wrk drops the unfinished.
+    stretch: float = 1.0
+
+    @property
+    def raw_batch(self) -> int:
+        """The raw engine's batch: one text for one client alone, else 32."""
+        return 1 if self.texts == self.clients == 1 else 32
+
+
+SCENARIOS = [
+    Scenario("one", "one sentence, 1 client", "sentence", stretch=0.75),
+    Scenario("one-32", "one sentence, 32 clients", "sentence", clients=32),
+    Scenario("one-64", "one sentence, 64 clients", "sentence", clients=64),
+    Scenario("one-32-base64", "one sentence, 32 clients, base64", "sentence", 1, 32, "base64", 0.75),
+    Scenario("32-4", "32 sentences, 4 clients", "sentence", texts=32, clients=4),
+    Scenario("32-4-base64", "32 sentences, 4 clients, base64", "sentence", 32, 4, "base64", 0.75),
+    Scenario("mix", "lengths mixed, 32 clients", "mix", clients=32, stretch=1.75),
+    Scenario("64-tokens", "64 tokens, 32 clients", "64", clients=32, stretch=1.5),
+    Scenario("256-tokens", "256 tokens, 8 clients", "256", clients=8, stretch=1.25),
+    Scenario("2048", "2,048 sentences in one request", "sentence", texts=2048),
+]
+
+
+class Bench:
+    """One sitting: the systems, the texts, and the turns."""
+
+    def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
+        self._seconds: float = arguments.seconds
+        self._turns: int = arguments.alternations
+        self._scratch = scratch
+        self._model_folder = source.resolve(source.DEFAULT_MODEL, None).folder
+        self._scenarios = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
+        self._device: str = arguments.device
+        self._dtype: str = arguments.dtype
+        self._wanted: list[str] = arguments.systems
+        texts = Texts(self._model_folder)
+        self._pools = {
+            "sentence": texts.sentences(4096),
+            "mix": texts.mix(1024),
+            "64": texts.of_length(64, 256),
+            "256": texts.of_length(256, 128),
+        }
+
+    def measure(self) -> dict[str, Any]:
+        """Everything that goes into the results file."""
+        about = machine.describe()
+        with self._started() as (raw, servers, ready):
+            scenarios = [self._alternate(scenario, raw, servers) for scenario in self._scenarios]
+            padding = None
+            if any(s.kind == "mix" for s in self._scenarios):
+                padding = raw.ask(
+                    "served_padding", texts=self._pools["mix"], clients=32, seconds=self._seconds
+                )
+        return {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "commit": machine.commit(),
+            "machine": about,
+            "settings": {
+                "seconds_a_turn": self._seconds,
+                "turns": self._turns,
+                "device": self._device,
+                "dtype": self._dtype,
+            },
+            "backend": self._backend,
+            "ready_seconds": ready,
+            "padding_of_mix": padding,
+            "scenarios": scenarios,
+        }
+
+    @contextlib.contextmanager
+    def _started(self) -> Iterator[tuple[Raw, list[System], dict[str, float]]]:
+        raw = Raw("auto", self._device, self._dtype)
+        servers: list[System] = []
+        ready: dict[str, float] = {}
+        try:
+            self._backend = raw.wait_ready()
+            for name in self._wanted:
+                server = self._start(name)
+                if server is not None:
+                    servers.append(server)
+                    ready[server.name] = round(server.wait_ready(), 2)
+                    print(f"{server.name} is ready after {ready[server.name]} s", flush=True)
+            for server in servers:
+                self._load(server, SCENARIOS[1], 1.0)
+            yield raw, servers, ready
+        finally:
+            for server in servers:
+                server.stop()
+            raw.stop()
+
+    def _start(self, name: str) -> System | None:
+        if name == Service.name:
+            return Service(self._scratch, self._device, DTYPE=self._dtype)
+        if name == Baseline.name:
+            return Baseline(self._scratch, self._device, self._model_folder)
+        if not PEER.exists():
+            print("infinity is not installed; `make bench-peer` does that", flush=True)
+            return None
+        return Infinity(self._scratch, self._device, self._model_folder)
+
+    def _alternate(self, scenario: Scenario, raw: Raw, servers: list[System]) -> dict[str, Any]:
+        turns: dict[str, list[dict[str, float]]] = {}
+        for _ in range(self._turns):
+            seconds = self._seconds * scenario.stretch
+            turns.setdefault("raw", []).append(self._raw(scenario, raw, seconds))
+            for server in servers:
+                if scenario.encoding in server.formats:
+                    turns.setdefault(server.name, []).append(self._load(server, scenario, seconds))
+        medians = {name: _median(results) for name, results in turns.items()}
+        line = "  ".join(f"{name} {result['texts_per_second']:.1f}" for name, result in medians.items())
+        print(f"{scenario.title}: {line} texts/s", flush=True)
+        return {
+            "name": scenario.name,
+            "title": scenario.title,
+            "texts_per_request": scenario.texts,
+            "clients": scenario.clients,
+            "systems": medians,
+            "turns": {
+                name: [round(result["texts_per_second"], 1) for result in results]
+                for name, results in turns.items()
+            },
+        }
+
+    def _raw(self, scenario: Scenario, raw: Raw, seconds: float) -> dict[str, float]:
+        pool = self._pools[scenario.kind]
+        pool = pool[:2048] if scenario.texts == 2048 else pool[:512]
+        result: dict[str, float] = raw.ask("run", texts=pool, batch_size=scenario.raw_batch, seconds=seconds)
+        return result
+
+    def _load(self, server: System, scenario: Scenario, seconds: float) -> dict[str, float]:
+        if scenario.texts >= 1000:
+            return self._one_at_a_time(server, scenario, seconds)
+        bodies = self._scratch / f"{scenario.name}-{server.name}.txt"
+        if not bodies.exists():
+            pool, size = self._pools[scenario.kind], scenario.texts
+            requests = [pool[first : first + size] for first in range(0, len(pool), size)]
+            bodies.write_bytes(b"\n".join(server.body(texts, scenario.encoding) for texts in requests))
+        command = ["wrk", "-t1", f"-c{scenario.clients}", f"-d{seconds:g}s", "--timeout", "60s"]
+        command += ["-s", str(LUA), server.url, "--", str(bodies), server.path]
+        before = _children_seconds()
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used = _children_seconds() - before
+        result = json.loads(output.rpartition("RESULT ")[2])
+        if result["errors"]:
+            raise SystemExit(f"{server.name} failed {result['errors']} requests in {scenario.title}")
+        return {
+            "texts_per_second": result["requests"] * scenario.texts / result["seconds"],
+            "p50_ms": result["p50_ms"],
+            "p99_ms": result["p99_ms"],
+            "generator_share": used / (result["seconds"] * machine.cores()),
+            "bytes_per_text": result["bytes"] / max(1, result["requests"] * scenario.texts),
+        }
+
+    def _one_at_a_time(self, server: System, scenario: Scenario, seconds: float) -> dict[str, float]:
+        """Whole requests that take seconds, which wrk would cut at its end; by one client, from Python."""
+        body = server.body(self._pools[scenario.kind][: scenario.texts], scenario.encoding)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+        took: list[float] = []
+        size = 0
+        before = time.process_time()
+        while sum(took) < seconds:
+            began = time.perf_counter()
+            connection.request("POST", server.path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+            took.append(time.perf_counter() - began)
+            size += len(answer)
+            if response.status != 200:
+                raise SystemExit(f"{server.name} answered {response.status} in {scenario.title}")
+        connection.close()
+        texts = scenario.texts * len(took)
+        return {
+            "texts_per_second": texts / sum(took),
+            "p50_ms": float(np.median(took)) * 1e3,
+            "p99_ms": max(took) * 1e3,
+            "generator_share": (time.process_time() - before) / (sum(took) * machine.cores()),
+            "bytes_per_text": size / texts,
+        }
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _median(results: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(r[key] for r in results), 4) for key in results[0]}
+
+
+def main() -> None:
+    names = [scenario.name for scenario in SCENARIOS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
+    parser.add_argument("--alternations", type=int, default=3, help="turns of each system")
+    parser.add_argument("--quick", action="store_true", help="one turn of 2 s each; nothing is kept")
+    parser.add_argument("--only", nargs="*", choices=names, help="these scenarios")
+    parser.add_argument("--systems", nargs="*", default=["service", "baseline", "infinity"])
+    parser.add_argument("--device", default="cpu", help="DEVICE of all systems")
+    parser.add_argument("--dtype", default="auto", help="DTYPE of the raw engine and the service")
+    parser.add_argument("--label", help="name of the results files, by default the date and device")
+    arguments = parser.parse_args()
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is not installed (Debian: apt-get install wrk)")
+    if arguments.quick:
+        arguments.seconds, arguments.alternations = 2.0, 1
+    with tempfile.TemporaryDirectory() as scratch:
+        results = Bench(arguments, Path(scratch)).measure()
+    print(report.markdown(results))
+    if not arguments.quick:
+        label = arguments.label or f"{results['date']}-{arguments.device.replace(':', '')}"
+        report.write(results, RESULTS, label)
+
+
+if __name__ == "__main__":
+    main()

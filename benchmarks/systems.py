@@ -1,0 +1,168 @@
+"""The systems under test, each a process on a port of its own: how it starts, and how it is asked."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PEER = ROOT / "build" / "infinity-venv" / "bin" / "infinity_emb"
+START_SECONDS = 180.0
+
+# Neither one's own settings nor a proxy leak into a measurement.
+KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+
+
+class System:
+    """A server under test. `path` and `body` are its dialect; `formats` what vectors it can send."""
+
+    name = ""
+    path = "/embed"
+    formats: tuple[str, ...] = ("float",)
+
+    def __init__(self, command: list[str], folder: Path, log: Path, **settings: str) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+        settings = {name: value.format(port=self.port) for name, value in settings.items()}
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                [part.format(port=self.port) for part in command],
+                cwd=folder,
+                env=kept | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self._log = log
+        self.started = time.monotonic()
+
+    @property
+    def url(self) -> str:
+        """Where requests go."""
+        return f"http://127.0.0.1:{self.port}{self.path}"
+
+    def body(self, texts: list[str], encoding: str) -> bytes:
+        """A request's body."""
+        fields: dict[str, Any] = {"texts": texts if len(texts) > 1 else texts[0]}
+        if encoding != "float":
+            fields["encoding_format"] = encoding
+        return json.dumps(fields).encode()
+
+    def wait_ready(self) -> float:
+        """Ask for /health until it says 200; returns the seconds that took."""
+        while time.monotonic() - self.started < START_SECONDS:
+            if self._process.poll() is not None:
+                raise SystemExit(f"{self.name} ended:\n{self._log.read_text()[-2000:]}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return time.monotonic() - self.started
+            except OSError:
+                time.sleep(0.05)
+        raise SystemExit(f"{self.name} was not ready in {START_SECONDS} s:\n{self._log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """End it and all that it started."""
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Service(System):
+    """This service, by `python app.py` with its defaults."""
+
+    name = "service"
+    formats = ("float", "base64")
+
+    def __init__(self, scratch: Path, device: str, **settings: str) -> None:
+        given = {"HOST": "127.0.0.1", "PORT": "{port}", "DEVICE": device, "LOG_LEVEL": "warning"} | settings
+        super().__init__([sys.executable, "app.py"], ROOT, scratch / "service.log", **given)
+
+
+class Baseline(System):
+    """The plain Flask view under `gunicorn -w 1 --threads 32`."""
+
+    name = "baseline"
+
+    def __init__(self, scratch: Path, device: str, model_folder: Path) -> None:
+        command = [sys.executable, "-m", "gunicorn", "-w", "1", "--threads", "32", "--timeout", "300"]
+        command += ["-b", "127.0.0.1:{port}", "baseline_flask:app"]
+        super().__init__(
+            command,
+            ROOT / "benchmarks",  # away from gunicorn.conf.py
+            scratch / "baseline.log",
+            EMBEDDING_MODEL=str(model_folder),
+            DEVICE="cuda" if device.startswith("cuda") else "cpu",
+        )
+
+
+class Infinity(System):
+    """infinity-emb with its torch engine, from the virtual environment that `make bench-peer` makes."""
+
+    name = "infinity"
+    path = "/embeddings"
+    formats = ("float", "base64")
+
+    def __init__(self, scratch: Path, device: str, model_folder: Path) -> None:
+        command = [str(PEER), "v2", "--model-id", str(model_folder), "--served-model-name", "bench"]
+        command += ["--engine", "torch", "--device", "cuda" if device.startswith("cuda") else "cpu"]
+        command += ["--host", "127.0.0.1", "--port", "{port}", "--log-level", "warning"]
+        super().__init__(
+            command,
+            scratch,
+            scratch / "infinity.log",
+            HF_HUB_OFFLINE="1",
+            DO_NOT_TRACK="1",
+            INFINITY_ANONYMOUS_USAGE_STATS="0",
+        )
+
+    def body(self, texts: list[str], encoding: str) -> bytes:
+        return json.dumps({"model": "bench", "input": texts, "encoding_format": encoding}).encode()
+
+
+class Raw:
+    """The raw engine in a process of its own, idle unless asked."""
+
+    name = "raw"
+
+    def __init__(self, backend: str, device: str, dtype: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.raw_engine", "--stdin"]
+        command += ["--backend", backend, "--device", device, "--dtype", dtype]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def wait_ready(self) -> str:
+        """Returns the name of the backend."""
+        ready: str = self._read()["ready"]
+        return ready
+
+    def ask(self, do: str, **task: Any) -> Any:
+        """Call a method of RawEngine there."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"do": do, **task}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def stop(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(15)
+
+    def _read(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("the raw engine ended")
+        return json.loads(line)
