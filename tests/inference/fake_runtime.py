@@ -64,7 +64,9 @@ class FakeRuntime:
             raise InvalidRequest(f"prompt_name {prompt_name!r} is unknown")
         return None
 
-    def tokenize(self, texts: Sequence[str], prompt: str | None, task: str | None) -> list[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], prompt: str | None, task: str | None, side: str | None = None
+    ) -> list[Tokens]:
         self.on_tokenize(texts)
         self.tokenized += texts
         wanted = [int(text.split(" ")[0]) for text in texts]

@@ -116,8 +116,8 @@ def test_only_texts_of_one_group_share_a_batch(build):
     runtime = FakeRuntime()
     tokenize = runtime.tokenize
 
-    def grouped(texts, prompt, task):
-        found = tokenize(texts, prompt, task)
+    def grouped(texts, prompt, task, side=None):
+        found = tokenize(texts, prompt, task, side)
         for tokens in found:
             tokens.group = task
         return found
