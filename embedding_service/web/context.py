@@ -1,6 +1,7 @@
 """What every view reaches through the running app: the engine, the limits, and whether it drains."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from flask import Flask, current_app
@@ -14,6 +15,9 @@ KEY = "embedding_service"
 # Threads of a worker that no embedding may take, so that /health answers however long the queue is.
 RESERVED_THREADS = 8
 
+# What the last request weighs in the time that one is expected to take.
+RECENT = 0.1
+
 
 class Context:
     """The engine as the web half uses it: bounded by the worker's threads, and off while it drains."""
@@ -24,15 +28,23 @@ class Context:
         self.draining: Callable[[], bool] = lambda: False
         most = max(1, settings.web_threads - RESERVED_THREADS)
         self._places = threading.BoundedSemaphore(most)
+        self._seconds_per_request = 0.0
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """Engine.embed; raises Overloaded where this worker has no thread to wait with."""
         if not self._places.acquire(blocking=False):
-            raise Overloaded("this web worker's threads are all waiting", retry_after_seconds=1)
+            # Half of those that wait now will have been answered in half the time a request takes.
+            raise Overloaded(
+                "this web worker's threads are all waiting",
+                retry_after_seconds=max(0.05, self._seconds_per_request / 2),
+            )
+        began = time.monotonic()
         try:
             return self.engine.embed(request)
         finally:
             self._places.release()
+            seconds = time.monotonic() - began
+            self._seconds_per_request += RECENT * (seconds - self._seconds_per_request)
 
     def status(self) -> Status:
         """The engine's status, or draining."""
