@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing.client import RemoteEngine
 from embedding_service.sharing.settings import EX_CONFIG, LogSettings, socket_path
+from embedding_service.sharing.supervision import stop_master
 from embedding_service.web.factory import create_app
 from embedding_service.web.keys import OPEN_WARNING, KeyRing
 from embedding_service.web.settings import WebSettings
@@ -31,7 +31,7 @@ def build() -> Flask:
     engine: RemoteEngine | LocalEngine
     if folder is not None:
         paths = [socket_path(folder, index) for index in range(len(settings.devices))]
-        engine = RemoteEngine(folder, paths, lambda: os.kill(os.getppid(), signal.SIGTERM))
+        engine = RemoteEngine(folder, paths, lambda: stop_master(folder))
     else:
         logs.setup(*msgspec.structs.astuple(msgspec.convert(settings, LogSettings, from_attributes=True)))
         KeyRing(settings.api_keys, settings.api_keys_file).check()

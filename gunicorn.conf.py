@@ -32,7 +32,7 @@ except OSError as error:
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
-worker_class = "gthread"
+worker_class = "embedding_service.web.worker.Worker"
 threads = settings.web_threads
 worker_connections = 1000 + settings.web_threads
 graceful_timeout = settings.graceful_timeout_seconds
@@ -84,8 +84,10 @@ def post_fork(server, worker):
 
 
 def post_worker_init(worker):
-    """In a worker with its app: tell it when it is to go."""
-    worker.wsgi.extensions["embedding_service"].draining = lambda: not worker.alive
+    """In a worker with its app: tell it when it is to go, and wait for the model's first word."""
+    context = worker.wsgi.extensions["embedding_service"]
+    context.draining = lambda: not worker.alive
+    context.engine.settle(1.0)
 
 
 def on_exit(server):

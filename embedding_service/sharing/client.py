@@ -57,6 +57,7 @@ class Link:
         self._waiters: dict[int, Waiter] = {}
         self._numbers = count()
         self._was_healthy = False
+        self._known = threading.Event()
         self.status = Status(state="loading", reason="the model process is starting")
         threading.Thread(target=self._live, name="link", daemon=True).start()
 
@@ -86,17 +87,23 @@ class Link:
             number = next(self._numbers)
             self._waiters[number] = waiter
         try:
-            channel.send(kind(number, request))
+            channel.send(kind(number, request), until=request.deadline)
+            outcome = waiter.wait(request.deadline - time.monotonic() + GRACE_SECONDS)
         except wire.Closed:
-            self._waiters.pop(number, None)
             raise self._lost() from None
-        outcome = waiter.wait(request.deadline - time.monotonic() + GRACE_SECONDS)
-        if outcome is None:
+        except TimeoutError:
+            outcome = None
+        finally:
             self._waiters.pop(number, None)
+        if outcome is None:
             raise DeadlineExceeded("the model did not answer before the deadline")
         if isinstance(outcome, ServiceError):
             raise outcome
         return outcome
+
+    def settle(self, seconds: float) -> None:
+        """Wait until the model process has said how it is, or it is known that none listens."""
+        self._known.wait(seconds)
 
     def _live(self) -> None:
         pause = threading.Event()
@@ -106,6 +113,7 @@ class Link:
                 sock.connect(self._path)
             except OSError:
                 sock.close()
+                self._known.set()
                 self._on_refused()
                 pause.wait(RECONNECT_SECONDS)
                 continue
@@ -116,8 +124,11 @@ class Link:
                 while True:
                     self._receive(*channel.receive())
             except wire.Closed:
-                self._disconnect()
-                channel.close()
+                pass
+            except Exception:
+                log.exception("A message of the model process could not be read")
+            self._disconnect()
+            channel.close()
 
     def _receive(self, message: wire.Message, payload: bytearray) -> None:
         match message:
@@ -145,6 +156,7 @@ class Link:
             case wire.StatusNotice():
                 self.status = message.status
                 self._was_healthy |= message.status.state == "healthy"
+                self._known.set()
 
     def _disconnect(self) -> None:
         with self._lock:
@@ -179,6 +191,7 @@ class RemoteEngine:
         self._socket_paths = socket_paths
         self._on_supervisor_lost = on_supervisor_lost
         self._gone = False
+        self._connecting = threading.Lock()
         self._connect()
 
     def embed(self, request: EmbedRequest) -> Embeddings:
@@ -203,17 +216,24 @@ class RemoteEngine:
     def must_restart(self) -> bool:
         return self._gone
 
+    def settle(self, seconds: float) -> None:
+        """Wait for the first word of each model process, so that a new worker does not begin with a 503."""
+        for link in self._alive():
+            link.settle(seconds)
+
     def close(self) -> None:
         """Nothing to do: the connections end with the process."""
 
     def _alive(self) -> list[Link]:
         if self._process != os.getpid():
-            self._connect()
+            with self._connecting:
+                if self._process != os.getpid():
+                    self._connect()
         return self._links
 
     def _connect(self) -> None:
-        self._process = os.getpid()
         self._links = [Link(path, self._refused) for path in self._socket_paths]
+        self._process = os.getpid()
 
     def _refused(self) -> None:
         """No model process listens; that is the supervisor's business unless it is dead itself."""

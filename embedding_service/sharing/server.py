@@ -1,6 +1,7 @@
 """The model process: a LocalEngine behind a private unix socket."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import queue
@@ -8,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +17,7 @@ import msgspec
 
 from embedding_service import logs
 from embedding_service.engine import Status
-from embedding_service.errors import ServiceError, StartupError
+from embedding_service.errors import ModelFailure, ServiceError, StartupError
 from embedding_service.inference.batcher import Job, Outcome
 from embedding_service.inference.local import LocalEngine
 from embedding_service.sharing import wire
@@ -25,6 +27,10 @@ from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ProcessSe
 log = logging.getLogger("embedding_service.sharing.server")
 
 WATCH_SECONDS = 0.5
+PAUSE_SECONDS = 5.0
+
+# From linux/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 class Connection:
@@ -43,13 +49,17 @@ class Connection:
         self._outbox.put(message)
 
     def _read_forever(self) -> None:
-        with contextlib.suppress(wire.Closed):
+        try:
             while True:
                 message, _ = self._channel.receive()
                 if isinstance(message, wire.Call):
                     self._call(message)
                 elif isinstance(message, wire.Tokenize):
                     self._server.tokenizing.submit(self._tokenize, message)
+        except wire.Closed:
+            pass
+        except Exception:
+            log.exception("A message of a web worker could not be read")
         self._server.forget(self)
         self._outbox.put(None)
         for job in list(self._jobs.values()):
@@ -78,8 +88,14 @@ class Connection:
         except ServiceError as error:
             answer(error)
             return
-        if not job.finished:
-            self._jobs[number] = job
+        except Exception:
+            log.exception("A request could not be queued")
+            answer(ModelFailure("the service failed on this request"))
+            return
+        self._jobs[number] = job
+        if job.finished:
+            # The answer may have gone out before the job was noted here.
+            self._jobs.pop(number, None)
 
     def _tokenize(self, message: wire.Tokenize) -> None:
         try:
@@ -117,7 +133,7 @@ class ModelServer:
                 connection.send(wire.StatusNotice(self.engine.status()))
 
     def _broadcast(self, status: Status) -> None:
-        if status.state == "healthy" and status.info is not None:
+        if status.state == "healthy" and status.info is not None and not self._device_path.exists():
             self._device_path.write_text(status.info.device)
         with self._lock:
             for connection in self._connections:
@@ -139,18 +155,30 @@ def _exit_with_parent() -> None:
     os._exit(0)
 
 
-def _watch(engine: LocalEngine, hang_seconds: float) -> int:
-    """Return the exit code once this process is of no use any more."""
+def _be_killed_with_parent() -> None:
+    """For the supervisor's death while a hung call keeps the thread above from running."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
+    """Return the exit code once this process is of no use any more; until then, show that it lives."""
     engine.loaded.wait()
     if isinstance(engine.startup_error, StartupError):
         log.error("%s", engine.startup_error)
         return EX_CONFIG
     idle = threading.Event()
+    last = time.monotonic()
+    settings.heartbeat_path.touch()
     while not idle.wait(WATCH_SECONDS):
+        os.utime(settings.heartbeat_path)
+        now = time.monotonic()
+        # After a pause of the whole machine, which is nobody's hang, look once more.
+        paused, last = now - last > PAUSE_SECONDS, now
         if engine.must_restart():
             return EX_SOFTWARE
-        if engine.running_seconds() > hang_seconds:
-            log.critical("A batch has been running for over %.0f s; starting anew", hang_seconds)
+        if engine.running_seconds() > settings.hang_seconds and not paused:
+            log.critical("A batch has been running for over %.0f s; starting anew", settings.hang_seconds)
             return EX_SOFTWARE
     return EX_SOFTWARE
 
@@ -164,8 +192,9 @@ def main(argument: str) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
+    _be_killed_with_parent()
     server = ModelServer(settings)
-    return _watch(server.engine, settings.hang_seconds)
+    return _watch(server.engine, settings)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,11 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Where the process writes the device it runs on, so that a restart asks for that one."""
         return Path(self.socket_path).with_suffix(".device")
 
+    @property
+    def heartbeat_path(self) -> Path:
+        """The file whose time the process renews for as long as its threads run."""
+        return Path(self.socket_path).with_suffix(".heartbeat")
+
 
 def socket_path(folder: Path, index: int) -> str:
     """The socket of the model process for the device number `index`."""

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,10 @@ def supervisor_gone(folder: Path) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def stop_master(folder: Path) -> None:
+    """Ask the gunicorn master, which is this process or its parent, to drain and end."""
+    master = int((folder / LOCK_NAME).read_text())
+    if master in (os.getpid(), os.getppid()):
+        os.kill(master, signal.SIGTERM)

@@ -34,6 +34,8 @@ log = logging.getLogger("embedding_service.sharing.supervisor")
 MAX_DEATHS, DEATHS_WITHIN_SECONDS = 5, 60.0
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0)
 POLL_SECONDS = 0.1
+PAUSE_SECONDS = 5.0
+STOP_SECONDS = 3.0
 
 
 class Child:
@@ -44,6 +46,8 @@ class Child:
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._start_at = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
+        self._heartbeat = 0
+        self._heartbeat_seen = self._looked = 0.0
 
     def keep_alive(self) -> Verdict | None:
         """Start the process when it is time to; returns a verdict when starting again is of no use."""
@@ -53,6 +57,9 @@ class Child:
             return None
         code = self._process.poll()
         if code is None:
+            if self._hung(time.monotonic()):
+                log.critical("The model process stands still; killing it")
+                self._process.kill()
             return None
         self._process = None
         return self._died(code)
@@ -64,14 +71,29 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(5)
+            self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
+    def _hung(self, now: float) -> bool:
+        """Whether the process has long shown no life: what hangs it keeps its own watchdog from running.
+
+        Times are this process's own, so that a pause of the whole machine counts for nobody.
+        """
+        try:
+            heartbeat = self._settings.heartbeat_path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False  # still loading
+        paused, self._looked = now - self._looked > PAUSE_SECONDS, now
+        if heartbeat != self._heartbeat or paused:
+            self._heartbeat, self._heartbeat_seen = heartbeat, now
+        return now - self._heartbeat_seen > self._settings.hang_seconds
+
     def _start(self) -> None:
         settings = self._settings
         Path(settings.socket_path).unlink(missing_ok=True)
+        settings.heartbeat_path.unlink(missing_ok=True)
         if settings.device_path.exists():
             # It has run before: the same device again or none, never a silent fall to the CPU.
             device = settings.device_path.read_text()
@@ -112,6 +134,8 @@ def main(folder: Path, all_settings: list[ProcessSettings]) -> int:
     # Locked before it has its name, so that who finds it unlocked knows that the supervisor is gone.
     with (folder / f"{LOCK_NAME}.new").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(master))
+        lock.flush()
         (folder / f"{LOCK_NAME}.new").rename(folder / LOCK_NAME)
         children = [Child(settings) for settings in all_settings]
         verdict: Verdict | None = None

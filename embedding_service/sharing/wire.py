@@ -5,9 +5,11 @@ vectors (empty but for Reply). Nothing is ever pickled.
 """
 
 import contextlib
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,10 +84,11 @@ class Channel:
         self._socket = sock
         self._sending = threading.Lock()
 
-    def send(self, *messages: Message | tuple[Message, Any]) -> None:
+    def send(self, *messages: Message | tuple[Message, Any], until: float | None = None) -> None:
         """Send messages, a Reply with its vectors as a pair; one system call for all of them.
 
-        Raises Closed.
+        Raises Closed; TimeoutError where the other side has not taken them `until` (time.monotonic()),
+        after which the channel is good only where nothing of the messages had been sent.
         """
         parts: list[Any] = []
         for item in messages:
@@ -93,11 +96,16 @@ class Channel:
             body = _encoder.encode(message)
             payload = memoryview(vectors).cast("B")
             parts += [_SIZES.pack(len(body), payload.nbytes), body, payload]
-        with self._sending:
-            try:
-                self._send_all(parts)
-            except OSError as error:
-                raise Closed(str(error)) from None
+        if not self._sending.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
+            raise TimeoutError
+        try:
+            self._send_all(parts, until)
+        except TimeoutError:
+            raise
+        except (OSError, ValueError) as error:
+            raise Closed(str(error)) from None
+        finally:
+            self._sending.release()
 
     def receive(self) -> tuple[Message, bytearray]:
         """The next message and its payload. Raises Closed."""
@@ -111,14 +119,32 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _send_all(self, parts: Sequence[Any]) -> None:
+    def _send_all(self, parts: Sequence[Any], until: float | None) -> None:
         views = [memoryview(part) for part in parts if len(part)]
+        begun = False
         while views:
-            sent = self._socket.sendmsg(views[:512])
+            try:
+                sent = self._socket.sendmsg(views[:512], (), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._wait_writable(until, begun)
+                continue
+            begun = True
             while views and sent >= views[0].nbytes:
                 sent -= views.pop(0).nbytes
             if sent:
                 views[0] = views[0][sent:]
+
+    def _wait_writable(self, until: float | None, begun: bool) -> None:
+        """Wait for the other side to read; half a message that it does not take closes the channel."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        left = None if until is None else max(0.0, until - time.monotonic())
+        if poll.poll(None if left is None else left * 1e3):
+            return
+        if not begun:
+            raise TimeoutError
+        self.close()
+        raise Closed("the other side does not read")
 
     def _exactly(self, size: int) -> bytearray:
         buffer = bytearray(size)

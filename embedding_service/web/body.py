@@ -46,11 +46,16 @@ def read() -> bytes:
         raise TooLarge(f"the body is over {limit} bytes")
     # One byte more than allowed, since a chunked body does not say how long it is; the stream
     # itself ends where the body does.
-    raw: bytes = request.environ["wsgi.input"].read(
-        limit + 1 if request.content_length is None else request.content_length
-    )
+    wanted = limit + 1 if request.content_length is None else request.content_length
+    try:
+        raw: bytes = request.environ["wsgi.input"].read(wanted)
+    except Exception as error:
+        # Whatever the server calls it: a malformed chunk, a client that is too slow, or gone.
+        raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None
     if len(raw) > limit:
         raise TooLarge(f"the body is over {limit} bytes")
+    if len(raw) < (request.content_length or 0):
+        raise InvalidRequest(f"the body ended after {len(raw)} of {request.content_length} bytes")
     if not raw:
         raise InvalidRequest("the body is empty; send a JSON object")
     return raw

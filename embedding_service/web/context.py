@@ -1,7 +1,9 @@
 """What every view reaches through the running app: the engine, the limits, and whether it drains."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 from flask import Flask, current_app
 
@@ -22,6 +24,9 @@ KEY = "embedding_service"
 # Threads of a worker that no embedding may take, so that /health answers however long the queue is.
 RESERVED_THREADS = 8
 
+# What the last request weighs in the time that one is expected to take.
+RECENT = 0.1
+
 
 class Context:
     """The engine as the web half uses it: bounded by the worker's threads, and off while it drains."""
@@ -32,15 +37,12 @@ class Context:
         self.draining: Callable[[], bool] = lambda: False
         most = max(1, settings.web_threads - RESERVED_THREADS)
         self._places = threading.BoundedSemaphore(most)
+        self._seconds_per_request = 0.0
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """Engine.embed; raises Overloaded where this worker has no thread to wait with."""
-        if not self._places.acquire(blocking=False):
-            raise Overloaded("this web worker's threads are all waiting", retry_after_seconds=1)
-        try:
+        with self._place():
             result = self.engine.embed(request)
-        finally:
-            self._places.release()
         timings = result.timings
         metrics.record_embedding(
             timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
@@ -49,12 +51,24 @@ class Context:
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         """Engine.tokenize, bounded as `embed` is."""
-        if not self._places.acquire(blocking=False):
-            raise Overloaded("this web worker's threads are all waiting", retry_after_seconds=1)
-        try:
+        with self._place():
             return self.engine.tokenize(request)
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        if not self._places.acquire(blocking=False):
+            # Half of those that wait now will have been answered in half the time a request takes.
+            raise Overloaded(
+                "this web worker's threads are all waiting",
+                retry_after_seconds=max(0.05, self._seconds_per_request / 2),
+            )
+        began = time.monotonic()
+        try:
+            yield
         finally:
             self._places.release()
+            seconds = time.monotonic() - began
+            self._seconds_per_request += RECENT * (seconds - self._seconds_per_request)
 
     def status(self) -> Status:
         """The engine's status, or draining."""

@@ -6,12 +6,15 @@ import math
 from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 
-from embedding_service.errors import ServiceError
+from embedding_service.errors import Overloaded, ServiceError
 from embedding_service.web.body import answer
 from embedding_service.web.protocol import Failure, spoken
 from embedding_service.web.protocols import native
 
 log = logging.getLogger(__name__)
+
+# A message may quote what the caller sent, such as a name; no more than this of it is logged.
+LOGGED_CHARACTERS = 200
 
 HTTP_ERROR_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
@@ -26,7 +29,9 @@ def register(app: Flask) -> None:
 def on_service_error(error: ServiceError) -> Response:
     """The error's own status, message and error_type, and how long to wait where it says so."""
     level = logging.WARNING if error.status >= 500 else logging.INFO
-    log.log(level, "%d %s: %s", error.status, error.error_type, error.message)
+    # Refusals are cheap only if they do not write: an overloaded service must not fill its disk.
+    level = logging.DEBUG if isinstance(error, Overloaded) else level
+    log.log(level, "%d %s: %s", error.status, error.error_type, error.message[:LOGGED_CHARACTERS])
     response = render(Failure(error.status, error.error_type, error.message))
     add_retry_after(response, error)
     return response
