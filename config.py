@@ -1,6 +1,7 @@
 """Every setting: its name, type, default, bounds and one sentence; read from the environment and `.env`."""
 
 import atexit
+import functools
 import ipaddress
 import os
 import shutil
@@ -130,21 +131,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return True
 
 
+@functools.cache
 def make_runtime_folder() -> Path:
     """The private folder of this process's model sockets and metrics, named for all that it starts.
 
-    Reading the configuration twice in one process makes one. Raises OSError.
+    Once in a process, however often it reads its configuration. Raises OSError.
     """
-    prefix = f"embedding-service-{os.getpid()}-"
-    named = Path(os.environ.get(RUNTIME_FOLDER, ""))
-    if not named.name.startswith(prefix):
-        named = Path(tempfile.mkdtemp(prefix=prefix))
-        atexit.register(_remove, named, os.getpid())
-        metrics = named / "metrics"
-        metrics.mkdir()
-        os.environ[RUNTIME_FOLDER] = str(named)
-        os.environ[METRICS_FOLDER] = str(metrics)
-    return named
+    folder = Path(tempfile.mkdtemp(prefix=f"embedding-service-{os.getpid()}-"))
+    atexit.register(_remove, folder, os.getpid())
+    metrics = folder / "metrics"
+    metrics.mkdir()
+    os.environ[RUNTIME_FOLDER] = str(folder)
+    os.environ[METRICS_FOLDER] = str(metrics)
+    return folder
 
 
 def _remove(folder: Path, owner: int) -> None:
