@@ -14,6 +14,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+import config
 from embedding_service import metrics
 from embedding_service.engine import EmbedRequest
 from embedding_service.inference import sampling
@@ -213,6 +214,29 @@ def test_the_folder_is_private_and_goes_with_the_service(start):
     assert not folder.parent.exists()
 
 
+def test_no_room_for_the_folder_is_one_line(start, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    running = start()
+    assert running.process.wait(30) == 78
+    assert running.log().startswith("No folder for the service's sockets can be made")
+    assert len(running.log().splitlines()) == 1
+
+
+def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("config.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(OSError, match="less than 16 MiB are free"):
+        config.make_runtime_folder()
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_memory_for_it_the_folder_is_on_disk(monkeypatch, tmp_path):
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("config.MEMORY_FOLDER", str(tmp_path / "missing"))
+    monkeypatch.setattr("config.tempfile.gettempdir", lambda: str(tmp_path))
+    assert config._make_folder_with_room().parent == tmp_path
+
+
 def _folder_or_none(service: Service) -> Path | None:
     try:
         return metrics_folder(service)
@@ -254,7 +278,7 @@ class OneToken:
     def prompt(self, _name, _type):
         return None
 
-    def tokenize(self, texts, _prompt, _task):
+    def tokenize(self, texts, *_):
         return [Tokens(ids=[1] * len(t), length=len(t), truncated=False, group=None) for t in texts]
 
     def forward_exact(self, _tokens):
