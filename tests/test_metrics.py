@@ -87,7 +87,7 @@ def test_the_first_scrape_is_complete_before_there_is_a_model(two_workers):
         for s in first.samples("embedding_requests_total")
         if s.labels["route"] == "/embed" and s.labels["method"] == "POST"
     }
-    assert statuses == {"200", "400", "401", "413", "415", "429", "500", "503", "504"}
+    assert statuses >= {"200", "400", "401", "413", "415", "422", "424", "429", "500", "503", "504"}
     phases = {s.labels["phase"] for s in first.samples("embedding_phase_duration_seconds_count")}
     assert phases == {"tokenization", "queue", "inference"}
 
@@ -187,8 +187,13 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
         wait_until(lambda: scrape(service).value("embedding_queued_tokens") > 10_000, 20, "a queue")
         service.model_process().kill()
         assert bulk.result(60).status_code == 503
-    lost = scrape(service)
-    assert lost.value("embedding_model_ready") == 0
+
+    def without_model():
+        scraped = scrape(service)
+        return scraped if scraped.value("embedding_model_ready") == 0 else None
+
+    # Not at once: a dying process closes its sockets before it lets go of its slot.
+    lost = wait_until(without_model, 2, "a scrape without the model")
     assert lost.value("embedding_queued_tokens") == 0
     assert not lost.samples("embedding_model_info")
     assert lost.value("embedding_batch_texts_count") >= before.value("embedding_batch_texts_count")
@@ -201,8 +206,9 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     assert after.value("embedding_batch_texts_count") > before.value("embedding_batch_texts_count")
     assert after.value("embedding_model_ready") == 1
     assert after.value("embedding_requests_total", route="/embed", status="503") == 1
-    # Seven processes have come and gone, and the folder is as it was: a slot each for those that live.
-    assert len(list(folder.iterdir())) <= files + 5
+    # Seven processes have come and gone, and at most six have lived at a time, around the reload. Without
+    # slots there would be the four files of each.
+    assert len(list(folder.iterdir())) <= files * 6 // 4
 
 
 def test_the_folder_is_private_and_goes_with_the_service(start):
