@@ -1,6 +1,8 @@
 """Every setting: its name, type, default, bounds and one sentence; read from the environment and `.env`."""
 
 import atexit
+import errno
+import functools
 import ipaddress
 import os
 import shutil
@@ -21,6 +23,11 @@ RUNTIME_FOLDER = "EMBEDDING_SERVICE_RUNTIME_FOLDER"
 DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
 # Nor this: where prometheus-client is told to share the counts of all processes.
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
+MEMORY_FOLDER = "/dev/shm"  # noqa: S108
+
+# What the metrics of 64 web workers take.
+ROOM_BYTES = 16 << 20
 
 
 class ConfigError(ValueError):
@@ -130,21 +137,35 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return True
 
 
+@functools.cache
 def make_runtime_folder() -> Path:
     """The private folder of this process's model sockets and metrics, named for all that it starts.
 
-    Reading the configuration twice in one process makes one. Raises OSError.
+    Once in a process, however often it reads its configuration. Raises OSError.
     """
-    prefix = f"embedding-service-{os.getpid()}-"
-    named = Path(os.environ.get(RUNTIME_FOLDER, ""))
-    if not named.name.startswith(prefix):
-        named = Path(tempfile.mkdtemp(prefix=prefix))
-        atexit.register(_remove, named, os.getpid())
-        metrics = named / "metrics"
-        metrics.mkdir()
-        os.environ[RUNTIME_FOLDER] = str(named)
-        os.environ[METRICS_FOLDER] = str(metrics)
-    return named
+    folder = _make_folder_with_room()
+    atexit.register(_remove, folder, os.getpid())
+    metrics = folder / "metrics"
+    metrics.mkdir()
+    os.environ[RUNTIME_FOLDER] = str(folder)
+    os.environ[METRICS_FOLDER] = str(metrics)
+    return folder
+
+
+def _make_folder_with_room() -> Path:
+    """In TMPDIR where that is set, else in memory, where no full or slow disk is in the way."""
+    named = os.environ.get("TMPDIR")
+    reason = OSError("there is no folder for temporary files")
+    for place in [named] if named else [MEMORY_FOLDER, None]:
+        try:
+            parent = place or tempfile.gettempdir()
+            # Metrics are written through mmap: on a full disk that is no error, but a SIGBUS.
+            if shutil.disk_usage(parent).free < ROOM_BYTES:
+                raise OSError(errno.ENOSPC, f"less than {ROOM_BYTES >> 20} MiB are free", parent)
+            return Path(tempfile.mkdtemp(prefix=f"embedding-service-{os.getpid()}-", dir=parent))
+        except OSError as error:
+            reason = error
+    raise reason
 
 
 def _remove(folder: Path, owner: int) -> None:

@@ -88,6 +88,23 @@ def test_without_a_valid_key_the_answer_is_401_and_says_how_to_send_one(client, 
     assert OURS not in answer.text
 
 
+SHAPES = {
+    "native": ("/embed", lambda body: body["error"] if body["error_type"] == "unauthorized" else None),
+    "openai": ("/v1/embeddings", lambda body: body["error"]["message"]),
+    "tei": ("/", lambda body: body["error"] if body["error_type"][0].isupper() else None),
+    "ollama": ("/api/embed", lambda body: body["error"]),
+    "weaviate": ("/vectors", lambda body: body["error"]),
+}
+
+
+@pytest.mark.parametrize(("path", "message"), SHAPES.values(), ids=SHAPES.keys())
+def test_each_protocol_says_in_its_own_form_that_a_key_is_needed(client, path, message):
+    answer = client.post(path, json={})
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+    assert "a valid key is needed" in message(answer.json)
+
+
 def is_meant_to_be_public(rule, method):
     health = {"/health", "/health/live", "/health/ready", "/.well-known/live", "/.well-known/ready"}
     return method == "GET" and (rule in (*health, "/") or rule.startswith("/static/"))

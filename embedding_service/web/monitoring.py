@@ -14,9 +14,10 @@ blueprint = Blueprint("monitoring", __name__)
 UNMATCHED, OTHER = "unmatched", "other"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-# What is there before it has happened, since a rate needs a zero to rise from.
+# What is there before it has happened, since a rate needs a zero to rise from. 422 and 424 are what
+# Text Embeddings Inference says for 400 and 500.
 READING = (200, 401, 500, 503)
-WRITING = tuple(sorted({200, *(kind.status for kind in ServiceError.__subclasses__())}))
+WRITING = (200, *sorted({422, 424, *(kind.status for kind in ServiceError.__subclasses__())}))
 
 
 class RequestCounter:
