@@ -18,7 +18,8 @@ EncodingFormat = Annotated[
     Meta(description="base64 is the vector's little-endian float32, in a quarter of the bytes."),
 ]
 Dimensions = Annotated[
-    int, Meta(ge=1, description="Keep so many dimensions of each vector, and normalise it again.")
+    int,
+    Meta(ge=1, le=65_536, description="Keep so many dimensions of each vector, and normalise it again."),
 ]
 PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
 InputType = Annotated[

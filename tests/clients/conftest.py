@@ -59,7 +59,9 @@ def prompted_oracle(prompted_folder):
 
 @pytest.fixture(scope="session")
 def prompted(prompted_folder, tmp_path_factory):
-    """A service with the prompted model; it may still be loading."""
+    """A service with the prompted model."""
     running = Service(tmp_path_factory.mktemp("prompted-service"), EMBEDDING_MODEL=str(prompted_folder))
-    yield running
-    running.stop()
+    try:
+        yield running.wait_ready()
+    finally:
+        running.stop()

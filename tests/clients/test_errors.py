@@ -82,6 +82,18 @@ def test_a_bug_is_a_500_without_details(app, path):
     validator(app, path, answer.status_code).validate(answer.json)
 
 
+def test_weaviate_is_told_when_nothing_would_be_served(app, monkeypatch):
+    client = app.test_client()
+    assert client.get("/.well-known/ready").status_code == 204
+    loading = Status(state="loading", reason="loading the model")
+    monkeypatch.setattr(FailingEngine, "status", lambda _engine: loading)
+    answer = client.get("/.well-known/ready")
+    assert (answer.status_code, answer.json) == (503, {"error": "loading the model"})
+    assert client.get("/.well-known/live").status_code == 204
+    assert client.get("/meta").json == {"error": "loading the model"}
+    assert client.get("/v1/models").json["error"]["code"] == "service_unavailable"
+
+
 @pytest.mark.parametrize(
     ("kind", "raised"),
     [

@@ -1,4 +1,4 @@
-"""Prompts, on every protocol that has a word for them, with a model that has them; and its loading."""
+"""Prompts, on every protocol that has a word for them, with a model that has them."""
 
 import openai
 import pytest
@@ -6,38 +6,13 @@ import requests
 from huggingface_hub import InferenceClient
 
 from tests.clients.conftest import PROMPTS
-from tests.service import wait_until
 
 TEXTS = ["what is the capital of France", "word " * 400]
 
 
-def test_a_client_that_comes_too_early_is_told_when_to_return(prompted):
-    """Runs first here: the service has only just been started."""
-    url = f"{prompted.url}/v1/embeddings"
-
-    def early():
-        try:
-            return requests.post(url, json={"input": "hello"}, timeout=10)
-        except requests.ConnectionError:
-            return None
-
-    answer = wait_until(early, 30, "an answer")
-    assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "service_unavailable"
-    assert int(answer.headers["Retry-After"]) >= 1
-    ready = requests.get(f"{prompted.url}/.well-known/ready", timeout=10)
-    assert (ready.status_code, set(ready.json())) == (503, {"error"})
-    with openai.OpenAI(base_url=f"{prompted.url}/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.InternalServerError):
-            client.embeddings.create(input="hello", model="any")
-    prompted.wait_ready()
-    assert requests.get(f"{prompted.url}/info", timeout=10).json()["prompts"] == PROMPTS
-
-
 @pytest.fixture
-def check(prompted, prompted_oracle, close):
+def check(prompted_oracle, close):
     """Asserts that vectors are those of TEXTS with the prompt."""
-    prompted.wait_ready()
 
     def check(vectors, prompt_name) -> None:
         close(vectors, TEXTS, prompted_oracle, prompt_name=prompt_name)
@@ -60,9 +35,13 @@ def test_native(prompted, check, arguments, prompt):
 
 
 def test_an_unknown_prompt_is_refused(prompted):
-    answer = prompted.wait_ready().post("/embed", {"texts": "x", "prompt_name": "nonsense"})
+    answer = prompted.post("/embed", {"texts": "x", "prompt_name": "nonsense"})
     assert answer.status_code == 400
     assert "document, query, title" in answer.json()["error"]
+
+
+def test_info_tells_the_prompts(prompted):
+    assert requests.get(f"{prompted.url}/info", timeout=10).json()["prompts"] == PROMPTS
 
 
 def test_openai(prompted, check):

@@ -93,7 +93,7 @@ _fields_decoder = msgspec.json.Decoder(Fields)
 @protocol.post("/embed")
 @operation({200: EmbedAnswer}, body=_decoder, embeds=True, variant=tei.embed)
 def embed() -> Response:
-    """Embed one text or many; with `inputs` in place of `texts`, as Text Embeddings Inference does."""
+    """Embed one text or many; a body of Text Embeddings Inference gets its bare vectors."""
     began = time.monotonic()
     raw = read()
     try:
