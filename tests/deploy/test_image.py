@@ -46,7 +46,7 @@ def container(builder: Builder, root: Path, tmp_path_factory: pytest.TempPathFac
             container.stop()
 
 
-@pytest.mark.long
+@pytest.mark.deploy
 class TestImage:
     def test_says_how_it_is_run(self, builder: Builder) -> None:
         image = builder.configuration()

@@ -92,7 +92,7 @@ def test_a_rollout_never_takes_away_a_ready_pod(overlay: str) -> None:
     assert strategy == {"maxUnavailable": 0, "maxSurge": 1}
 
 
-@pytest.mark.long
+@pytest.mark.deploy
 def test_a_rollout_loses_nothing(start_instance, start_nginx) -> None:
     resources = render("cpu")
     template = find(resources, "Deployment")["spec"]["template"]
