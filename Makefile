@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test lint format bench bench-gpu bench-peer docker clean
+.PHONY: serve test test-deploy lint format bench bench-gpu bench-peer docker clean
 
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
 
-test: $(VENV)/dev.stamp  ## run every test
-	$(BIN)/python -m pytest
+test: $(VENV)/dev.stamp  ## run every test but those of test-deploy
+	$(BIN)/python -m pytest -m "not deploy"
+
+test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, roll instances over, run Ray (root)
+	$(BIN)/python -m pytest -m deploy -rP tests/deploy
 
 lint: $(VENV)/dev.stamp  ## formatting, style, types, imports, Dockerfile
 	$(BIN)/ruff format --check .
@@ -53,4 +56,8 @@ $(VENV)/dev.stamp: requirements-dev.txt requirements.txt constraints.txt | $(VEN
 
 $(VENV)/bench.stamp: requirements-bench.txt requirements.txt constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements-bench.txt
+	touch $@
+
+$(VENV)/ray.stamp: requirements-ray.txt requirements.txt constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements-ray.txt
 	touch $@

@@ -16,7 +16,7 @@ class Instance(Service):
 
     def __init__(self, folder: Path, port: int | None = None, **settings: str) -> None:
         fixed = port or free_port()
-        super().__init__(folder, PORT=str(fixed), DEVICE="cpu", **settings)
+        super().__init__(folder, **{"DEVICE": "cpu"} | settings | {"PORT": str(fixed)})
         self.port = fixed
         self.url = f"http://127.0.0.1:{fixed}"
 

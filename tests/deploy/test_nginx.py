@@ -128,7 +128,7 @@ def test_two_hundred_slow_clients_hold_up_nobody(front: Nginx) -> None:
     )
 
 
-@pytest.mark.long
+@pytest.mark.deploy
 def test_a_rolling_restart_and_a_kill_lose_nothing(start_instance, start_nginx) -> None:
     instances = [start_instance(), start_instance()]
     front = start_nginx([instance.wait_ready().port for instance in instances])

@@ -1,0 +1,69 @@
+"""The compose file: valid by the specification's schema, and of one mind with what it mounts."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+
+import config
+from tests.service import ROOT
+
+DEPLOY = ROOT / "deploy"
+COMPOSE = DEPLOY / "compose.yaml"
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]
+    return found
+
+
+def test_is_valid() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(COMPOSE)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_one_profile_has_a_gpu_and_the_other_needs_none(services: dict[str, Any]) -> None:
+    gpu, cpu = services["embedding-gpu"], services["embedding-cpu"]
+    assert (gpu["profiles"], cpu["profiles"]) == (["gpu"], ["cpu"])
+    [device] = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert "deploy" not in cpu
+
+
+@pytest.mark.parametrize("name", ["embedding-gpu", "embedding-cpu"])
+def test_instances_are_tight_and_have_time_to_drain(services: dict[str, Any], name: str) -> None:
+    instance = services[name]
+    assert instance["read_only"] is True and instance["cap_drop"] == ["ALL"]
+    settings = config.load(instance["environment"])
+    assert int(instance["stop_grace_period"].rstrip("s")) > settings.graceful_timeout_seconds
+    assert settings.device == {"gpu": "cuda", "cpu": "cpu"}[name.removeprefix("embedding-")]
+
+
+def test_nginx_and_prometheus_ask_the_instances(services: dict[str, Any]) -> None:
+    for name in ("embedding-gpu", "embedding-cpu"):
+        assert services[name]["networks"]["inside"]["aliases"] == ["embedding"]
+        assert "ports" not in services[name], "only nginx is reached from outside"
+    assert "server embedding:8001 max_fails=0;" in (DEPLOY / "nginx.conf").read_text()
+    [job] = yaml.safe_load((DEPLOY / "prometheus" / "compose.yml").read_text())["scrape_configs"]
+    assert job["dns_sd_configs"] == [{"names": ["embedding"], "type": "A", "port": 8001}]
+
+
+def test_everything_mounted_is_there(services: dict[str, Any]) -> None:
+    mounts = [mount for service in services.values() for mount in service.get("volumes", [])]
+    sources = {mount.split(":")[0] for mount in mounts if mount.startswith("./")}
+    missing = {source for source in sources if not (DEPLOY / source).exists()}
+    assert missing == {"./tls"}, "the certificate is the user's"
+
+
+def test_grafana_is_given_the_source_that_the_dashboard_names() -> None:
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    [source] = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    [provider] = yaml.safe_load((provisioning / "dashboards" / "embedding-service.yml").read_text())[
+        "providers"
+    ]
+    assert f"{provider['options']['path']}/embedding-service.json" in COMPOSE.read_text()

@@ -1,0 +1,72 @@
+"""The systemd unit: valid, tight, and true about how the service starts, ends and fails."""
+
+import configparser
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require_program
+from tests.service import ROOT, Service
+
+UNIT = ROOT / "deploy" / "systemd" / "embedding-service.service"
+INSTALLED = "/opt/embedding-service"
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit as installed where this repository is."""
+    installed = tmp_path / UNIT.name
+    text = UNIT.read_text().replace(f"{INSTALLED}/.venv/bin/python", sys.executable)
+    installed.write_text(text.replace(INSTALLED, str(ROOT)))
+    return installed
+
+
+@pytest.fixture
+def section(unit: Path) -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(unit)
+    return parser["Service"]
+
+
+def test_is_valid(unit: Path) -> None:
+    done = analyze("verify", str(unit))
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_verification_would_notice_a_misspelt_setting(unit: Path) -> None:
+    unit.write_text(unit.read_text().replace("KillMode=", "KilMode="))
+    assert "Unknown key 'KilMode'" in analyze("verify", str(unit)).stderr
+
+
+def test_is_hardly_exposed(unit: Path) -> None:
+    done = analyze("security", "--offline=true", "--threshold=25", str(unit))
+    assert done.returncode == 0, done.stdout[-300:]
+
+
+def test_its_command_says_when_it_listens_and_ends_in_time(
+    section: configparser.SectionProxy, tmp_path: Path, start
+) -> None:
+    assert section["Type"] == "notify"
+    notified = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(notified))
+        manager.settimeout(60)
+        service: Service = start(shlex.split(section["ExecStart"]), NOTIFY_SOCKET=str(notified))
+        assert manager.recv(1000).startswith(b"READY=1")
+        assert service.health() is not None
+    assert service.stop(seconds=float(section["TimeoutStopSec"])) == 0
+
+
+def test_a_setting_that_cannot_be_is_not_tried_again(section: configparser.SectionProxy, start) -> None:
+    service: Service = start(shlex.split(section["ExecStart"]), BATCH_SIZE="none")
+    assert service.process.wait(30) == int(section["RestartPreventExitStatus"])
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = require_program("systemd-analyze", "systemd")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
