@@ -78,7 +78,8 @@ def _footnotes(results: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})"
         + (f", {machine['gpu']}" if machine["gpu"] else "")
         + f"; {results['backend']}, dtype {settings['dtype']}; median of {settings['turns']} "
-        f"alternating turns of {settings['seconds_a_turn']:g} s; commit {results['commit']}, {results['date']}."
+        f"alternating turns of {settings['seconds_a_turn']:g} s; commit {results['commit']}, "
+        f"{results['date']}."
     ]
     if one:
         parts.append(
