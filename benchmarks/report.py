@@ -11,6 +11,17 @@ LABELS = {
     "infinity": "infinity (torch)",
     "baseline": "plain Flask",
 }
+# The bars: a load, and the least ratio of the service's rate to another's.
+BARS = [
+    ("one-32", "raw", 0.80),
+    ("one-32", "infinity", 2.5),
+    ("one-32", "baseline", 6.0),
+    ("32-4", "raw", 0.90),
+    ("2048", "raw", 0.90),
+    ("mix", "raw", 0.85),
+]
+MOST_PADDING = 0.10
+
 COLORS = {"raw": "#9aa0a6", "service": "#1a73e8", "infinity": "#f29900", "baseline": "#d93025"}
 
 
@@ -30,6 +41,25 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _footnotes(results)])
 
 
+def verdicts(results: dict[str, Any]) -> str:
+    """Each bar with the figure beside it."""
+    rows = {row["name"]: row["systems"] for row in results["scenarios"]}
+    titles = {row["name"]: row["title"] for row in results["scenarios"]}
+    lines = []
+    if "service" in rows.get("one", {}):
+        mine, most = rows["one"]["service"]["p50_ms"], 1.25 * rows["one"]["raw"]["p50_ms"] + 0.5
+        lines.append((mine <= most, f"one sentence alone, p50: {mine:.2f} ms, bar {most:.2f}"))
+    for name, other, least in BARS:
+        if {"service", other} <= rows.get(name, {}).keys():
+            systems = rows[name]
+            ratio = systems["service"]["texts_per_second"] / systems[other]["texts_per_second"]
+            lines.append((ratio >= least, f"{titles[name]}: {ratio:.2f} x {LABELS[other]}, bar {least:.2f}"))
+    padding = results["padding_of_mix"]
+    if padding is not None:
+        lines.append((padding <= MOST_PADDING, f"padding of the mix: {padding:.1%}, bar {MOST_PADDING:.0%}"))
+    return "\n".join(f"{'reached' if reached else 'NOT REACHED':>11}  {line}" for reached, line in lines)
+
+
 def _cell(result: dict[str, float] | None, raw: float, system: str) -> str:
     if result is None:
         return "–"
@@ -47,8 +77,9 @@ def _footnotes(results: dict[str, Any]) -> str:
         "Texts per second, its ratio to the raw engine, and p50 / p99 of a request. "
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})"
         + (f", {machine['gpu']}" if machine["gpu"] else "")
-        + f"; {results['backend']}, dtype {settings['dtype']}; median of {settings['turns']} alternating turns "
-        f"of {settings['seconds_a_turn']:g} s; commit {results['commit']}, {results['date']}."
+        + f"; {results['backend']}, dtype {settings['dtype']}; median of {settings['turns']} "
+        f"alternating turns of {settings['seconds_a_turn']:g} s; commit {results['commit']}, "
+        f"{results['date']}."
     ]
     if one:
         parts.append(

@@ -248,7 +248,7 @@ def main() -> None:
         arguments.seconds, arguments.alternations = 2.0, 1
     with tempfile.TemporaryDirectory() as scratch:
         results = Bench(arguments, Path(scratch)).measure()
-    print(report.markdown(results))
+    print(report.markdown(results), report.verdicts(results), sep="\n\n")
     if not arguments.quick:
         label = arguments.label or f"{results['date']}-{arguments.device.replace(':', '')}"
         report.write(results, RESULTS, label)

@@ -1,0 +1,124 @@
+"""Every kind of SentenceTransformer answers as SentenceTransformer.encode does, whatever shares its batches."""
+
+import random
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from embedding_service.engine import Embeddings, EmbedRequest
+from embedding_service.errors import InvalidRequest, StartupError
+from embedding_service.inference.batcher import Batcher
+from embedding_service.inference.model import Model
+from embedding_service.inference.settings import ModelSettings
+from tests.inference import tiny_models
+from tests.inference.fake_runtime import Answer, request
+
+TRANSFORMERS = [kind for kind in tiny_models.KINDS if kind not in ("static", "routed")]
+CASES = [(kind, "torch") for kind in tiny_models.KINDS] + [(kind, "openvino") for kind in TRANSFORMERS]
+
+
+def load(folder, **settings) -> Model:
+    return Model(ModelSettings(**({"embedding_model": str(folder), "device": "cpu"} | settings)))
+
+
+def texts(source: random.Random, count: int) -> list[str]:
+    """From the empty text to some far beyond what the model reads, with words it does not know."""
+    words = [*tiny_models.WORDS, "unbelievable", "東京", "x1!", "👩‍👩‍👧"]
+    made = [" ".join(source.choices(words, k=int(source.lognormvariate(1.5, 1.0)))) for _ in range(count)]
+    return ["", *made]
+
+
+def embed(model: Model, requests: list[EmbedRequest]) -> list[Embeddings]:
+    """The answers to requests that are all in the queue at once."""
+    batcher = Batcher(model, max_queued_tokens=1_000_000)
+    answers = [Answer() for _ in requests]
+    for one, answer in zip(requests, answers, strict=True):
+        batcher.submit(one, answer)
+    outcomes = [answer.wait() for answer in answers]
+    batcher.close("done")
+    for outcome in outcomes:
+        assert isinstance(outcome, Embeddings), outcome
+    return outcomes
+
+
+@pytest.mark.parametrize(("kind", "backend"), CASES, ids=[f"{kind}-{backend}" for kind, backend in CASES])
+def test_equal_to_encode_for_any_mixture(tiny, kind, backend):
+    folder = tiny(kind)
+    oracle = SentenceTransformer(str(folder), device="cpu")
+    model = load(folder, backend=backend)
+    assert model.info.backend == backend
+    if kind == "roberta-cls":
+        oracle.max_seq_length = 38  # by itself it fails at a text longer than its positions
+    source = random.Random(kind)
+    names = [None, *(name for name, prompt in oracle.prompts.items() if prompt)]
+    requests = [
+        request(texts(source, count), prompt_name=source.choice(names), normalize=source.random() < 0.5)
+        for count in (1, 2, 30, 5, 1, 12, 3, 60, 1, 7)
+    ]
+    for one, answer in zip(requests, embed(model, requests), strict=True):
+        expected = oracle.encode(
+            one.texts, prompt_name=one.prompt_name, normalize_embeddings=one.normalize, batch_size=7
+        )
+        assert np.abs(answer.vectors - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["prompts", "prompt-not-pooled", "left-padding", "static", "routed"])
+@pytest.mark.parametrize("input_type", ["query", "document"])
+def test_input_types_equal_encode_query_and_encode_document(tiny, kind, input_type):
+    folder = tiny(kind)
+    oracle = SentenceTransformer(str(folder), device="cpu")
+    model = load(folder)
+    some = texts(random.Random(3), 20)
+    (answer,) = embed(model, [request(some, input_type=input_type, normalize=False)])
+    expected = getattr(oracle, f"encode_{input_type}")(some)
+    assert np.abs(answer.vectors - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_the_default_model_equals_encode(model_folder, oracle, backend):
+    model = load(model_folder, backend=backend)
+    source = random.Random(backend)
+    requests = [request(texts(source, count)) for count in (1, 40, 3)]
+    requests.append(request(["word " * 300, "x" * 5000]))
+    for one, answer in zip(requests, embed(model, requests), strict=True):
+        expected = oracle.encode(one.texts, normalize_embeddings=True)
+        assert np.abs(answer.vectors - expected).max() < 1e-5
+    assert answer.truncated == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "left-padding"])
+def test_max_seq_length_lowers_the_models_own(tiny, kind):
+    oracle = SentenceTransformer(str(tiny(kind)), device="cpu")
+    oracle.max_seq_length = 12
+    model = load(tiny(kind), max_seq_length=12)
+    some = [*texts(random.Random(5), 20), "the quick brown fox " * 9]
+    (answer,) = embed(model, [request(some)])
+    assert model.info.max_seq_length == 12
+    assert np.abs(answer.vectors - oracle.encode(some, normalize_embeddings=True)).max() < 1e-5
+    assert len(some) - 1 in answer.truncated
+
+
+def test_max_seq_length_is_never_more_than_the_positions_allow(tiny):
+    # Saved with 40 positions, two of them taken by padding, under a tokenizer that says 48.
+    assert load(tiny("roberta-cls"), max_seq_length=256).info.max_seq_length == 38
+
+
+def test_a_static_model_reads_the_whole_text(tiny):
+    oracle = SentenceTransformer(str(tiny("static")), device="cpu")
+    some = ["the quick brown fox " * 500, "fox"]
+    (answer,) = embed(load(tiny("static")), [request(some)])
+    assert np.abs(answer.vectors - oracle.encode(some, normalize_embeddings=True)).max() < 1e-5
+    assert answer.truncated == []
+    assert answer.tokens == 2001
+
+
+def test_an_unknown_prompt_is_refused_with_those_there_are(tiny):
+    with pytest.raises(InvalidRequest, match="long, passage, query"):
+        load(tiny("left-padding")).prompt("nope", None)
+
+
+@pytest.mark.parametrize("kind", ["static", "routed"])
+def test_openvino_that_was_asked_for_and_cannot_be_is_a_failed_start(tiny, kind):
+    with pytest.raises(StartupError, match="BACKEND=openvino"):
+        load(tiny(kind), backend="openvino")

@@ -1,0 +1,136 @@
+"""Tiny SentenceTransformers of every kind, with random weights: what they answer is what encode() answers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+WORDS = "the of and a in to it is was for on that query passage river model fox vector quick brown lazy dog".split()
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?:'"
+LONGEST = 48
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def tokenizer(special: dict[str, str], template: str, **arguments) -> transformers.PreTrainedTokenizerFast:
+    """A WordPiece tokenizer whose special tokens have the first ids, in the order given."""
+    tokens = [*dict.fromkeys(special.values()), *WORDS, *CHARACTERS, *(f"##{one}" for one in CHARACTERS)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single=template,
+        pair=template.replace("$A", "$A $B"),
+        special_tokens=[(token, vocabulary[token]) for token in special.values()],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=LONGEST, **special, **arguments
+    )
+
+
+BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+ROBERTA = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
+QWEN = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
+def transformer(folder: Path, model: transformers.PreTrainedModel, words) -> Transformer:
+    """The first module, made as a published model is: through files."""
+    folder.mkdir()
+    # Random layers are nearly the identity at the scale they start from; these mix their tokens.
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim == 2:
+                weights.mul_(8)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return Transformer(str(folder))
+
+
+def bert(folder: Path) -> Transformer:
+    words = tokenizer(BERT, "[CLS] $A [SEP]")
+    words.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=64, **SIZES)
+    return transformer(folder, transformers.BertModel(config), words)
+
+
+def mpnet(folder: Path) -> Transformer:
+    words = tokenizer(ROBERTA, "<s> $A </s>")
+    words.model_input_names = ["input_ids", "attention_mask"]
+    config = transformers.MPNetConfig(vocab_size=len(words), max_position_embeddings=66, pad_token_id=1, **SIZES)
+    return transformer(folder, transformers.MPNetModel(config), words)
+
+
+def roberta(folder: Path) -> Transformer:
+    words = tokenizer(ROBERTA, "<s> $A </s>")
+    words.model_input_names = ["input_ids", "attention_mask"]
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(words), max_position_embeddings=40, pad_token_id=1, **SIZES
+    )
+    return transformer(folder, transformers.XLMRobertaModel(config), words)
+
+
+def qwen(folder: Path) -> Transformer:
+    words = tokenizer(QWEN, "$A <eos>", padding_side="left")
+    words.model_input_names = ["input_ids", "attention_mask"]
+    config = transformers.Qwen3Config(
+        vocab_size=len(words), max_position_embeddings=64, num_key_value_heads=2, head_dim=8, **SIZES
+    )
+    return transformer(folder, transformers.Qwen3Model(config), words)
+
+
+def static() -> StaticEmbedding:
+    return StaticEmbedding(tokenizer(BERT, "[CLS] $A [SEP]"), embedding_dim=32)
+
+
+PROMPTS = {"query": "query: ", "passage": "the passage : ", "long": "the quick brown fox of the river : "}
+
+Build = Callable[[Path], SentenceTransformer]
+KINDS: dict[str, Build] = {
+    "bert": lambda path: SentenceTransformer(modules=[bert(path), Pooling(32), Normalize()]),
+    "mpnet": lambda path: SentenceTransformer(modules=[mpnet(path), Pooling(32)]),
+    "roberta-cls": lambda path: SentenceTransformer(modules=[roberta(path), Pooling(32, "cls"), Normalize()]),
+    "dense": lambda path: SentenceTransformer(modules=[bert(path), Pooling(32), Dense(32, 16), Normalize()]),
+    "max-and-weighted": lambda path: SentenceTransformer(
+        modules=[bert(path), Pooling(32, ("max", "weightedmean", "mean_sqrt_len_tokens"))]
+    ),
+    "prompts": lambda path: SentenceTransformer(
+        modules=[mpnet(path), Pooling(32)], prompts=PROMPTS, default_prompt_name="passage"
+    ),
+    "prompt-not-pooled": lambda path: SentenceTransformer(
+        modules=[bert(path), Pooling(32, include_prompt=False), Normalize()], prompts=PROMPTS
+    ),
+    "left-padding": lambda path: SentenceTransformer(
+        modules=[qwen(path), Pooling(32, "lasttoken"), Normalize()], prompts=PROMPTS
+    ),
+    "left-padding-prompt-not-pooled": lambda path: SentenceTransformer(
+        modules=[qwen(path), Pooling(32, "weightedmean", include_prompt=False)], prompts=PROMPTS
+    ),
+    "static": lambda _path: SentenceTransformer(modules=[static(), Normalize()], prompts=PROMPTS),
+    "routed": lambda path: SentenceTransformer(
+        modules=[
+            Router.for_query_document(
+                query_modules=[static()], document_modules=[bert(path), Pooling(32)], allow_empty_key=True
+            ),
+            Normalize(),
+        ],
+        prompts=PROMPTS,
+    ),
+}
+
+
+def build(kind: str, folder: Path) -> Path:
+    """Make the model of a kind and return the folder it is saved in."""
+    torch.manual_seed(sum(map(ord, kind)))
+    saved = folder / "model"
+    KINDS[kind](folder / "transformer").save(str(saved))
+    return saved
