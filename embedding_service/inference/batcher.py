@@ -1,4 +1,4 @@
-"""The queue and the batcher: one thread owns the model, and while a batch runs the next one gathers."""
+"""The queue and the batcher: one thread a lane of the model; while batches run, the next one gathers."""
 
 import heapq
 import logging
@@ -115,13 +115,19 @@ class Batcher:
         self._budget = runtime.max_batch_tokens
         self._budget_lowered_until = 0.0
         self._closed: str | None = None
-        self.running_since: float | None = None
-        self._threads = [
-            threading.Thread(target=self._tokenize_forever, name="tokenizer", daemon=True),
-            threading.Thread(target=self._run_forever, name="model", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        # When each lane began the batch it runs, and when the rate was last reckoned.
+        self._running: dict[int, float] = {}
+        self._measured = 0.0
+        threading.Thread(target=self._tokenize_forever, name="tokenizer", daemon=True).start()
+        for lane in range(runtime.lanes):
+            threading.Thread(
+                target=self._run_forever, args=(lane,), name=f"model-{lane}", daemon=True
+            ).start()
+
+    @property
+    def running_since(self) -> float | None:
+        """When the batch that has been running longest began, on the monotonic clock."""
+        return min(list(self._running.values()), default=None)
 
     @property
     def queued_tokens(self) -> int:
@@ -264,8 +270,8 @@ class Batcher:
 
     # Batches
 
-    def _run_forever(self) -> None:
-        """The model's thread: nothing ends it but closing, a lost device, or a fault of its own code."""
+    def _run_forever(self, lane: int) -> None:
+        """A lane's thread: nothing ends it but closing, a lost device, or a fault of its own code."""
         try:
             while True:
                 with self._lock:
@@ -273,19 +279,25 @@ class Batcher:
                         if self._closed is not None:
                             return
                         self._work.wait()
-                    batch, expired = self._next_batch(time.monotonic())
+                    now = time.monotonic()
+                    batch, expired = self._next_batch(now)
+                    if self._heap:
+                        self._work.notify()
+                    alone = not self._running and not self._heap
+                    self._measured = now if not self._running else self._measured
+                    self._running[lane] = now
                 for job in expired:
                     self._fail(job, DeadlineExceeded("the deadline passed in the queue"))
-                self._try(batch)
+                self._try(batch, lane, alone)
         except DeviceLost as error:
             self._give_up(str(error))
         except BaseException:
             log.critical("The batcher failed", exc_info=True)
             self._give_up("the batcher failed")
 
-    def _try(self, batch: list[Item]) -> None:
+    def _try(self, batch: list[Item], lane: int, alone: bool) -> None:
         try:
-            self._run(batch)
+            self._run(batch, lane, alone)
         except DeviceLost:
             raise
         except Exception:
@@ -293,7 +305,8 @@ class Batcher:
             for item in batch:
                 self._fail(item.job, ModelFailure("the service failed on this request"))
         finally:
-            self.running_since = None
+            with self._lock:
+                del self._running[lane]
 
     def _give_up(self, reason: str) -> None:
         self._on_device_lost(reason)
@@ -351,16 +364,16 @@ class Batcher:
             low, high = new_low, new_high
             longest, total = lengths[high], padded - waste
 
-    def _run(self, batch: list[Item]) -> None:
+    def _run(self, batch: list[Item], lane: int, alone: bool) -> None:
         """Embed a batch; on failure halve it until only the guilty texts are left, and fail those."""
         parts = [batch]
         while parts:
             part = [item for item in parts.pop() if not item.job.finished]
             if not part:
                 continue
-            self.running_since = began = time.monotonic()
+            self._running[lane] = began = time.monotonic()
             try:
-                vectors = self._runtime.forward([item.tokens for item in part])
+                vectors = self._runtime.forward([item.tokens for item in part], lane, alone)
                 if len(vectors) != len(part):
                     raise RuntimeError(f"{len(vectors)} vectors came back for {len(part)} texts")
             except DeviceLost:
@@ -369,7 +382,6 @@ class Batcher:
                 parts += self._narrow(part, error)
                 continue
             ended = time.monotonic()
-            self._measure(part, ended - began)
             metrics.record_batch([item.tokens.length for item in part], ended - began)
             self._deliver(part, vectors, began, ended)
 
@@ -389,38 +401,39 @@ class Batcher:
         self._fail(item.job, ModelFailure(f"texts[{item.index}] {why}"))
         return []
 
-    def _measure(self, part: Sequence[Item], seconds: float) -> None:
+    def _measure(self, part: Sequence[Item], ended: float) -> None:
         """Keep the rate of the last batches, each by its weight: a lone short text says little."""
-        self._recent_tokens = RECENT * self._recent_tokens + sum(item.tokens.length for item in part)
-        self._recent_seconds = RECENT * self._recent_seconds + seconds
+        tokens = sum(item.tokens.length for item in part)
+        self._recent_tokens = RECENT * self._recent_tokens + tokens
+        self._recent_seconds = RECENT * self._recent_seconds + max(0.0, ended - self._measured)
+        self._measured = ended
         self._tokens_per_second = self._recent_tokens / max(self._recent_seconds, 1e-6)
 
     def _deliver(self, part: list[Item], vectors: Vectors, began: float, ended: float) -> None:
         if not np.isfinite(vectors).all():
             vectors = self._recompute(part, vectors)
         unit = vectors if self._runtime.normalized else normalize(vectors)
-        seen: set[Job] = set()
-        for row, item in enumerate(part):
-            job = item.job
-            if job.finished:
-                continue
-            if job not in seen:
-                seen.add(job)
+        jobs: set[Job] = set()
+        # Locked, since another lane may have texts of the same jobs.
+        with self._lock:
+            self._measure(part, ended)
+            for row, item in enumerate(part):
+                job, request = item.job, item.job.request
+                raw = request.dimensions is not None or not request.normalize
+                vector = (vectors if raw else unit)[row : row + 1]
+                if len(request.texts) == 1:
+                    job.vectors = vector
+                else:
+                    if job.vectors is None:
+                        job.vectors = np.empty((len(request.texts), vectors.shape[1]), np.float32)
+                    job.vectors[item.index] = vector
+                job.remaining -= 1
+                jobs.add(job)
+            for job in jobs:
                 job.inference_seconds += ended - began
                 job.started = job.started or began
-            request = job.request
-            if request.dimensions is None and request.normalize:
-                vector = unit[row : row + 1]
-            else:
-                vector = vectors[row : row + 1]
-            if len(request.texts) == 1:
-                job.vectors = vector
-            else:
-                if job.vectors is None:
-                    job.vectors = np.empty((len(request.texts), vectors.shape[1]), np.float32)
-                job.vectors[item.index] = vector
-            job.remaining -= 1
-            if not job.remaining:
+        for job in jobs:
+            if not job.remaining and not job.finished:
                 self._complete(job)
 
     def _recompute(self, part: list[Item], vectors: Vectors) -> Vectors:

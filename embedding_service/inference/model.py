@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # On a CPU a batch costs what its tokens cost from about this many on, and wider ones only make
 # requests wait (docs/architecture.md, "The token budget on a CPU").
-CPU_BATCH_TOKENS = 256
+CPU_BATCH_TOKENS = 96
 
 # What one more batch costs, in tokens of padding: below it, padding is cheaper than a batch apart.
 CPU_FREE_PADDING, GPU_FREE_PADDING = 16, 2048
@@ -71,6 +71,7 @@ class Model:
         self._backend = self._choose_backend(settings.backend, device, dtype)
         self._exact: TorchBackend | None = None
 
+        self.lanes = self._backend.lanes
         on_cpu = device == "cpu"
         full = settings.batch_size * self.max_seq_length
         self.max_batch_tokens = min(full, CPU_BATCH_TOKENS) if on_cpu else full
@@ -146,8 +147,8 @@ class Model:
             self._lister = TokenLister(self._model)
         return self._lister.list(_checked(texts), add_special_tokens)
 
-    def forward(self, batch: Sequence[Tokens]) -> Vectors:
-        return self._backend.forward(self._features(batch))
+    def forward(self, batch: Sequence[Tokens], lane: int = 0, alone: bool = True) -> Vectors:
+        return self._backend.forward(self._features(batch), lane, alone)
 
     def forward_exact(self, tokens: Tokens) -> Vectors:
         if self._exact is None:

@@ -31,7 +31,9 @@ class Tokens:
 
 
 class Runtime(Protocol):
-    """A loaded model. `tokenize` is safe from any thread, `forward` from one."""
+    """A loaded model. `tokenize` is safe from any thread, `forward` from one thread for each lane."""
+
+    lanes: int
 
     max_seq_length: int
     max_batch_tokens: int
@@ -55,8 +57,11 @@ class Runtime(Protocol):
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         """Every token of the texts, for a person to look at; raises InvalidRequest."""
 
-    def forward(self, batch: Sequence[Tokens]) -> Vectors:
-        """Vectors of shape (len(batch), dimension); raises OutOfMemory or DeviceLost."""
+    def forward(self, batch: Sequence[Tokens], lane: int = 0, alone: bool = True) -> Vectors:
+        """Vectors of shape (len(batch), dimension); raises OutOfMemory or DeviceLost.
+
+        `alone` says that no other lane runs or has anything to run.
+        """
 
     def forward_exact(self, tokens: Tokens) -> Vectors:
         """The vector of one text, of shape (1, dimension), computed in float32 throughout."""

@@ -31,12 +31,14 @@ class FakeRuntime:
         on_forward: Callable[[Sequence[Tokens]], Vectors | None] = lambda _batch: None,
         on_tokenize: Callable[[Sequence[str]], None] = lambda _texts: None,
         seconds_per_token: float = 0.0,
+        lanes: int = 1,
     ) -> None:
         self.max_seq_length = max_seq_length
         self.max_batch_tokens = max_batch_tokens
         self.free_padding_tokens = free_padding_tokens
         self.separate_bulk = separate_bulk
         self.normalized = False
+        self.lanes = lanes
         self.on_forward = on_forward
         self.on_tokenize = on_tokenize
         self.seconds_per_token = seconds_per_token
@@ -76,7 +78,7 @@ class FakeRuntime:
             for length, text in zip(wanted, texts, strict=True)
         ]
 
-    def forward(self, batch: Sequence[Tokens]) -> Vectors:
+    def forward(self, batch: Sequence[Tokens], lane: int = 0, alone: bool = True) -> Vectors:
         self.batches.append(list(batch))
         own = self.on_forward(batch)
         if self.seconds_per_token:

@@ -9,10 +9,11 @@ class Backend(Protocol):
     """Executes one batch."""
 
     name: str
+    lanes: int
 
-    def forward(self, features: dict[str, Any]) -> Vectors:
+    def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
         """Sentence embeddings, float32 of shape (texts, dimension), on the CPU.
 
         `features` holds numpy arrays of shape (texts, width), or what the model's own `preprocess`
-        returned.
+        returned. Lanes may run at once, each with its own share of the cores; `alone` gives it all.
         """

@@ -14,7 +14,13 @@ from embedding_service.engine import Vectors
 
 
 class OpenVINOBackend:
-    """A SentenceTransformer whose transformer OpenVINO runs, in float32."""
+    """A SentenceTransformer whose transformer OpenVINO runs, in float32.
+
+    It is compiled twice: with all cores for one batch, which is fastest for a text alone, and with
+    one core for each of several batches at once. Cores that share a batch wait for one another at
+    every layer, and wait long where a web worker takes one of them away (docs/architecture.md,
+    "Lanes").
+    """
 
     name = "openvino"
 
@@ -28,25 +34,25 @@ class OpenVINOBackend:
         # The first output is last_hidden_state; the pooler that BERT adds would be computed for nothing.
         while len(graph.outputs) > 1:
             graph.remove_result(graph.get_results()[-1])
-        compiled = openvino.Core().compile_model(
-            graph,
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32",
-                "INFERENCE_NUM_THREADS": str(available_cores()),
-            },
-        )
-        self._names = [port.get_any_name() for port in compiled.inputs]
-        self._request = compiled.create_infer_request()
-        self._later = list(islice(model.children(), 1, None))
+        cores = available_cores()
+        together = _compile(graph, streams=1, threads=cores)
+        self._names = [port.get_any_name() for port in together.inputs]
         if set(self._names) - set(inputs):
             raise ValueError(f"the converted model asks for {self._names}")
+        self._alone = together.create_infer_request()
+        self._lanes = [self._alone]
+        if cores > 1:
+            apart = _compile(graph, streams=cores, threads=cores)
+            self._lanes = [apart.create_infer_request() for _ in range(cores)]
+        self.lanes = len(self._lanes)
+        self._later = list(islice(model.children(), 1, None))
 
     @torch.inference_mode()
-    def forward(self, features: dict[str, Any]) -> Vectors:
+    def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
         inputs = {name: features[name] for name in self._names}
-        result = self._request.infer(inputs, share_inputs=True, share_outputs=True)
+        # At most one batch is alone at a time, so that its request is never used by two threads.
+        request = self._alone if alone else self._lanes[lane]
+        result = request.infer(inputs, share_outputs=True)
         features = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in features.items()}
         features["token_embeddings"] = torch.from_numpy(result[0])
         for module in self._later:
@@ -58,3 +64,12 @@ class OpenVINOBackend:
 def available_cores() -> int:
     """Cores this process may run on, which a container's cpuset may have made fewer."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _compile(graph: Any, streams: int, threads: int) -> Any:
+    settings = {
+        "NUM_STREAMS": str(streams),
+        "INFERENCE_NUM_THREADS": str(threads),
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    return openvino.Core().compile_model(graph, "CPU", settings)

@@ -14,6 +14,7 @@ class TorchBackend:
     """Runs the whole SentenceTransformer where it lies; one copy to the device, one copy back."""
 
     name = "torch"
+    lanes = 1
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
@@ -21,7 +22,7 @@ class TorchBackend:
         self._pinned = self._device.type == "cuda"
 
     @torch.inference_mode()
-    def forward(self, features: dict[str, Any]) -> Vectors:
+    def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
         task = {"task": features.pop("task")} if "task" in features else {}
         try:
             output = self._model({k: self._place(v) for k, v in features.items()}, **task)
