@@ -59,13 +59,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description="Run on the CPU, with a warning, when the CUDA device asked for is missing."),
     ] = True
     dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"],
-        Meta(description="Number format of the weights; auto is float16 on CUDA, float32 elsewhere."),
+        Literal["auto", "float32", "float16", "bfloat16", "int8"],
+        Meta(
+            description=(
+                "Number format of the weights; auto is float16 on CUDA, float32 elsewhere. int8, on x86 "
+                "CPUs, is faster and a little less exact; it needs requirements-int8.txt."
+            )
+        ),
     ] = "auto"
     backend: Annotated[
         Literal["auto", "torch", "openvino"],
         Meta(description="Runtime of the transformer; auto is OpenVINO on x86 CPUs, else torch."),
     ] = "auto"
+    cache_folder: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Folder that keeps models converted to OpenVINO, which shortens the next start.",
+        ),
+    ] = "~/.cache/embedding-service"
     attn_implementation: Annotated[
         str | None,
         Meta(description="Attention of the transformer, such as sdpa or flash_attention_2."),

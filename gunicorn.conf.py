@@ -60,7 +60,7 @@ def on_starting(server):
     processes = [
         ProcessSettings(
             socket_path=socket_path(folder, index),
-            model=msgspec.structs.replace(model, device=device),
+            model=msgspec.structs.replace(model, device=device, model_processes=len(settings.devices)),
             log=logging,
             hang_seconds=2 * settings.request_timeout_seconds,
         )

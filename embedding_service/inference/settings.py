@@ -12,7 +12,10 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     cpu_fallback: bool = True
     dtype: str = "auto"
     backend: str = "auto"
+    cache_folder: str | None = None
     attn_implementation: str | None = None
     batch_size: int = 32
     max_seq_length: int = 256
     max_queued_tokens: int = 2_000_000
+    # Model processes of this service, which share the cores among them.
+    model_processes: int = 1

@@ -1,4 +1,4 @@
-"""Every kind of SentenceTransformer answers as SentenceTransformer.encode does, whatever shares its batches."""
+"""Every kind of SentenceTransformer answers as its encode() does, whatever shares its batches."""
 
 import random
 
@@ -19,7 +19,10 @@ CASES = [(kind, "torch") for kind in tiny_models.KINDS] + [(kind, "openvino") fo
 
 
 def load(folder, **settings) -> Model:
-    return Model(ModelSettings(**({"embedding_model": str(folder), "device": "cpu"} | settings)))
+    """With one thread, since tiny models gain nothing by more."""
+    return Model(
+        ModelSettings(**({"embedding_model": str(folder), "device": "cpu", "model_processes": 64} | settings))
+    )
 
 
 def texts(source: random.Random, count: int) -> list[str]:

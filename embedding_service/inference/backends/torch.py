@@ -17,30 +17,45 @@ class TorchBackend:
     lanes = 1
 
     def __init__(self, model: SentenceTransformer) -> None:
-        self._model = model
+        self.model = model
         self._device = model.device
-        self._pinned = self._device.type == "cuda"
 
     @torch.inference_mode()
     def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
         task = {"task": features.pop("task")} if "task" in features else {}
         try:
-            output = self._model({k: self._place(v) for k, v in features.items()}, **task)
+            output = self.model({k: self._place(v) for k, v in features.items()}, **task)
             vectors: Vectors = output["sentence_embedding"].float().cpu().numpy()
-        except torch.OutOfMemoryError as error:
+            return vectors
+        except RuntimeError as error:
+            failure = _failure(error, self._device.type)
+            if failure is None:
+                raise
+        # Here, where the exception no longer holds the frames that hold the tensors.
+        if isinstance(failure, OutOfMemory) and self._device.type == "cuda":
             torch.cuda.empty_cache()
-            raise OutOfMemory(str(error)) from error
-        except torch.AcceleratorError as error:
-            # Every CUDA call of this process fails from now on: https://docs.nvidia.com/cuda/,
-            # "sticky" errors corrupt the context. The message names the kernel at fault.
-            raise DeviceLost(f"the {self._device.type} device failed") from error
-        return vectors
+        raise failure
 
     def _place(self, value: Any) -> Any:
+        """Host arrays to the device; pinned, so that the copy runs beside the launching of kernels."""
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if not isinstance(value, torch.Tensor) or self._device.type == "cpu":
             return value
-        if self._pinned:
+        if self._device.type == "cuda":
             return value.pin_memory().to(self._device, non_blocking=True)
         return value.to(self._device)
+
+
+def _failure(error: RuntimeError, device: str) -> OutOfMemory | DeviceLost | None:
+    """What a RuntimeError of torch means; None where it says nothing of the device."""
+    message = str(error)
+    # cuBLAS and MPS report a lack of memory as bare RuntimeErrors, CUDA itself in three spellings.
+    lacking = ("out of memory", "_ALLOC_FAILED", "cudaErrorMemoryAllocation")
+    if isinstance(error, torch.OutOfMemoryError) or any(words in message for words in lacking):
+        return OutOfMemory(message)
+    if isinstance(error, torch.AcceleratorError):
+        # Every CUDA call of this process fails from now on: https://docs.nvidia.com/cuda/,
+        # "sticky" errors corrupt the context. The message names the kernel at fault.
+        return DeviceLost(f"the {device} device failed: {message.partition(chr(10))[0]}")
+    return None

@@ -1,0 +1,161 @@
+"""The converted model: kept on disk, checked against torch, and refused where it answers otherwise."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedding_service.errors import StartupError
+from embedding_service.inference.backends import openvino as backend
+from embedding_service.inference.backends.graph_cache import KEPT
+from embedding_service.inference.model import Model
+from embedding_service.inference.runtime import Tokens
+from embedding_service.inference.settings import ModelSettings
+
+SENTENCES = Path(__file__).parents[2].joinpath("benchmarks", "sentences.txt").read_text().splitlines()
+
+
+def load(folder, cache, **settings) -> Model:
+    given = {
+        "embedding_model": str(folder),
+        "device": "cpu",
+        "cache_folder": str(cache),
+        "model_processes": 64,
+    }
+    return Model(ModelSettings(**given | settings))
+
+
+def vectors(model: Model) -> np.ndarray:
+    texts = ["the quick brown fox", "", "of the river " * 30]
+    return np.concatenate([model.forward([tokens]) for tokens in model.tokenize(texts, None, None)])
+
+
+@pytest.fixture
+def conversions(monkeypatch) -> list[str]:
+    """Grows by one for each conversion."""
+    made: list[str] = []
+    convert = backend._convert
+
+    def count(*arguments):
+        made.append("conversion")
+        return convert(*arguments)
+
+    monkeypatch.setattr(backend, "_convert", count)
+    return made
+
+
+def test_the_second_start_converts_nothing_and_answers_the_same(tiny, tmp_path, conversions):
+    first = vectors(load(tiny("bert"), tmp_path))
+    second = vectors(load(tiny("bert"), tmp_path))
+    assert conversions == ["conversion"]
+    assert np.array_equal(first, second)
+
+
+def test_other_weights_are_another_entry(tiny, tmp_path, conversions):
+    load(tiny("bert"), tmp_path)
+    load(tiny("dense"), tmp_path)
+    assert len(conversions) == 2
+
+
+@pytest.mark.parametrize("file", ["model.xml", "model.bin"])
+def test_a_damaged_entry_is_made_again(tiny, tmp_path, conversions, file):
+    expected = vectors(load(tiny("bert"), tmp_path))
+    (damaged,) = tmp_path.rglob(file)
+    whole = damaged.read_bytes()
+    # Of the weights every bit is turned, which no reader can notice; of the graph the end is missing.
+    damaged.write_bytes(bytes(255 - byte for byte in whole) if file == "model.bin" else whole[:2000])
+    assert np.array_equal(vectors(load(tiny("bert"), tmp_path)), expected)
+    assert len(conversions) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_one_debug_line(tiny, tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with caplog.at_level(logging.DEBUG, "embedding_service"):
+        assert load(tiny("bert"), blocked / "below").info.backend == "openvino"
+    (line,) = [record for record in caplog.records if "not kept" in record.message]
+    assert line.levelno == logging.DEBUG
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_half_written_entries_are_not_there(tiny, tmp_path):
+    load(tiny("bert"), tmp_path)
+    (folder,) = tmp_path.joinpath("openvino").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["model.bin", "model.xml"]
+
+
+def test_only_the_last_used_are_kept(tiny, tmp_path):
+    load(tiny("bert"), tmp_path)
+    folder = tmp_path / "openvino"
+    (graph,) = folder.rglob("model.xml")
+    for number in range(KEPT + 2):
+        old = folder / f"old-{number}"
+        old.mkdir()
+        (old / "model.xml").write_bytes(graph.read_bytes())
+        os.utime(old, (number, number))
+    load(tiny("dense"), tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert len(names) == KEPT
+    assert graph.parent.name in names
+    assert "old-0" not in names
+
+
+def test_a_conversion_that_answers_otherwise_is_not_used(tiny, tmp_path, monkeypatch, caplog):
+    convert = backend._convert
+
+    def wrong(model, inputs, int8):
+        with torch.no_grad():
+            for weights in model[0].model.parameters():
+                weights.mul_(1.1)
+        graph = convert(model, inputs, int8)
+        with torch.no_grad():
+            for weights in model[0].model.parameters():
+                weights.div_(1.1)
+        return graph
+
+    monkeypatch.setattr(backend, "_convert", wrong)
+    model = load(tiny("mpnet"), tmp_path)
+    assert model.info.backend == "torch"
+    (line,) = [record.message for record in caplog.records if "using torch" in record.message]
+    assert "differ" in line
+    with pytest.raises(StartupError, match="differ"):
+        load(tiny("mpnet"), tmp_path, backend="openvino")
+
+
+# int8
+
+
+def test_int8_without_nncf_is_one_line_with_the_way_out(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nncf", None)
+    with pytest.raises(StartupError, match=r"pip install -r requirements-int8\.txt"):
+        load(tiny("bert"), tmp_path, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        pytest.param("bert", {"backend": "torch"}, id="torch"),
+        pytest.param("static", {}, id="no transformer"),
+    ],
+)
+def test_int8_where_it_cannot_be_is_a_failed_start(tiny, tmp_path, kind, settings):
+    with pytest.raises(StartupError, match="DTYPE=int8 needs"):
+        load(tiny(kind), tmp_path, dtype="int8", **settings)
+
+
+def test_int8_is_near_float32_on_real_sentences(model_folder, oracle, tmp_path):
+    pytest.importorskip("nncf", reason="pip install -r requirements-int8.txt")
+    model = load(model_folder, tmp_path, dtype="int8")
+    assert (model.info.dtype, model.info.backend) == ("int8", "openvino")
+    batches = [SENTENCES[first : first + 32] for first in range(0, len(SENTENCES), 32)]
+    got = np.concatenate([model.forward(model.tokenize(batch, None, None)) for batch in batches])
+    expected = oracle.encode(SENTENCES, normalize_embeddings=True)
+    cosines = (got * expected).sum(axis=1)
+    assert cosines.mean() > 0.998
+    assert cosines.min() > 0.99
+    one: list[Tokens] = model.tokenize(SENTENCES[:1], None, None)
+    assert np.abs(model.forward_exact(one[0]) - expected[:1]).max() < 1e-5
+    assert load(model_folder, tmp_path).info.fingerprint != model.info.fingerprint
