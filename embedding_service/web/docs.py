@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 from flask import Blueprint, Flask, Response, current_app, render_template, send_from_directory
 
-from embedding_service.web.openapi import JSON, document
-from embedding_service.web.operation import operation
+from embedding_service.web.openapi import document
+from embedding_service.web.operation import JSON, operation
 
 blueprint = Blueprint("docs", __name__, template_folder="templates")
 
@@ -26,6 +26,7 @@ def openapi() -> Response:
 
 
 @blueprint.get("/docs")
+@operation({200: str}, media=("text/html",), public=True)
 def page() -> str:
     """The same for a person, rendered by Swagger UI from files of this service."""
     return render_template("docs.html")
