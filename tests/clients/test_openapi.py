@@ -87,6 +87,8 @@ def test_swagger_ui_renders_it_with_no_other_host(service, tmp_path):
         text=True,
         timeout=120,
     ).stdout
+    answer = requests.get(f"{service.url}/docs", timeout=10)
+    assert "default-src 'none'; script-src 'self';" in answer.headers["Content-Security-Policy"]
     for shown in ("/v1/embeddings", "/api/embed", "Text Embeddings Inference", "Weaviate"):
         assert shown in page
     events = json.loads(log.read_text())["events"]
