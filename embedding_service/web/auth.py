@@ -1,4 +1,4 @@
-"""Asks every request for a key where keys are set, but for the health routes and the page's own files."""
+"""Asks every request for a key where keys are set, but for the health routes and the pages for a person."""
 
 from flask import Flask, Response, request
 
@@ -6,11 +6,12 @@ from embedding_service.errors import Unauthorized
 from embedding_service.web.context import KEY
 from embedding_service.web.keys import KeyRing
 
-# Route rules, not paths. The page asks its visitor for a key and sends it with what it embeds.
+# Route rules, not paths. The pages ask their visitor for a key and send it with what they embed.
 HEALTH = frozenset(
     {"/health", "/health/live", "/health/ready", "/.well-known/live", "/.well-known/ready"},
 )
-PAGE, PAGE_FILES = "/", "/static/"
+PAGES = frozenset({"/", "/docs", "/docs/<name>", "/openapi.json"})
+PAGE_FILES = "/static/"
 
 CHALLENGE = 'Bearer realm="embedding-service"'
 
@@ -38,7 +39,7 @@ def _is_public() -> bool:
         return False
     rule = request.url_rule.rule
     reads = request.method in ("GET", "HEAD")
-    return reads and (rule in HEALTH or rule == PAGE or rule.startswith(PAGE_FILES))
+    return reads and (rule in HEALTH or rule in PAGES or rule.startswith(PAGE_FILES))
 
 
 def _sent_keys() -> list[bytes]:

@@ -8,14 +8,21 @@ from typing import Any
 import orjson
 from flask import Blueprint, Flask, Response, current_app, render_template, send_from_directory
 
-from embedding_service.web.openapi import JSON, document
-from embedding_service.web.operation import operation
+from embedding_service.web import page
+from embedding_service.web.openapi import document
+from embedding_service.web.operation import JSON, operation
 
 blueprint = Blueprint("docs", __name__, template_folder="templates")
 
 # The package that carries Swagger UI's files; its code is not imported.
 UI_PACKAGE = "flask_swagger_ui"
 UI_FILES = {"swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"}
+
+# Swagger UI sets styles on its elements and draws with images that it carries in its stylesheet.
+SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @blueprint.get("/openapi.json")
@@ -26,9 +33,13 @@ def openapi() -> Response:
 
 
 @blueprint.get("/docs")
-def page() -> str:
+@operation({200: str}, media=("text/html",), public=True)
+def show() -> Response:
     """The same for a person, rendered by Swagger UI from files of this service."""
-    return render_template("docs.html")
+    response = Response(render_template("docs.html", version=page.VERSION), mimetype="text/html")
+    response.headers["Content-Security-Policy"] = SECURITY_POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
 
 
 @blueprint.get("/docs/<name>")

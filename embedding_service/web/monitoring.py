@@ -7,6 +7,7 @@ from prometheus_client import Counter, Histogram
 
 from embedding_service import metrics
 from embedding_service.errors import ServiceError
+from embedding_service.web.operation import operation
 
 blueprint = Blueprint("monitoring", __name__)
 
@@ -73,6 +74,7 @@ def prepare(app: Flask) -> None:
 
 
 @blueprint.get("/metrics")
+@operation({200: str}, media=("text/plain", "application/openmetrics-text"))
 def scrape() -> Response:
     """All metrics of all processes, in the form that the scraper asks for."""
     body, content_type = metrics.exposition(request.headers.get("Accept", ""))

@@ -11,11 +11,10 @@ from werkzeug.routing import Rule
 
 from embedding_service import __version__
 from embedding_service.errors import Unauthorized
-from embedding_service.web.operation import Operation, operation_of
+from embedding_service.web.operation import JSON, Operation, operation_of
 from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.protocols import native
 
-JSON = "application/json"
 REFERENCE = "#/components/schemas/{name}"
 
 HEADERS = {
@@ -126,7 +125,9 @@ def _responses(
             "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
         }
         if types[status]:
-            responses[str(status)]["content"] = {JSON: {"schema": schemas.any_of(types[status])}}
+            media = found.media if status in found.answers else (JSON,)
+            schema = {"schema": schemas.any_of(types[status])}
+            responses[str(status)]["content"] = dict.fromkeys(media, schema)
     return responses
 
 

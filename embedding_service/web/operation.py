@@ -16,6 +16,8 @@ from embedding_service.errors import (
     UnsupportedMediaType,
 )
 
+JSON = "application/json"
+
 View = TypeVar("View", bound=Callable[..., Any])
 
 # A view that reads a body hands it to the model, and may raise all of these.
@@ -31,12 +33,14 @@ ON_BODY = (
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One view. `answers` has the type of the body by status; None stands for no body.
+    """One view. `answers` has the type of the body by status: a tuple for one of several, None for none.
 
-    `variant` is a view of another protocol that answers the same route when its fields are sent.
+    `media` are the content types of the answers; errors are always JSON. `variant` is a view of
+    another protocol that answers the same route when its fields are sent.
     """
 
     answers: Mapping[int, Any]
+    media: tuple[str, ...]
     body: msgspec.json.Decoder[Any] | None
     raises: tuple[type[ServiceError], ...]
     embeds: bool
@@ -50,6 +54,7 @@ _operations: dict[Callable[..., Any], Operation] = {}
 def operation(
     answers: Mapping[int, Any],
     *,
+    media: tuple[str, ...] = (JSON,),
     body: msgspec.json.Decoder[Any] | None = None,
     raises: tuple[type[ServiceError], ...] = (),
     embeds: bool = False,
@@ -61,6 +66,7 @@ def operation(
     def describe(view: View) -> View:
         _operations[view] = Operation(
             answers=answers,
+            media=media,
             body=body,
             raises=raises + (ON_BODY if body else ()),
             embeds=embeds,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from flask import Blueprint, Response, render_template, send_from_directory
 
+from embedding_service.web.operation import operation
+
 STATIC = Path(__file__).with_name("static")
 
 # Part of every file's address, so that a browser may keep a file for good and still gets a new one.
@@ -23,6 +25,7 @@ blueprint = Blueprint("page", __name__, template_folder="templates")
 
 
 @blueprint.get("/")
+@operation({200: str}, media=("text/html",), public=True)
 def page() -> Response:
     """The page; it asks /health, /info and POST /embed for everything that it shows."""
     response = Response(render_template("page.html", version=VERSION), mimetype="text/html")

@@ -1,5 +1,7 @@
 """Every error of the engine in the form that each protocol's clients expect; the engine is a fake."""
 
+from contextlib import contextmanager
+
 import httpx2
 import jsonschema_rs
 import openai
@@ -97,7 +99,6 @@ def test_weaviate_is_told_when_nothing_would_be_served(app, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "raised"),
     [
-        (errors.Unauthorized, openai.AuthenticationError),
         (errors.Overloaded, openai.RateLimitError),
         (errors.Unavailable, openai.InternalServerError),
         (errors.DeadlineExceeded, openai.InternalServerError),
@@ -106,8 +107,23 @@ def test_weaviate_is_told_when_nothing_would_be_served(app, monkeypatch):
 )
 def test_the_openai_sdk_raises_its_own_exceptions(app, kind, raised):
     app.extensions["embedding_service"].engine.error = kind("it failed", retry_after_seconds=0.05)
-    transport = httpx2.WSGITransport(app=app)
-    with httpx2.Client(transport=transport) as http:
-        client = openai.OpenAI(base_url="http://service/v1", api_key="x", http_client=http, max_retries=0)
-        with pytest.raises(raised, match="it failed"):
-            client.embeddings.create(input="x", model="any")
+    with sdk(app) as client, pytest.raises(raised, match="it failed"):
+        client.embeddings.create(input="x", model="any")
+
+
+def test_the_openai_sdk_raises_its_own_exception_without_a_key():
+    app = create_app(FailingEngine(), WebSettings(api_keys="the-key"))
+    with (
+        sdk(app) as client,
+        pytest.raises(openai.AuthenticationError, match="a valid key is needed") as caught,
+    ):
+        client.embeddings.create(input="x", model="any")
+    assert caught.value.code == "invalid_api_key"
+    validator(app, "/v1/embeddings", 401).validate(caught.value.response.json())
+
+
+@contextmanager
+def sdk(app):
+    """The official SDK, straight into the app."""
+    with httpx2.Client(transport=httpx2.WSGITransport(app=app)) as http:
+        yield openai.OpenAI(base_url="http://service/v1", api_key="x", http_client=http, max_retries=0)
