@@ -1,0 +1,459 @@
+"""embed_file: every row once, whatever happens on the way; over the real service and in one process."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import psutil
+import pytest
+from pyarrow import parquet
+
+from embedding_service.bulk import part as parts
+from embedding_service.bulk import rows
+from embedding_service.bulk.embedders import (
+    Description,
+    Options,
+    RemoteEmbedder,
+    Stopped,
+    retry_after_seconds,
+)
+from embedding_service.bulk.part import Job, Part
+from embedding_service.bulk.pipeline import Patient, run
+from embedding_service.bulk.rows import Row
+from embedding_service.errors import StartupError
+from tests.service import ROOT, wait_until
+
+HEADER_BYTES = 128
+DIMENSION = 384
+
+
+class Run:
+    """One `python -m embedding_service.embed_file`, and how much memory it took."""
+
+    def __init__(self, *arguments: object, **settings: str) -> None:
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG") or k.startswith("HF_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "embedding_service.embed_file", *map(str, arguments)],
+            cwd=ROOT,
+            env=kept | settings,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.peak_mib = 0.0
+        self.said = ""
+
+    def is_over(self) -> bool:
+        """Look at its memory, and whether it has ended."""
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            peak = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+            self.peak_mib = max(self.peak_mib, *(int(kib) / 1024 for kib in peak), 0.0)
+        except (OSError, psutil.Error):
+            pass
+        return self.process.poll() is not None
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Its exit code; what it has said is in `said`."""
+        try:
+            wait_until(self.is_over, seconds, "the end of embed_file")
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.said = self.process.communicate()[1]
+        return self.process.returncode
+
+
+def write_corpus(path: Path, count: int) -> list[str]:
+    """Short texts, no two alike, as JSON objects."""
+    subjects = ["cats", "the sea", "tax law", "red wine", "old trains", "rain", "chess"]
+    texts = [f"Note {i * 7919 % 1_000_003} about {subjects[i % 7]}." for i in range(count)]
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return texts
+
+
+def rows_in(output: Path) -> int:
+    """How many rows an unfinished output has."""
+    path = parts.part_path(output)
+    return (path.stat().st_size - HEADER_BYTES) // (4 * DIMENSION) if path.exists() else 0
+
+
+def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: signal.Signals) -> Run:
+    """Kill a run in the middle, start it again, and check every row of what comes out."""
+    corpus, output = folder / "corpus.jsonl", folder / "vectors.npy"
+    texts = write_corpus(corpus, count)
+    command = (corpus, "-o", output, "--url", url, "--batch", 32 if count < 10_000 else 256)
+
+    first = Run(*command)
+    wait_until(lambda: rows_in(output) >= count // 3 or first.is_over(), 900, "a third of the rows")
+    first.process.send_signal(number)
+    assert first.wait() in (-number, 130)
+    done = rows_in(output)
+    assert count // 3 <= done < count and not output.exists()
+
+    second = Run(*command)
+    assert second.wait(1800) == 0, second.said
+    vectors = np.load(output, mmap_mode="r")
+    assert vectors.shape == (count, DIMENSION) and vectors.dtype == np.float32
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    # No row is there twice, and those around the seam and all along are the rows of their lines.
+    assert len(np.unique(np.round(vectors, 4), axis=0)) == count
+    looked_at = sorted({*range(0, count, count // 150), *range(done - 70, done + 70)})
+    expected = oracle.encode([texts[i] for i in looked_at], normalize_embeddings=True)
+    assert np.abs(vectors[looked_at] - expected).max() < 1e-5
+    assert sorted(path.name for path in folder.iterdir()) == ["corpus.jsonl", "vectors.npy"]
+    second.peak_mib = max(first.peak_mib, second.peak_mib)
+    return second
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+def test_an_interrupted_run_goes_on_and_has_every_row_once(service, oracle, tmp_path, number):
+    resumed = interrupt_and_resume(service.url, tmp_path, oracle, 1500, number)
+    assert resumed.peak_mib < 200
+
+
+@pytest.mark.long
+def test_100_000_lines_with_a_kill_in_the_middle(service, oracle, tmp_path, record_property):
+    began = time.monotonic()
+    resumed = interrupt_and_resume(service.url, tmp_path, oracle, 100_000, signal.SIGKILL)
+    seconds = time.monotonic() - began
+    print(f"100,000 lines with a kill and a resume: {seconds:.0f} s, peak memory {resumed.peak_mib:.0f} MiB")
+    record_property("peak_mib", resumed.peak_mib)
+    assert resumed.peak_mib < 200
+
+
+BAD_LINES = {
+    b'{"text": "no end': "not valid JSON",
+    b'{"title": "x"}': "the object has no field 'text'",
+    b'{"text": 7}': "'text' is not a string but int",
+    b"": "the line is blank",
+    b'"\\ud800"': "not valid",
+    b'{"text": "\xff"}': "not valid",
+    json.dumps(
+        {"text": "x" * 100_001}
+    ).encode(): "the text has 100001 characters; at most 100000 are allowed",
+}
+
+
+@pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
+def test_bad_rows_are_reported_with_their_lines_and_the_others_are_there(service, oracle, tmp_path, ending):
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / f"vectors.{ending}"
+    good = [f"good text {i}" for i in range(len(BAD_LINES) + 1)]
+    lines = [json.dumps(good[0]).encode()]
+    for text, line in zip(good[1:], BAD_LINES, strict=True):
+        lines += [line, json.dumps({"text": text}).encode()]
+    corpus.write_bytes(b"\n".join(lines))
+
+    finished = Run(corpus, "-o", output, "--url", service.url, "--batch", 4)
+    assert finished.wait() == 3, finished.said
+    for offset, error in enumerate(BAD_LINES.values()):
+        assert f"  line {2 * offset + 2}: {error}" in finished.said
+    listed = [json.loads(line) for line in parts.errors_path(output).read_text().splitlines()]
+    assert [failure["line"] for failure in listed] == list(range(2, 2 * len(BAD_LINES) + 1, 2))
+
+    vectors, errors = read_output(output)
+    assert len(vectors) == len(lines)
+    expected = oracle.encode(good, normalize_embeddings=True)
+    assert np.abs(vectors[::2] - expected).max() < 1e-5
+    assert np.isnan(vectors[1::2]).all()
+    if ending != "npy":
+        assert errors[::2] == [None] * len(good)
+        assert errors[1::2] == [failure["error"] for failure in listed]
+
+
+def read_output(output: Path) -> tuple[np.ndarray, list[str | None]]:
+    """Vectors, NaN where there is none, and the errors that stand beside them."""
+    if output.suffix == ".npy":
+        return np.load(output), []
+    if output.suffix == ".jsonl":
+        table = [json.loads(line) for line in output.read_text().splitlines()]
+    else:
+        table = parquet.read_table(output).to_pylist()
+    assert [row["row"] for row in table] == list(range(len(table)))
+    nothing = [np.nan] * DIMENSION
+    return np.array([row["embedding"] or nothing for row in table]), [row["error"] for row in table]
+
+
+def test_without_a_url_the_model_runs_in_this_process(oracle, tmp_path):
+    corpus, output = tmp_path / "corpus.csv", tmp_path / "vectors.npy"
+    corpus.write_text('id,body\n1,first\n2,"second,\nin two lines"\n\n3,dritte Zeile äöü\n')
+    finished = Run(corpus, "-o", output, "--field", "body", "--dimensions", 64, DEVICE="cpu")
+    assert finished.wait() == 0, finished.said
+    texts = ["first", "second,\nin two lines", "dritte Zeile äöü"]
+    expected = oracle.encode(texts, normalize_embeddings=True, truncate_dim=64)
+    assert np.abs(np.load(output) - expected).max() < 1e-5
+
+
+def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path):
+    running = start(MAX_QUEUED_TOKENS="1500").wait_ready()
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors.npy"
+    texts = write_corpus(corpus, 1200)
+    embedding = Run(corpus, "-o", output, "--url", running.url, "--batch", 32, "--in-flight", 6)
+    wait_until(lambda: rows_in(output) >= 300 or embedding.is_over(), 120, "300 rows")
+    running.model_process().kill()
+    assert embedding.wait() == 0, embedding.said
+    log = running.log()
+    assert "429 overloaded" in log and "503 unavailable" in log
+    vectors = np.load(output)
+    assert len(np.unique(np.round(vectors, 4), axis=0)) == len(texts)
+    expected = oracle.encode(texts[::10], normalize_embeddings=True)
+    assert np.abs(vectors[::10] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.jsonl", "-o", "v.npy"], "is not a file"),
+        (["corpus.jsonl", "-o", "v.xlsx"], "must end in .npy, .jsonl, .parquet"),
+        (["corpus.jsonl", "-o", "nowhere/v.npy"], "is not a folder"),
+        (["corpus.jsonl", "-o", "there.npy"], "--restart replaces it"),
+        (["corpus.pdf", "-o", "v.npy"], "must end in .jsonl"),
+        (["table.csv", "-o", "v.npy"], "has no column 'text'; its header is a, b"),
+        (["corpus.jsonl", "-o", "v.npy", "--url", "localhost:1"], "cannot be used"),
+        (["corpus.jsonl", "-o", "v.npy", "--url", "http://127.0.0.1:1"], "does not answer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_command_that_cannot_begin_says_why_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    from embedding_service import embed_file
+
+    for name in ("corpus.jsonl", "corpus.pdf", "there.npy"):
+        (tmp_path / name).write_text('"text"\n')
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["embed_file", *arguments])
+    assert embed_file.main() == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_text_lines_are_rows_whatever_stands_in_them(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst\r\n\n\xff\n  spaces  \nlast")
+    found = list(rows.read(path, "text"))
+    assert [(row.number, row.line, row.text) for row in found if not row.error] == [
+        (0, 1, "first"),
+        (1, 2, ""),
+        (3, 4, "  spaces  "),
+        (4, 5, "last"),
+    ]
+    assert found[2] == Row(2, 3, error="not UTF-8 at byte 0")
+    assert rows.count(path, "text") == 5
+    assert list(rows.read(path, "text", 3)) == found[3:]
+
+
+def test_csv_records_have_the_line_on_which_they_begin(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(b'id,text\n1,"a\nb"\n2\n\n3,\xff\n4,d\n')
+    found = list(rows.read(path, "text"))
+    assert [(row.number, row.line, row.text) for row in found] == [
+        (0, 2, "a\nb"),
+        (1, 4, ""),
+        (2, 6, ""),
+        (3, 7, "d"),
+    ]
+    assert [bool(row.error) for row in found] == [False, True, True, False]
+    assert rows.count(path, "text") == 4
+
+
+def test_a_line_without_an_end_is_a_bad_row_and_does_not_fill_the_memory(tmp_path):
+    path = tmp_path / "endless.jsonl"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n"after it"\n')
+    tracemalloc.start()
+    found = list(rows.read(path, "text"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [(row.text, row.error) for row in found] == [
+        ("", "the line is longer than 16777216 bytes"),
+        ("after it", ""),
+    ]
+    assert peak < 100 << 20
+
+
+class Scripted:
+    """A service that answers as a test says: `answers` gets the texts and gives a response or None."""
+
+    def __init__(self, answers=lambda _texts: None) -> None:
+        self.answers = answers
+        self.fingerprint = "one"
+        self.requests: list[httpx2.Request] = []
+
+    def embedder(self) -> RemoteEmbedder:
+        return RemoteEmbedder("http://service", "a key", Options(), httpx2.MockTransport(self._handle))
+
+    def _handle(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        if request.url.path == "/info":
+            info = {"model_name": "m", "fingerprint": self.fingerprint, "max_client_batch_size": 100}
+            return httpx2.Response(200, json=info)
+        texts = json.loads(request.content)["texts"]
+        response = self.answers(texts)
+        if response is not None:
+            return response
+        vectors = [np.array([len(text), 1], np.float32) for text in texts]
+        encoded = [base64.b64encode(vector.tobytes()).decode() for vector in vectors]
+        return httpx2.Response(200, json={"embeddings": encoded, "usage": {"truncated": []}})
+
+
+def refusal(status: int, error: str, **headers: str) -> httpx2.Response:
+    """An error as the service writes it."""
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx2.Response(status, json={"error": error, "error_type": "x"}, headers=names)
+
+
+def numbered(*texts: str) -> list[Row]:
+    return [Row(number, number + 1, text) for number, text in enumerate(texts)]
+
+
+def test_the_key_is_sent_and_a_wrong_one_stops_the_run_before_it_begins():
+    scripted = Scripted(lambda _texts: refusal(401, "missing or wrong API key"))
+    with pytest.raises(StartupError, match="missing or wrong API key"):
+        Patient(scripted.embedder(), 10)
+    assert {request.headers["Authorization"] for request in scripted.requests} == {"Bearer a key"}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_honoured(status):
+    told: list[float] = []
+
+    def busy_once(texts: list[str]) -> httpx2.Response | None:
+        if texts == ["x"]:
+            told.append(time.monotonic())
+            if len(told) == 1:
+                return refusal(status, "later", Retry_After="1")
+        return None
+
+    chunk = Patient(Scripted(busy_once).embedder(), 10).embed(numbered("x"))
+    assert not chunk.bad
+    assert 1.0 <= told[1] - told[0] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "3"}, 3.0),
+        ({"Retry-After": "3", "retry-after-ms": "120"}, 0.12),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_every_form_of_retry_after_is_read(headers, seconds):
+    assert retry_after_seconds(httpx2.Headers(headers)) == seconds
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 500, 504])
+def test_one_refused_text_is_found_and_only_its_row_is_bad(status):
+    scripted = Scripted(lambda texts: refusal(status, "texts[0] is poison") if "poison" in texts else None)
+    texts = [f"text {i}" for i in range(64)]
+    texts[37] = "poison"
+    chunk = Patient(scripted.embedder(), 30).embed(numbered(*texts))
+    assert chunk.bad == [Row(37, 38, "poison", "the text is poison")]
+    assert np.flatnonzero(np.isnan(chunk.vectors).any(axis=1)).tolist() == [37]
+    assert [request.url.path for request in scripted.requests].count("/embed") < 20
+
+
+def test_a_service_that_fails_at_everything_for_a_while_makes_no_row_bad():
+    failing = iter([False] + [True] * 5)
+    scripted = Scripted(lambda _texts: refusal(500, "internal") if next(failing, False) else None)
+    chunk = Patient(scripted.embedder(), 120).embed(numbered("a", "b", "c"))
+    assert not chunk.bad and not np.isnan(chunk.vectors).any()
+
+
+def test_it_gives_up_after_the_time_that_was_set():
+    answered = iter([None])
+    scripted = Scripted(lambda _texts: next(answered, refusal(503, "loading")))
+    patient = Patient(scripted.embedder(), 1.5)
+    with pytest.raises(Stopped, match=r"nothing was embedded in 2 s: loading"):
+        patient.embed(numbered("a"))
+
+
+def test_another_model_behind_the_same_url_stops_the_run():
+    scripted = Scripted()
+    patient = Patient(scripted.embedder(), 10)
+    away = iter([refusal(503, "loading")])
+    scripted.answers = lambda _texts: next(away, None)
+    scripted.fingerprint = "two"
+    with pytest.raises(Stopped, match="another model"):
+        patient.embed(numbered("a"))
+
+
+JOB = Job(
+    input_bytes=1,
+    input_hash="h",
+    field="text",
+    fingerprint="f",
+    dimension=2,
+    input_type=None,
+    dimensions=None,
+)
+
+
+def test_a_torn_row_and_errors_ahead_of_the_rows_are_dropped(tmp_path):
+    output = tmp_path / "v.npy"
+    part = Part(output, JOB)
+    part.append(np.ones((3, 2), np.float32), [Row(1, 2, error="bad")])
+    part.close()
+    with part.path.open("ab") as file:
+        file.write(b"\0\0\0")
+    with part.errors_path.open("ab") as file:
+        file.write(b'{"row":3,"line":4,"error":"of a chunk that was not written"}\n{"row":4,"li')
+    again = Part(output, JOB)
+    assert (again.rows, again.failures) == (3, 1)
+    again.append(np.zeros((1, 2), np.float32), [])
+    again.seal()
+    assert np.load(again.path).tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
+    assert again.errors_path.read_text().count("\n") == 1
+
+
+def test_other_work_and_a_second_run_are_kept_out_of_a_part(tmp_path):
+    import msgspec
+
+    output = tmp_path / "v.npy"
+    part = Part(output, JOB)
+    with pytest.raises(StartupError, match="another run is writing"):
+        Part(output, JOB)
+    part.close()
+    with pytest.raises(StartupError, match="begun with another fingerprint"):
+        Part(output, msgspec.structs.replace(JOB, fingerprint="another"))
+
+
+class Instant:
+    """Embeds in no time."""
+
+    def describe(self) -> Description:
+        return Description(model="m", fingerprint="f", most_texts=256)
+
+    def embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
+        return np.ones((len(texts), 2), np.float32), 0
+
+    def close(self) -> None:
+        pass
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    count, characters = 100_000, 300
+    part = Part(tmp_path / "v.npy", JOB)
+    many = (Row(number, number + 1, f"{number:{characters}}") for number in range(count))
+    patient = Patient(Instant(), 10)
+    tracemalloc.start()
+    run(many, patient, part, chunk_rows=256, in_flight=4, on_chunk=lambda _chunk: None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert part.rows == count
+    part.close()
+    assert peak < count * characters / 10
