@@ -1,8 +1,13 @@
 """An engine without a model, for tests of the HTTP half alone."""
 
-import numpy as np
+import threading
 
-from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Status, Timings
+import numpy as np
+from werkzeug.serving import make_server
+
+from embedding_service.engine import Embeddings, EmbedRequest, Engine, ModelInfo, Status, Timings
+from embedding_service.web.factory import create_app
+from embedding_service.web.settings import WebSettings
 
 INFO = ModelInfo(
     model_name="fake/model",
@@ -50,3 +55,20 @@ class FakeEngine:
 
     def close(self) -> None:
         pass
+
+
+class Served:
+    """The real Flask app over an engine, on a real port."""
+
+    def __init__(self, engine: Engine, **settings: str) -> None:
+        self.engine = engine
+        app = create_app(engine, WebSettings(**settings))
+        self._server = make_server("127.0.0.1", 0, app, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()

@@ -28,7 +28,9 @@ from embedding_service.bulk.embedders import (
 from embedding_service.bulk.part import Job, Part
 from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
+from embedding_service.engine import Embeddings, EmbedRequest, Timings
 from embedding_service.errors import StartupError
+from tests.fakes import FakeEngine, Served
 from tests.service import ROOT, wait_until
 
 HEADER_BYTES = 128
@@ -80,10 +82,10 @@ def write_corpus(path: Path, count: int) -> list[str]:
     return texts
 
 
-def rows_in(output: Path) -> int:
+def rows_in(output: Path, dimension: int = DIMENSION) -> int:
     """How many rows an unfinished output has."""
     path = parts.part_path(output)
-    return (path.stat().st_size - HEADER_BYTES) // (4 * DIMENSION) if path.exists() else 0
+    return (path.stat().st_size - HEADER_BYTES) // (4 * dimension) if path.exists() else 0
 
 
 def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: signal.Signals) -> Run:
@@ -93,7 +95,7 @@ def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: sig
     command = (corpus, "-o", output, "--url", url, "--batch", 32 if count < 10_000 else 256)
 
     first = Run(*command)
-    wait_until(lambda: rows_in(output) >= count // 3 or first.is_over(), 900, "a third of the rows")
+    wait_until(lambda: rows_in(output) >= count // 3 or first.is_over(), 1800, "a third of the rows")
     first.process.send_signal(number)
     assert first.wait() in (-number, 130)
     done = rows_in(output)
@@ -128,6 +130,34 @@ def test_100_000_lines_with_a_kill_in_the_middle(service, oracle, tmp_path, reco
     print(f"100,000 lines with a kill and a resume: {seconds:.0f} s, peak memory {resumed.peak_mib:.0f} MiB")
     record_property("peak_mib", resumed.peak_mib)
     assert resumed.peak_mib < 200
+
+
+class Numbers(FakeEngine):
+    """Embeds a number as itself."""
+
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        vectors = np.array([[int(text) if text.isdigit() else 0, 0, 1] for text in request.texts], np.float32)
+        return Embeddings(vectors=vectors, tokens=1, truncated=[], timings=Timings())
+
+
+def test_each_of_100_000_rows_is_there_once_after_two_kills(tmp_path):
+    """Over HTTP with a model that takes no time, so that each row's vector can be looked at."""
+    count, corpus, output = 100_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
+    corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
+    served = Served(Numbers())
+    try:
+        for done in (20_000, 60_000):
+            killed = Run(corpus, "-o", output, "--url", served.url)
+            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), 120, "some rows")  # noqa: B023
+            killed.process.kill()
+            assert killed.wait() == -signal.SIGKILL, killed.said
+            assert done <= rows_in(output, 3) < count
+        finished = Run(corpus, "-o", output, "--url", served.url)
+        assert finished.wait(300) == 0, finished.said
+    finally:
+        served.stop()
+    assert np.array_equal(np.load(output)[:, 0], np.arange(1, count + 1))
+    assert max(killed.peak_mib, finished.peak_mib) < 200
 
 
 BAD_LINES = {
@@ -292,7 +322,7 @@ class Scripted:
         self.requests: list[httpx2.Request] = []
 
     def embedder(self) -> RemoteEmbedder:
-        return RemoteEmbedder("http://service", "a key", Options(), httpx2.MockTransport(self._handle))
+        return RemoteEmbedder("http://service", "clé", Options(), httpx2.MockTransport(self._handle))
 
     def _handle(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
@@ -322,7 +352,9 @@ def test_the_key_is_sent_and_a_wrong_one_stops_the_run_before_it_begins():
     scripted = Scripted(lambda _texts: refusal(401, "missing or wrong API key"))
     with pytest.raises(StartupError, match="missing or wrong API key"):
         Patient(scripted.embedder(), 10)
-    assert {request.headers["Authorization"] for request in scripted.requests} == {"Bearer a key"}
+    assert {dict(request.headers.raw)[b"Authorization"] for request in scripted.requests} == {
+        "Bearer clé".encode()
+    }
 
 
 @pytest.mark.parametrize("status", [429, 503])

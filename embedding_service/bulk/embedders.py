@@ -99,7 +99,7 @@ class RemoteEmbedder:
         try:
             self._client = httpx2.Client(
                 base_url=self._url,
-                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                headers={b"Authorization": f"Bearer {api_key}".encode()} if api_key else {},
                 timeout=httpx2.Timeout(REQUEST_SECONDS, connect=10.0),
                 transport=transport,
             )

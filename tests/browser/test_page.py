@@ -14,8 +14,9 @@ from selenium.webdriver.remote.webdriver import WebDriver
 
 from embedding_service.engine import Status
 from embedding_service.errors import Overloaded
-from tests.browser.conftest import INFO
+from tests.browser.conftest import KEY
 from tests.conftest import require_program
+from tests.fakes import INFO
 from tests.service import wait_until
 
 
@@ -185,16 +186,16 @@ def test_a_text_is_shown_as_it_is_and_never_run(browser, scripted):
 
 
 def test_the_states_before_and_after_healthy(browser, scripted):
-    scripted.engine.state = Status(state="loading", reason="loading example/model")
+    scripted.engine.current = Status(state="loading", reason="loading fake/model")
     page = Page(browser, scripted.url)
     page.wait("status", "Loading the model")
-    page.wait("reason", "loading example/model")
-    scripted.engine.state = Status(state="healthy", info=INFO)
+    page.wait("reason", "loading fake/model")
+    scripted.engine.current = Status(state="healthy", info=INFO)
     page.wait("status", "Healthy")
-    page.wait("backend", "torch, float16")
-    assert page.text("device") == "cuda"
+    page.wait("backend", "torch, float32")
+    assert page.text("model") == "fake/model"
     assert not page["reason"].is_displayed()
-    scripted.engine.state = Status(state="unhealthy", reason="the cuda device failed", info=INFO)
+    scripted.engine.current = Status(state="unhealthy", reason="the cuda device failed", info=INFO)
     page.wait("status", "Unhealthy")
     page.wait("reason", "the cuda device failed")
 
@@ -214,22 +215,23 @@ def test_overload_and_a_service_that_is_gone(browser, scripted):
 def test_an_api_key_is_asked_for_kept_in_the_tab_and_never_shown(browser, guarded):
     page = Page(browser, guarded.url)
     wait_until(page["key-form"].is_displayed, what="the question for a key")
-    assert page.text("device") == "cuda"  # /health says it to everybody
+    assert page.text("model") == "fake/model"  # /health says it to everybody
 
     page["key"].send_keys("wrong", Keys.ENTER)
     page.wait("key-error", "The service does not accept this key.")
     page["compare"].click()
     wait_until(lambda: page["key-form"].is_displayed() and page["compare"].is_enabled())
 
-    page["key"].send_keys("open sesame", Keys.ENTER)
-    page.wait("backend", "torch, float16")
+    page["key"].send_keys(KEY, Keys.ENTER)
+    page.wait("backend", "torch, float32")
     assert not page["key-form"].is_displayed()
+    assert not page["links"].is_displayed()  # a browser would follow them without the key
     page.compare("one", "two")
     assert '-H "Authorization: Bearer $API_KEY"' in page.text("curl")
-    assert "sesame" not in page.browser.page_source
+    assert KEY not in page.browser.page_source
 
     page.browser.refresh()
-    page.wait("backend", "torch, float16")
+    page.wait("backend", "torch, float32")
     assert page.browser.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
     page["forget"].click()
     wait_until(page["key-form"].is_displayed, what="the question for a key")

@@ -81,6 +81,7 @@ function askForKey() {
   const wasWrong = key.get() !== "";
   key.forget();
   $("forget").hidden = true;
+  $("links").hidden = true;
   $("key-form").hidden = false;
   show("key-error", wasWrong ? "The service does not accept this key." : "");
   if (wasWrong) $("key").select();
@@ -90,7 +91,10 @@ function askForKey() {
 function acceptKey() {
   $("key-form").hidden = true;
   $("key").value = "";
-  $("forget").hidden = key.get() === "";
+  const hasKey = key.get() !== "";
+  $("forget").hidden = !hasKey;
+  // A browser follows a link without the key.
+  $("links").hidden = hasKey;
 }
 
 async function useKey(event) {

@@ -37,8 +37,11 @@ export const info = () => ask("info", {});
 export const embed = (body) =>
   ask("embed", { method: "POST", body, headers: { "Content-Type": "application/json" } });
 
+// A header is made of bytes: the key's UTF-8, each byte as one character.
+const bearer = (value) => `Bearer ${String.fromCharCode(...new TextEncoder().encode(value))}`;
+
 async function ask(route, { headers, ...rest }) {
-  const authorization = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
+  const authorization = key.get() ? { Authorization: bearer(key.get()) } : {};
   let response;
   try {
     response = await fetch(address(route), { ...rest, headers: { ...headers, ...authorization } });
