@@ -82,7 +82,9 @@ def closed_loop(
     return seen
 
 
-def open_loop(port: int, per_second: float, seconds: float, clients: int, make: Callable[[int], bytes]) -> Seen:
+def open_loop(
+    port: int, per_second: float, seconds: float, clients: int, make: Callable[[int], bytes]
+) -> Seen:
     """Requests at a fixed rate however long the answers take, from at most so many connections."""
     seen = Seen()
     began = time.monotonic()
