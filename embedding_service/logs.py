@@ -2,6 +2,7 @@
 
 import logging
 import logging.config
+import logging.handlers
 import sys
 import time
 from contextvars import ContextVar
@@ -49,11 +50,18 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(fields).decode()
 
 
+class FileHandler(logging.handlers.WatchedFileHandler):
+    """A log file that moves with logrotate; while it cannot be written, lines go to standard error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        print(self.format(record), file=sys.stderr)
+
+
 def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
     """The settings as `logging.config.dictConfig` and gunicorn's `logconfig_dict` take them."""
     # WatchedFileHandler opens the file anew when logrotate has moved it.
     handler: dict[str, Any] = (
-        {"class": "logging.handlers.WatchedFileHandler", "filename": file, "encoding": "utf-8"}
+        {"class": "embedding_service.logs.FileHandler", "filename": file, "encoding": "utf-8"}
         if file
         else {"class": "logging.StreamHandler", "stream": sys.stderr}
     )
@@ -75,13 +83,17 @@ def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
 
 def setup(level: str, form: str, file: str | None) -> None:
     """Configure logging in this process. Raises StartupError where the log file cannot be written."""
+    config = dict_config(level, form, file)
     if file:
+        # A line is written, since a full disk shows itself only then.
+        formatter = config["formatters"]["line"]["()"]()
+        record = logging.LogRecord(__name__, logging.INFO, "", 0, "A process logs here", None, None)
         try:
-            with Path(file).open("a", encoding="utf-8"):
-                pass
+            with Path(file).open("a", encoding="utf-8") as log:
+                log.write(f"{formatter.format(record)}\n")
         except OSError as error:
             raise StartupError(f"LOG_FILE={file!r} cannot be written: {error.strerror}") from None
-    logging.config.dictConfig(dict_config(level, form, file))
+    logging.config.dictConfig(config)
 
 
 def _short(name: str) -> str:

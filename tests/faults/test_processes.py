@@ -1,0 +1,271 @@
+"""Deaths and endings of every process, under load: nothing hangs, nothing stays, nothing is lost."""
+
+import shutil
+import signal
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.faults.conftest import end
+from tests.faults.load import Seen, body, closed_loop
+from tests.reliability import record
+from tests.service import Service, wait_until
+
+CLIENTS = 8
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("processes"), WEB_CONCURRENCY="2")
+    try:
+        yield running.wait_ready()
+    finally:
+        end(running)
+
+
+@contextmanager
+def load(service: Service) -> Iterator[list[Seen]]:
+    """Clients that ask all the while; the list has what they saw once the block is left."""
+    seen: list[Seen] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            seen.append(closed_loop(service.port, CLIENTS, 1.0, lambda c, n: body(f"client {c} asks {n}")))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        wait_until(lambda: seen, 30, "the first answers")
+        yield seen
+    finally:
+        stop.set()
+        thread.join(60)
+        assert not thread.is_alive(), "a client hangs"
+
+
+def statuses(seen: list[Seen]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in seen:
+        for status, count in one.statuses.items():
+            total[status] = total.get(status, 0) + count
+    return total
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_runtime_folder_is_private(two_workers):
+    folder = Path(two_workers.supervisor().cmdline()[3])
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_the_model_process_is_killed_under_load(two_workers):
+    with load(two_workers) as seen:
+        two_workers.model_process().kill()
+        killed = time.monotonic()
+        wait_until(lambda: two_workers.health()[0] == 503, what="a 503 of /health")
+        noticed = time.monotonic() - killed
+        two_workers.wait_ready()
+        recovered = time.monotonic() - killed
+        before = len(seen)
+        wait_until(lambda: len(seen) > before + 1, 30, "answers afterwards")
+    total = statuses(seen)
+    assert set(total) == {"200", "503"}
+    assert noticed < 1
+    assert all(wait > 0 for one in seen for wait in one.waits)
+    assert sum(len(one.waits) for one in seen) == total["503"]
+    record(
+        "`kill -9` of the model process",
+        f"under load of {CLIENTS} clients",
+        1,
+        f"/health 503 after {noticed * 1e3:.0f} ms, ready again after {recovered:.1f} s; meanwhile "
+        f"{total['503']} times 503, each with Retry-After; no client hung",
+    )
+
+
+def test_a_web_worker_is_killed_under_load(two_workers):
+    with load(two_workers) as seen:
+        victim = two_workers.web_workers()[0]
+        victim.kill()
+        wait_until(
+            lambda: len(two_workers.web_workers()) == 2 and not victim.is_running(), 30, "a new worker"
+        )
+        before = len(seen)
+        wait_until(lambda: len(seen) > before + 1, 30, "answers afterwards")
+    total = statuses(seen)
+    broken = sum(count for status, count in total.items() if status != "200")
+    assert not set(total) - {"200", "ConnectionResetError", "RemoteDisconnected", "BrokenPipeError"}
+    assert broken <= CLIENTS
+    record(
+        "`kill -9` of one of two web workers",
+        f"under load of {CLIENTS} clients",
+        1,
+        f"{total['200']} answers; {broken} connections of the dead worker broke",
+        "only its own requests in flight",
+    )
+
+
+def test_sighup_replaces_the_workers_and_loses_nothing(two_workers):
+    with load(two_workers) as seen:
+        old = two_workers.web_workers()
+        two_workers.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: gone(old), 40, "the end of the old workers")
+        before = len(seen)
+        wait_until(lambda: len(seen) > before + 1, 30, "answers afterwards")
+    total = statuses(seen)
+    assert set(total) == {"200"}
+    record(
+        "SIGHUP",
+        f"under load of {CLIENTS} clients",
+        1,
+        f"new workers; {total['200']} of {total['200']} answered",
+    )
+
+
+def test_sigterm_with_fifty_in_flight_loses_none(two_workers):
+    """Runs last: fifty requests of 100 texts are on their way when the signal comes."""
+    processes = two_workers.processes()
+    seen: list[Seen] = []
+    texts = [f"a text of some length that is on its way, number {n}" for n in range(100)]
+
+    def clients() -> None:
+        seen.append(closed_loop(two_workers.port, 50, 60, lambda c, n: body(texts), limit=1))
+
+    thread = threading.Thread(target=clients)
+    thread.start()
+    established = lambda: sum(  # noqa: E731
+        c.status == "ESTABLISHED" for w in two_workers.web_workers() for c in w.net_connections("tcp")
+    )
+    wait_until(lambda: established() >= 50 or not thread.is_alive(), 30, "fifty in flight")
+    began = time.monotonic()
+    code = two_workers.stop(signal.SIGTERM)
+    seconds = time.monotonic() - began
+    thread.join(60)
+    assert code == 0
+    assert seen[0].statuses == {"200": 50}
+    assert seconds < 30
+    wait_until(lambda: gone(processes), 5, "the end of every process")
+    record("SIGTERM", "with 50 requests in flight", 50, f"50 answered, exit 0 after {seconds:.1f} s")
+
+
+def test_the_master_is_killed_under_load(start):
+    running = start(WEB_CONCURRENCY="2").wait_ready()
+    processes = running.processes()
+    folder = Path(running.supervisor().cmdline()[3])
+    with load(running):
+        running.process.kill()
+        killed = time.monotonic()
+        wait_until(lambda: gone(processes), 5, "the end of every process")
+        seconds = time.monotonic() - killed
+    wait_until(lambda: not folder.exists(), what="the end of the runtime folder")
+    record("`kill -9` of the gunicorn master", "under load", 1, f"no process left after {seconds:.1f} s")
+
+
+def test_the_supervisor_is_killed(start):
+    running = start().wait_ready()
+    processes = running.processes()
+    running.supervisor().kill()
+    killed = time.monotonic()
+    code = running.process.wait(20)
+    seconds = time.monotonic() - killed
+    assert code == 70
+    assert "the supervisor of the model process was killed" in running.log()
+    wait_until(lambda: gone(processes), 5, "the end of every process")
+    record("`kill -9` of the supervisor", "an idle service", 1, f"says so and exits 70 after {seconds:.1f} s")
+
+
+def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start):
+    running = start()
+    began = time.monotonic()
+    for _ in range(5):
+        wait_until(lambda: _model_process(running), 30, "a model process").kill()
+    code = running.process.wait(30)
+    assert code == 70
+    assert "ended 5 times in 60 s, at last by signal 9" in running.log()
+    record(
+        "model process that dies again and again",
+        "killed 5 times",
+        5,
+        f"restarts with growing pauses, then exit 70 with the reason after {time.monotonic() - began:.1f} s",
+    )
+
+
+def _model_process(service: Service) -> psutil.Process | None:
+    try:
+        process = service.model_process()
+        return process if process.status() != psutil.STATUS_ZOMBIE else None
+    except (AssertionError, psutil.NoSuchProcess):
+        return None
+
+
+def copied(model_folder: Path, target: Path) -> Path:
+    shutil.copytree(model_folder, target)
+    return target
+
+
+def corrupt(model_folder: Path, tmp_path: Path) -> str:
+    folder = copied(model_folder, tmp_path / "corrupt")
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.truncate(1000)
+    return str(folder)
+
+
+def pickled(model_folder: Path, tmp_path: Path) -> str:
+    """Weights as a pickle, which could run code: here they would leave a file behind."""
+    import torch
+
+    folder = copied(model_folder, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save({"embeddings.word_embeddings.weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(corrupt, "cannot be loaded"), (pickled, "safetensors")],
+    ids=["corrupt weights", "pickle only"],
+)
+def test_a_model_that_cannot_load_is_one_line_and_an_exit_code(start, tmp_path, model_folder, model, reason):
+    running = start(EMBEDDING_MODEL=model(model_folder, tmp_path), BACKEND="torch")
+    code = running.process.wait(60)
+    log = running.log()
+    assert code == 78, log
+    assert reason in log
+    assert "Traceback" not in log
+    assert len(log.splitlines()) < 12, log
+    record(
+        f"a model with {model.__name__} weights", "at the first start", 1, "one line with the reason, exit 78"
+    )
+
+
+def test_a_full_disk_under_the_log_file_is_seen_at_the_start(start):
+    running = start(LOG_FILE="/dev/full")
+    assert running.process.wait(30) == 78
+    assert running.log().splitlines() == ["LOG_FILE='/dev/full' cannot be written: No space left on device"]
+    record("disk full under LOG_FILE", "at the start", 1, "one line, exit 78")
+
+
+def test_an_unwritable_log_file_is_seen_at_the_start(start):
+    running = start(LOG_FILE="/proc/no/such/file")
+    assert running.process.wait(30) == 78
+    assert len(running.log().splitlines()) == 1
+    record("unwritable LOG_FILE", "at the start", 1, "one line, exit 78")
+
+
+def test_an_unwritable_home_and_the_hash_seed_make_no_difference(start, service):
+    running = start(HOME="/proc/no/such/home", PYTHONHASHSEED="7").wait_ready()
+    here, there = (
+        requests.get(f"{s.url}/info", timeout=10).json()["fingerprint"] for s in (running, service)
+    )
+    assert here == there
+    assert "Traceback" not in running.log()
+    record("unwritable HOME", "a start with the default model", 1, "serves; the same fingerprint")

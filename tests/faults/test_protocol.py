@@ -1,0 +1,184 @@
+"""Hostile clients on the bare port: smuggling, floods of headers, the slow, and those that never leave."""
+
+import socket
+import time
+
+import pytest
+import requests
+
+from tests.reliability import record
+from tests.service import wait_until
+
+BODY = b'{"texts": "hello"}'
+HOST = b"POST /embed HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+HIDDEN = b"0\r\n\r\nGET /info HTTP/1.1\r\nHost: x\r\n\r\n"
+
+REFUSED = {
+    "both Content-Length and Transfer-Encoding": HOST + b"Content-Length: 4\r\n" + CHUNKED + b"\r\n" + HIDDEN,
+    "two different Content-Lengths": HOST + b"Content-Length: 18\r\nContent-Length: 5\r\n\r\n" + BODY,
+    "a list as Content-Length": HOST + b"Content-Length: 18, 18\r\n\r\n" + BODY,
+    "a signed Content-Length": HOST + b"Content-Length: +18\r\n\r\n" + BODY,
+    "a hexadecimal Content-Length": HOST + b"Content-Length: 0x12\r\n\r\n" + BODY,
+    "two Transfer-Encodings": HOST + CHUNKED + b"Transfer-Encoding: identity\r\n\r\n" + HIDDEN,
+    "an unknown Transfer-Encoding": HOST + b"Transfer-Encoding: xchunked\r\n\r\n" + HIDDEN,
+    "a folded header": HOST + b"X-A: one\r\n two\r\nContent-Length: 18\r\n\r\n" + BODY,
+    "a space before the colon": HOST + b"Content-Length : 18\r\n\r\n" + BODY,
+    "a tab in Transfer-Encoding": HOST + b"Transfer-Encoding:\x0bchunked\r\n\r\n" + HIDDEN,
+    "a bare line feed": HOST + b"X-A: b\nContent-Length: 18\r\n\r\n" + BODY,
+    "a bare carriage return": HOST + b"X-A: b\rc\r\nContent-Length: 18\r\n\r\n" + BODY,
+    "a null byte in a header": HOST + b"X-A: b\x00c\r\nContent-Length: 18\r\n\r\n" + BODY,
+    "a header without a name": HOST + b": b\r\nContent-Length: 18\r\n\r\n" + BODY,
+    "a malformed chunk size": HOST + CHUNKED + b"\r\nzz\r\n{}\r\n0\r\n\r\n",
+    "a negative chunk size": HOST + CHUNKED + b"\r\n-2\r\n{}\r\n0\r\n\r\n",
+    "a chunk longer than it says": HOST + CHUNKED + b"\r\n2\r\n{}}}\r\n0\r\n\r\n",
+    "no HTTP at all": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    "an unknown version": b"POST /embed HTTP/9.9\r\nHost: x\r\n\r\n",
+}
+FLOODS = {
+    "10,000 headers": HOST + b"".join(b"X-%d: a\r\n" % n for n in range(10_000)) + b"\r\n",
+    "a header of 1 MB": HOST + b"X-A: " + b"a" * 1_000_000 + b"\r\n\r\n",
+    "a path of 1 MB": b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+def exchange(port: int, request: bytes, seconds: float = 10.0) -> bytes:
+    """Send bytes and read until the other side closes, which it must do."""
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
+        try:
+            sock.sendall(request)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        received = b""
+        try:
+            while data := sock.recv(65536):
+                received += data
+        except ConnectionResetError:
+            pass
+    return received
+
+
+def test_ambiguous_requests_are_refused_and_the_connection_closed(service):
+    for name, request in REFUSED.items():
+        received = exchange(service.port, request)
+        assert received.split(b" ", 2)[1] in (b"400", b"501", b"505"), (name, received[:200])
+        assert received.count(b"Connection: ") == 1, (name, received)
+        assert b"model_name" not in received, name
+    assert service.post("/embed", {"texts": "hello"}).status_code == 200
+    record(
+        "request smuggling and malformed HTTP",
+        "; ".join(REFUSED),
+        len(REFUSED),
+        "each refused with 400 (501 for unknown codings), connection closed, nothing read as a second request",
+    )
+
+
+def test_floods_of_headers_are_refused(service):
+    for name, request in FLOODS.items():
+        began = time.monotonic()
+        received = exchange(service.port, request)
+        assert received[:12] in (b"HTTP/1.1 431", b"HTTP/1.1 400", b"HTTP/1.1 414"), (name, received[:100])
+        assert time.monotonic() - began < 5, name
+    assert service.post("/embed", {"texts": "hello"}).status_code == 200
+    record("floods of headers", "; ".join(FLOODS), len(FLOODS), "each refused with 431, 414 or 400")
+
+
+def test_200_half_sent_requests_are_cut_off_within_ten_seconds(service):
+    """Half of them stall in the headers, half in the body; each drips a byte a second."""
+    stalled = []
+    began = time.monotonic()
+    for number in range(200):
+        sock = socket.create_connection(("127.0.0.1", service.port), timeout=10)
+        head = HOST + (b"Content-Length: 100\r\n\r\n{" if number % 2 else b"X-Slow: a")
+        sock.sendall(head)
+        sock.setblocking(False)
+        stalled.append(sock)
+    open_ones = list(stalled)
+    dripped = began
+
+    def all_cut_off() -> bool:
+        nonlocal dripped
+        drip, now = False, time.monotonic()
+        if now - dripped > 1:
+            drip, dripped = True, now
+        for sock in list(open_ones):
+            try:
+                if drip:
+                    sock.send(b"a")
+                if not sock.recv(65536):
+                    open_ones.remove(sock)
+            except BlockingIOError:
+                pass
+            except OSError:
+                open_ones.remove(sock)
+        return not open_ones
+
+    wait_until(all_cut_off, 10, "the end of every half-sent request")
+    freed = time.monotonic() - began
+    answered = time.monotonic()
+    assert requests.get(f"{service.url}/health", timeout=5).status_code == 200
+    took = time.monotonic() - answered
+    for sock in stalled:
+        sock.close()
+    record(
+        "slow-loris on the bare port",
+        "200 half-sent requests that drip a byte a second",
+        200,
+        f"all cut off after {freed:.1f} s; /health then in {took * 1e3:.0f} ms",
+    )
+
+
+def test_silent_connections_hold_no_thread(service):
+    """More connections than threads that never send anything: everyone else is served meanwhile."""
+    silent = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(300)]
+    began = time.monotonic()
+    assert service.post("/embed", {"texts": "hello"}).status_code == 200
+    took = time.monotonic() - began
+    assert took < 2
+    for sock in silent:
+        sock.close()
+    record(
+        "silent connections", "300 connections that send nothing", 300, f"a request among them: {took:.2f} s"
+    )
+
+
+def test_clients_that_never_close_hold_nobody_up(service):
+    """They ask for the connection's end and then stay; the thread that accepts must not wait for them."""
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    stay = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(20)]
+    for sock in stay:
+        sock.sendall(request)
+    for sock in stay:
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+    began = time.monotonic()
+    assert requests.get(f"{service.url}/health", timeout=10).status_code == 200
+    assert time.monotonic() - began < 1.5
+    for sock in stay:
+        sock.close()
+
+
+def test_a_slow_but_honest_upload_is_served(service):
+    """2 MB at 250 kB/s takes longer than a half-sent request may."""
+    body = b'{"texts": "hello"' + b" " * 2_000_000 + b"}"
+    head = HOST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as sock:
+        sock.sendall(head)
+        for start in range(0, len(body), 50_000):
+            time.sleep(0.2)
+            sock.sendall(body[start : start + 50_000])
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
+def test_a_body_over_the_limit_is_refused_whole(service, chunked):
+    body = b'{"texts": "' + b"a" * (32 << 20) + b'"}'
+    pieces = (body[start : start + (1 << 20)] for start in range(0, len(body), 1 << 20))
+    response = requests.post(f"{service.url}/embed", data=pieces if chunked else body, timeout=60)
+    assert response.status_code == 413
+    assert response.json()["error_type"] == "too_large"
+    record(
+        f"body over the limit, {'chunked' if chunked else 'with Content-Length'}",
+        "32 MiB and a bit",
+        1,
+        "413 JSON",
+    )

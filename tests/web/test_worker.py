@@ -1,0 +1,63 @@
+"""The patience of a client's connection, seen from the socket."""
+
+import socket
+import struct
+
+import pytest
+
+from embedding_service.web import worker
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """A patient socket and its client."""
+    near, client = socket.socketpair()
+    patient = worker.PatientSocket(near.family, near.type, near.proto, near.detach())
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        patient.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, 20_000))
+    monkeypatch.setattr(worker, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "WRITE_SECONDS", 0.1)
+    patient.begin()
+    with patient, client:
+        yield patient, client
+
+
+def test_what_has_come_is_read(pair):
+    patient, client = pair
+    client.sendall(b"all of it")
+    assert patient.recv(100) == b"all of it"
+
+
+def test_a_client_that_sends_nothing_more_is_cut_off(pair):
+    patient, client = pair
+    client.sendall(b"half")
+    assert patient.recv(100) == b"half"
+    with pytest.raises(ConnectionResetError, match="sends too slowly"):
+        patient.recv(100)
+    assert patient.slow
+
+
+def test_what_lay_there_before_the_time_was_up_is_still_read(pair, monkeypatch):
+    patient, client = pair
+    monkeypatch.setattr(worker, "READ_SECONDS", -1.0)
+    patient.begin()
+    client.sendall(b"complete, but had to wait for a thread")
+    assert patient.recv(100).startswith(b"complete")
+
+
+def test_bytes_that_came_buy_time_for_more(pair, monkeypatch):
+    patient, client = pair
+    monkeypatch.setattr(worker, "READ_SECONDS", 0.0)
+    patient.begin()
+    client.sendall(b"a" * 100_000)
+    before = patient._read_by
+    received = len(patient.recv(100_000))
+    assert patient._read_by == pytest.approx(before + received / worker.SLOWEST)
+
+
+def test_a_client_that_takes_nothing_of_an_answer_is_cut_off(pair, monkeypatch):
+    patient, _client = pair
+    monkeypatch.setattr(worker, "SLOWEST", 1e12)
+    with pytest.raises(ConnectionResetError, match="reads too slowly"):
+        patient.sendall(b"a" * 10_000_000)
+    assert patient.slow
