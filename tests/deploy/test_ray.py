@@ -15,6 +15,9 @@ from tests.service import ROOT, wait_until
 ROWS, BATCH = 1500, 100
 TEXTS = [f"sentence number {index} of a corpus, " + "and more words of it " * 8 for index in range(ROWS)]
 
+# No word to Ray's makers, and patience with a slow machine.
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
+
 
 @pytest.mark.deploy
 def test_goes_on_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -> None:
@@ -24,6 +27,7 @@ def test_goes_on_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -
 
     first = begin(corpus, vectors, tmp_path / "first.log")
     wait_until(lambda: first.poll() is not None or len(finished(vectors)) >= 3, 240, "three files of vectors")
+    assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
     kill_with_children(first)
     done_before = {path: path.stat().st_mtime_ns for path in finished(vectors)}
     rows_before = sum(pq.read_metadata(path).num_rows for path in done_before)
@@ -44,7 +48,7 @@ def test_goes_on_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -
 
 def begin(corpus: Path, vectors: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "examples/ray_bulk.py", str(corpus), str(vectors), "--batch", str(BATCH)]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | RAY
     with log.open("wb") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
