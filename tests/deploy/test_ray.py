@@ -15,9 +15,6 @@ from tests.service import ROOT, wait_until
 ROWS, BATCH = 1500, 100
 TEXTS = [f"sentence number {index} of a corpus, " + "and more words of it " * 8 for index in range(ROWS)]
 
-# No word to Ray's makers, and patience with a slow machine.
-RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
-
 
 @pytest.mark.deploy
 def test_goes_on_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -> None:
@@ -48,7 +45,7 @@ def test_goes_on_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -
 
 def begin(corpus: Path, vectors: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "examples/ray_bulk.py", str(corpus), str(vectors), "--batch", str(BATCH)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | RAY
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("wb") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
