@@ -51,9 +51,7 @@ def main() -> None:
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: then an actor has a GPU to itself")
     parser.add_argument("--actors", type=int, default=1, help="models at the same time")
-    parser.add_argument(
-        "--batch", type=int, default=1024, help="texts in a call, and rows in a step of the work"
-    )
+    parser.add_argument("--batch", type=int, default=1024, help="texts in a call of the model")
     arguments = parser.parse_args()
 
     ray.init(
