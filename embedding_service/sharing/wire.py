@@ -19,6 +19,8 @@ from embedding_service.engine import EmbedRequest, Status, Timings, TokenizedTex
 
 _SIZES = struct.Struct("<II")
 
+BUFFER_BYTES = 1 << 16
+
 
 class Call(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Web to model: embed this; `number` comes back with the answer."""
@@ -83,6 +85,8 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._sending = threading.Lock()
+        self._received = memoryview(bytearray(BUFFER_BYTES))
+        self._first = self._last = 0
 
     def send(self, *messages: Message | tuple[Message, Any], until: float | None = None) -> None:
         """Send messages, a Reply with its vectors as a pair; one system call for all of them.
@@ -147,14 +151,26 @@ class Channel:
         raise Closed("the other side does not read")
 
     def _exactly(self, size: int) -> bytearray:
-        buffer = bytearray(size)
-        view = memoryview(buffer)
+        """The next bytes; small messages that came together cost one system call for all of them."""
+        result = bytearray(size)
+        view = memoryview(result)
         while view:
-            try:
-                received = self._socket.recv_into(view)
-            except OSError as error:
-                raise Closed(str(error)) from None
-            if not received:
-                raise Closed("the other side closed the connection")
-            view = view[received:]
-        return buffer
+            if self._first == self._last:
+                if len(view) >= BUFFER_BYTES:
+                    view = view[self._receive_into(view) :]
+                    continue
+                self._first, self._last = 0, self._receive_into(self._received)
+            taken = min(len(view), self._last - self._first)
+            view[:taken] = self._received[self._first : self._first + taken]
+            self._first += taken
+            view = view[taken:]
+        return result
+
+    def _receive_into(self, view: memoryview) -> int:
+        try:
+            received = self._socket.recv_into(view)
+        except OSError as error:
+            raise Closed(str(error)) from None
+        if not received:
+            raise Closed("the other side closed the connection")
+        return received

@@ -33,10 +33,21 @@ class PatientSocket(socket.socket):
     """A client's connection whose patience has an end; to gunicorn that looks like a client that left."""
 
     slow = False
+    _headers = b""
 
     def begin(self) -> None:
         """A request begins to arrive."""
         self._read_by = time.monotonic() + READ_SECONDS
+
+    def setblocking(self, flag: bool) -> None:
+        """Gunicorn sets it several times for each request; only changes cost a system call."""
+        if self.getblocking() != flag:
+            super().setblocking(flag)
+
+    def flush(self) -> None:
+        """Send headers that no body has followed."""
+        if self._headers:
+            self.sendall(b"")
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         while True:
@@ -52,6 +63,12 @@ class PatientSocket(socket.socket):
             return data
 
     def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all; the headers of an answer wait for its body, so that both leave in one packet."""
+        if data[:9] == b"HTTP/1.1 " and data[9:10] != b"1" and data[-4:] == b"\r\n\r\n":
+            self._headers = data
+            return
+        if self._headers:
+            data, self._headers = self._headers + data, b""
         view = memoryview(data).cast("B")
         write_by = time.monotonic() + WRITE_SECONDS + len(view) / SLOWEST
         while view:
@@ -104,12 +121,19 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         the others and finds a thread for it again: more work than parsing the request. Where the
         connection ends, it is closed here, since closing waits for the client.
         """
-        keep = super().handle(conn)
+        keep = self._handle_one(conn)
         while keep is True and self._next_is_there(conn):
-            keep = super().handle(conn)
+            keep = self._handle_one(conn)
         if not keep:
             with contextlib.suppress(OSError):
                 conn.close(graceful=True)
+        return keep
+
+    def _handle_one(self, conn: Any) -> Any:
+        keep = super().handle(conn)
+        if isinstance(conn.sock, PatientSocket):
+            with contextlib.suppress(OSError):
+                conn.sock.flush()
         return keep
 
     def _next_is_there(self, conn: Any) -> bool:

@@ -82,6 +82,8 @@ def _compile(graph: openvino.Model, streams: int, threads: int, int8: bool) -> o
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
         "INFERENCE_PRECISION_HINT": "f32",
+        # Every process would pin its threads to the same first cores.
+        "ENABLE_CPU_PINNING": "NO",
         # In float32 not a bit is given away.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(QUANTIZATION_GROUP if int8 else 0),
     }
