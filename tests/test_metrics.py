@@ -19,8 +19,9 @@ from embedding_service import metrics
 from embedding_service.engine import EmbedRequest
 from embedding_service.inference import sampling
 from embedding_service.inference.batcher import Batcher
-from embedding_service.inference.runtime import OutOfMemory, Tokens
+from embedding_service.inference.runtime import OutOfMemory
 from tests.conftest import ROOT
+from tests.inference.fake_runtime import DIMENSION, FakeRuntime
 from tests.service import Service, wait_until
 
 ALL = {value._name: value for name, value in vars(metrics).items() if name.isupper() and name[0] != "_"}
@@ -272,30 +273,11 @@ def test_without_a_folder_one_process_counts_for_itself(two_workers):
     assert set(Scraped(answer.decode()).families) >= set(ALL) - LATER
 
 
-class OneToken:
-    """A runtime whose vectors or failures a test chooses."""
-
-    max_seq_length, max_batch_tokens, free_padding_tokens = 8, 64, 64
-    separate_bulk, normalized, info = False, True, None
-
-    def __init__(self, forward):
-        self.forward = forward
-
-    def prompt(self, _name, _type):
-        return None
-
-    def tokenize(self, texts, *_):
-        return [Tokens(ids=[1] * len(t), length=len(t), truncated=False, group=None) for t in texts]
-
-    def forward_exact(self, _tokens):
-        return np.ones((1, 3), np.float32)
-
-
-def run(forward, texts):
-    """Embed the texts with a batcher over this forward; returns how the counters have changed."""
+def run(texts, on_forward=lambda _batch: None):
+    """Embed the texts with a batcher over this forward; returns the outcome, and what each metric gained."""
     outcomes = []
     before = Scraped(metrics.exposition("")[0].decode())
-    batcher = Batcher(OneToken(forward), max_queued_tokens=10_000)
+    batcher = Batcher(FakeRuntime(on_forward=on_forward), max_queued_tokens=10_000)
     try:
         batcher.submit(EmbedRequest(texts=texts, deadline=float("inf")), outcomes.append)
         wait_until(lambda: outcomes, 5, "an outcome")
@@ -306,7 +288,7 @@ def run(forward, texts):
 
 
 def test_padding_is_counted():
-    _, gained = run(lambda batch: np.ones((len(batch), 3), np.float32), ["a", "bb", "cccc"])
+    _, gained = run(["1 a", "2 b", "4 c"])
     assert gained("embedding_batch_tokens_sum") == 7
     assert gained("embedding_padding_tokens_total") == 3 * 4 - 7
 
@@ -315,16 +297,15 @@ def test_out_of_memory_halvings_are_counted():
     def forward(batch):
         if len(batch) > 1:
             raise OutOfMemory("injected")
-        return np.ones((1, 3), np.float32)
 
-    outcome, gained = run(forward, ["a"] * 4)
-    assert outcome.vectors.shape == (4, 3)
+    outcome, gained = run(["3 a", "3 b", "3 c", "3 d"], forward)
+    assert len(outcome.vectors) == 4
     assert gained("embedding_out_of_memory_halvings_total") == 3
     assert gained("embedding_batch_texts_count") == 4
 
 
 def test_recomputed_vectors_are_counted():
-    outcome, gained = run(lambda batch: np.full((len(batch), 3), np.nan, np.float32), ["a", "b"])
+    outcome, gained = run(["3 a", "3 b"], lambda batch: np.full((len(batch), DIMENSION), np.nan, np.float32))
     assert np.isfinite(outcome.vectors).all()
     assert gained("embedding_nonfinite_recomputations_total") == 2
 
