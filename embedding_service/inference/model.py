@@ -278,7 +278,12 @@ class Model:
         example = self._model.preprocess(PROBES[:2])
         while True:
             backend = OpenVINOBackend(
-                self._model, example, threads=self._threads, int8=dtype == "int8", cache=cache
+                self._model,
+                example,
+                threads=self._threads,
+                alone=settings.model_processes == 1,
+                int8=dtype == "int8",
+                cache=cache,
             )
             error = self._difference(backend)
             if error <= CONVERSION_TOLERANCE[dtype]:
