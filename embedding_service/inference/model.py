@@ -281,7 +281,7 @@ class Model:
                 self._model,
                 example,
                 threads=self._threads,
-                alone=settings.model_processes == 1,
+                shared=settings.model_processes > 1,
                 int8=dtype == "int8",
                 cache=cache,
             )

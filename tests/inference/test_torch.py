@@ -148,14 +148,15 @@ class Small:
     """A backend on a device that holds `most` tokens."""
 
     name = "torch"
+    lanes = 1
 
     def __init__(self, inner: TorchBackend, most: int) -> None:
         self._inner, self._most = inner, most
 
-    def forward(self, features):
+    def forward(self, features, lane=0, alone=True):
         if features["input_ids"].size > self._most:
             raise OutOfMemory("CUDA out of memory.")
-        return self._inner.forward(features)
+        return self._inner.forward(features, lane, alone)
 
 
 @pytest.mark.parametrize(("most", "budget"), [(10_000, 256), (200, 128), (100, 64), (48, 48)])
