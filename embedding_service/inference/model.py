@@ -176,7 +176,7 @@ class Model:
                 # From the files and on the CPU: the rounded weights are not the model's own, the
                 # device may have no room for a second model, and flash attention knows no float32.
                 model = _load(self._folder, "cpu", "float32", None)
-                model.max_seq_length = self._model.max_seq_length
+                _limit_length(model, self.max_seq_length)
             self._exact = TorchBackend(model)
         if tokens.ids is None:
             return self._exact.forward(self._preprocessed(self._exact.model, [tokens]))
@@ -278,7 +278,12 @@ class Model:
         example = self._model.preprocess(PROBES[:2])
         while True:
             backend = OpenVINOBackend(
-                self._model, example, threads=self._threads, int8=dtype == "int8", cache=cache
+                self._model,
+                example,
+                threads=self._threads,
+                shared=settings.model_processes > 1,
+                int8=dtype == "int8",
+                cache=cache,
             )
             error = self._difference(backend)
             if error <= CONVERSION_TOLERANCE[dtype]:

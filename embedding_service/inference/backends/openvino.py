@@ -35,11 +35,13 @@ class OpenVINOBackend:
         example: dict[str, Any],
         *,
         threads: int,
+        shared: bool = False,
         int8: bool = False,
         cache: GraphCache | None = None,
     ) -> None:
         """Convert and compile; `example` is one `preprocess`ed batch. Raises where it cannot.
 
+        `shared` says that other model processes run on the same cores.
         Raises ModuleNotFoundError where int8 is asked for and nncf is not installed.
         """
         inputs = {k: v for k, v in example.items() if isinstance(v, torch.Tensor)}
@@ -49,14 +51,14 @@ class OpenVINOBackend:
             graph = _convert(model, inputs, int8)
             if cache is not None:
                 cache.save(graph)
-        together = _compile(graph, 1, threads, int8)
+        together = _compile(graph, 1, threads, int8, shared)
         self._names = [port.get_any_name() for port in together.inputs]
         if set(self._names) - set(inputs):
             raise ValueError(f"the converted model asks for {self._names}")
         self._alone = together.create_infer_request()
         self._lanes = [self._alone]
         if threads > 1:
-            apart = _compile(graph, threads, threads, int8)
+            apart = _compile(graph, threads, threads, int8, shared)
             self._lanes = [apart.create_infer_request() for _ in range(threads)]
         self.lanes = len(self._lanes)
         self._later = list(islice(model.children(), 1, None))
@@ -77,10 +79,14 @@ class OpenVINOBackend:
         return vectors
 
 
-def _compile(graph: openvino.Model, streams: int, threads: int, int8: bool) -> openvino.CompiledModel:
+def _compile(
+    graph: openvino.Model, streams: int, threads: int, int8: bool, shared: bool
+) -> openvino.CompiledModel:
     settings = {
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
+        # Each of several processes would pin its threads to the same first cores.
+        "ENABLE_CPU_PINNING": "NO" if shared else "YES",
         "INFERENCE_PRECISION_HINT": "f32",
         # Every process would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": "NO",
