@@ -53,7 +53,7 @@ class JsonFormatter(logging.Formatter):
 class FileHandler(logging.handlers.WatchedFileHandler):
     """A log file that moves with logrotate; while it cannot be written, lines go to standard error."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+    def handleError(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
 
 
