@@ -111,11 +111,11 @@ class Service:
     def web_workers(self) -> list[psutil.Process]:
         """The gunicorn workers."""
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "embedding_service.sharing" not in " ".join(child.cmdline())]
+        return [child for child in children if "embedding_service.sharing" not in " ".join(_command(child))]
 
     def _running(self, module: str) -> psutil.Process:
         for process in self.processes():
-            if module in process.cmdline():
+            if module in _command(process):
                 return process
         raise AssertionError(f"no process runs {module}:\n{self.log()}")
 
@@ -128,3 +128,11 @@ class Service:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Its command line; for one that has just ended, a name that is none of ours."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return ["embedding_service.sharing.gone"]

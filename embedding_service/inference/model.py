@@ -281,7 +281,6 @@ class Model:
                 self._model,
                 example,
                 threads=self._threads,
-                shared=settings.model_processes > 1,
                 int8=dtype == "int8",
                 cache=cache,
             )

@@ -95,7 +95,7 @@ def test_a_deadline_that_passes_in_the_queue(impatient):
     wait_until(lambda: "@@slow@@" in impatient.seen(), what="the slow text at work")
     began = time.monotonic()
     late = parallel(
-        [embed(impatient, "@@late@@ alone"), embed(impatient, [f"@@late@@ {n}" for n in range(99)])]
+        [embed(impatient, "@@late@@ alone"), embed(impatient, [f"@@late@@ {n}" for n in range(17)])]
     )
     seconds = time.monotonic() - began
     slow.join()
@@ -106,7 +106,7 @@ def test_a_deadline_that_passes_in_the_queue(impatient):
     assert "@@late@@" not in impatient.seen()
     record(
         "deadline passes in the queue",
-        f"one text and 99 texts behind a batch of 6 s, deadline {DEADLINE:.0f} s",
+        f"one text and 17 texts behind a batch of 6 s, deadline {DEADLINE:.0f} s",
         2,
         f"504 after {seconds:.1f} s; the model never saw the texts",
     )
@@ -123,9 +123,9 @@ def test_a_forward_pass_that_hangs(impatient, how):
     assert DEADLINE <= answered < DEADLINE + 1.5
     during = requests.get(f"{impatient.url}/health/live", timeout=5)
     assert during.status_code == 200
-    wait_until(lambda: not before.is_running(), 2 * DEADLINE, "the end of the hung process")
+    wait_until(lambda: not before.is_running(), 3 * DEADLINE, "the end of the hung process")
     replaced = time.monotonic() - began
-    assert replaced < 2 * DEADLINE + 3
+    assert replaced < 2 * DEADLINE + 5
     impatient.wait_ready()
     ready = time.monotonic() - began
     assert impatient.post("/embed", {"texts": "afterwards"}).status_code == 200

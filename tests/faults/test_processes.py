@@ -132,22 +132,28 @@ def test_sighup_replaces_the_workers_and_loses_nothing(two_workers):
 
 
 def test_sigterm_with_fifty_in_flight_loses_none(two_workers):
-    """Runs last: fifty requests of 100 texts are on their way when the signal comes."""
+    """Runs last. The model process stands still until the signal has come, so that all fifty wait."""
     processes = two_workers.processes()
+    model = two_workers.model_process()
+    model.suspend()
     seen: list[Seen] = []
-    texts = [f"a text of some length that is on its way, number {n}" for n in range(100)]
+    texts = [f"a text that is on its way, number {n}" for n in range(20)]
 
     def clients() -> None:
         seen.append(closed_loop(two_workers.port, 50, 60, lambda c, n: body(texts), limit=1))
 
+    def connected() -> bool:
+        connections = [c for w in two_workers.web_workers() for c in w.net_connections("tcp")]
+        return sum(c.status == "ESTABLISHED" for c in connections) >= 50
+
     thread = threading.Thread(target=clients)
     thread.start()
-    established = lambda: sum(  # noqa: E731
-        c.status == "ESTABLISHED" for w in two_workers.web_workers() for c in w.net_connections("tcp")
-    )
-    wait_until(lambda: established() >= 50 or not thread.is_alive(), 30, "fifty in flight")
+    wait_until(connected, 30, "fifty connections")
     began = time.monotonic()
-    code = two_workers.stop(signal.SIGTERM)
+    two_workers.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "Handling signal: term" in two_workers.log(), what="the signal's arrival")
+    model.resume()
+    code = two_workers.process.wait(40)
     seconds = time.monotonic() - began
     thread.join(60)
     assert code == 0

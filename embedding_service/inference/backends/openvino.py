@@ -35,13 +35,11 @@ class OpenVINOBackend:
         example: dict[str, Any],
         *,
         threads: int,
-        shared: bool = False,
         int8: bool = False,
         cache: GraphCache | None = None,
     ) -> None:
         """Convert and compile; `example` is one `preprocess`ed batch. Raises where it cannot.
 
-        `shared` says that other model processes run on the same cores.
         Raises ModuleNotFoundError where int8 is asked for and nncf is not installed.
         """
         inputs = {k: v for k, v in example.items() if isinstance(v, torch.Tensor)}
@@ -51,14 +49,14 @@ class OpenVINOBackend:
             graph = _convert(model, inputs, int8)
             if cache is not None:
                 cache.save(graph)
-        together = _compile(graph, 1, threads, int8, shared)
+        together = _compile(graph, 1, threads, int8)
         self._names = [port.get_any_name() for port in together.inputs]
         if set(self._names) - set(inputs):
             raise ValueError(f"the converted model asks for {self._names}")
         self._alone = together.create_infer_request()
         self._lanes = [self._alone]
         if threads > 1:
-            apart = _compile(graph, threads, threads, int8, shared)
+            apart = _compile(graph, threads, threads, int8)
             self._lanes = [apart.create_infer_request() for _ in range(threads)]
         self.lanes = len(self._lanes)
         self._later = list(islice(model.children(), 1, None))
@@ -79,16 +77,12 @@ class OpenVINOBackend:
         return vectors
 
 
-def _compile(
-    graph: openvino.Model, streams: int, threads: int, int8: bool, shared: bool
-) -> openvino.CompiledModel:
+def _compile(graph: openvino.Model, streams: int, threads: int, int8: bool) -> openvino.CompiledModel:
     settings = {
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
-        # Each of several processes would pin its threads to the same first cores.
-        "ENABLE_CPU_PINNING": "NO" if shared else "YES",
         "INFERENCE_PRECISION_HINT": "f32",
-        # Every process would pin its threads to the same first cores.
+        # Each of several model processes, or services, would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": "NO",
         # In float32 not a bit is given away.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(QUANTIZATION_GROUP if int8 else 0),

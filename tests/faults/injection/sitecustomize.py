@@ -10,6 +10,7 @@ import ctypes
 import importlib.machinery
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,21 +40,22 @@ def spoil(model_class):
     import torch
     from sentence_transformers import SentenceTransformer
 
-    words: list[str] = []
+    batch_of_this_thread = threading.local()
     tokenize, forward, exact = model_class.tokenize, model_class.forward, model_class.forward_exact
     inner = SentenceTransformer.forward
 
-    def tokenize_with_text(self, texts, prompt, task):
-        found = tokenize(self, texts, prompt, task)
+    def tokenize_with_text(self, texts, *others):
+        found = tokenize(self, texts, *others)
         for tokens, text in zip(found, texts, strict=True):
             if "@@" in text:
                 tokens.text = text
         return found
 
-    def spoiled_forward(self, batch):
-        words[:] = [tokens.text for tokens in batch]
+    def spoiled_forward(self, batch, *others):
+        words = [tokens.text for tokens in batch]
         note([word for word in words if word])
-        vectors = forward(self, batch)
+        batch_of_this_thread.words = words
+        vectors = forward(self, batch, *others)
         for row, word in enumerate(words):
             if "@@nan" in word:
                 vectors = vectors.copy()
@@ -61,11 +63,12 @@ def spoil(model_class):
         return vectors
 
     def spoiled_exact(self, tokens):
-        words[:] = []
+        batch_of_this_thread.words = []
         vectors = exact(self, tokens)
         return vectors * numpy.nan if "@@nan-always@@" in tokens.text else vectors
 
     def spoiled_inner(self, *arguments, **named):
+        words = getattr(batch_of_this_thread, "words", [])
         every = " ".join(words)
         if "@@oom@@" in every and len(words) > 1:
             raise torch.OutOfMemoryError("injected: CUDA out of memory")

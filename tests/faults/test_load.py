@@ -1,0 +1,140 @@
+"""More than the service can do: it refuses in time, keeps its pace, stays fair, and does not grow."""
+
+import threading
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.faults.conftest import end
+from tests.faults.load import body, closed_loop, open_loop
+from tests.reliability import record
+from tests.service import Service, wait_until
+
+DEADLINE = 10.0
+BULK = body(
+    [f"one of many texts that a bulk client sends, number {n}, of a usual length" for n in range(2048)]
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("load"), REQUEST_TIMEOUT_SECONDS=str(DEADLINE))
+    try:
+        yield running.wait_ready()
+    finally:
+        end(running)
+
+
+def megabytes(service: Service) -> float:
+    """What the service's processes have to themselves."""
+    return sum(process.memory_full_info().uss for process in service.processes()) / 1e6
+
+
+def descriptors(service: Service) -> int:
+    return sum(process.num_fds() for process in service.processes())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share"), [(5, 0.7), pytest.param(20, 0.9, marks=pytest.mark.long)], ids=["5 s", "20 s"]
+)
+def test_ten_times_too_much(loaded, seconds, share):
+    texts = [f"a text of a usual length, as a client might send it, number {n}" for n in range(128)]
+    raw = body(texts)
+    closed_loop(loaded.port, 8, 2, lambda c, n: raw)
+    peak = closed_loop(loaded.port, 8, seconds, lambda c, n: raw)
+    best = peak.statuses["200"] / peak.seconds
+    before = megabytes(loaded)
+    seen = open_loop(loaded.port, 10 * best, seconds, 200, lambda n: raw)
+    growth = megabytes(loaded) - before
+    goodput = seen.statuses["200"] / seen.seconds
+    assert set(seen.statuses) == {"200", "429"}
+    assert len(seen.waits) == seen.statuses["429"]
+    assert 0 < max(seen.waits) <= DEADLINE
+    assert seen.percentile(0.99) <= DEADLINE
+    assert growth < 50
+    assert goodput >= share * best
+    record(
+        "10 times the load it can bear",
+        f"for {seconds} s, requests of 128 texts, deadline {DEADLINE:.0f} s",
+        sum(seen.statuses.values()),
+        f"{seen.statuses['200']} times 200, {seen.statuses['429']} times 429 with Retry-After; goodput "
+        f"{goodput / best:.0%} of the peak; p99 of the accepted {seen.percentile(0.99):.1f} s; "
+        f"memory {growth:+.0f} MB",
+    )
+
+
+def test_more_callers_than_threads_get_429_and_health_answers(loaded):
+    """Single texts, all at once, from more connections than a worker has threads."""
+    seen = []
+
+    def crowd() -> None:
+        seen.append(closed_loop(loaded.port, 300, 3, lambda c, n: body(f"caller {c} asks {n}")))
+
+    thread = threading.Thread(target=crowd)
+    thread.start()
+    while thread.is_alive():
+        assert loaded.health()[0] == 200
+    assert set(seen[0].statuses) <= {"200", "429"}
+    assert seen[0].statuses["200"]
+    assert len(seen[0].waits) == seen[0].statuses["429"]
+
+
+def test_a_bulk_client_does_not_hold_up_an_interactive_one(loaded):
+    def interactive() -> float:
+        return closed_loop(loaded.port, 1, 60, lambda c, n: body(f"a question, number {n}"), 150).percentile(
+            0.5
+        )
+
+    interactive()
+    idle = interactive()
+    stop = threading.Event()
+    bulk = []
+
+    def run() -> None:
+        while not stop.is_set():
+            bulk.append(closed_loop(loaded.port, 1, 60, lambda c, n: BULK, limit=1))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: bulk, 60, "the first bulk answer")
+    busy = interactive()
+    stop.set()
+    thread.join()
+    assert all(set(one.statuses) == {"200"} for one in bulk)
+    record(
+        "one bulk client, one interactive client",
+        "2,048 texts a request beside 150 single texts",
+        150,
+        f"interactive p50 {idle * 1e3:.1f} ms alone, {busy * 1e3:.1f} ms beside the bulk ({busy / idle:.1f} times)",
+    )
+    assert busy <= 3 * idle
+
+
+@pytest.mark.parametrize("count", [1500, pytest.param(20_000, marks=pytest.mark.long)])
+def test_memory_and_descriptors_stay_flat(loaded, count):
+    def make(client: int, number: int) -> bytes:
+        size = (1, 1, 1, 4, 16)[number % 5]
+        return body([f"client {client} sends its text {number} {n}" for n in range(size)])
+
+    closed_loop(loaded.port, 16, 60, make, limit=50)
+    wait_until(lambda: descriptors(loaded), 5)
+    memory, files = megabytes(loaded), descriptors(loaded)
+    seen = closed_loop(loaded.port, 16, 600, make, limit=count // 16)
+    growth = megabytes(loaded) - memory
+    wait_until(lambda: descriptors(loaded) <= files + 4, 10, "the descriptors' return")
+    assert seen.statuses == {"200": count // 16 * 16}
+    assert growth < 30
+    record(
+        "soak",
+        "16 clients, 1 to 16 texts a request",
+        count,
+        f"all 200 at {seen.statuses['200'] / seen.seconds:.0f} a second; memory {growth:+.1f} MB, "
+        f"descriptors {descriptors(loaded) - files:+d}",
+    )
+
+
+def test_a_service_has_no_threads_too_many(loaded):
+    """The threads of a worker are bounded by WEB_THREADS and the few of its own."""
+    assert all(process.num_threads() < 160 for process in loaded.web_workers())
+    assert psutil.Process(loaded.process.pid).num_threads() < 10
