@@ -1,0 +1,98 @@
+"""Which end an over-long text loses, and the list of a text's tokens."""
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from embedding_service.engine import TokenizedText, TokenizeRequest
+from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure
+from embedding_service.inference.local import LocalEngine
+from embedding_service.inference.settings import ModelSettings
+from tests.inference.fake_runtime import request
+from tests.inference.test_model import embed, load
+
+LONG = ["the quick brown fox of the river " * 20 + "end", "fox"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["bert", "left-padding", "prompts"])
+def test_over_long_texts_lose_the_end_that_is_asked_for(tiny, kind, side):
+    oracle = SentenceTransformer(str(tiny(kind)), device="cpu")
+    model = load(tiny(kind), backend="torch")
+    oracle.tokenizer.truncation_side = side
+    (plain, cut) = embed(model, [request(LONG), request(LONG, truncation_side=side)])
+    assert np.abs(cut.vectors - oracle.encode(LONG, normalize_embeddings=True)).max() < 1e-5
+    assert cut.truncated == [0]
+    assert np.allclose(cut.vectors, plain.vectors, atol=1e-5) == (side == "right")
+
+
+def test_a_model_that_cuts_for_itself_refuses_the_other_end(tiny):
+    with pytest.raises(InvalidRequest, match="cuts its texts itself"):
+        load(tiny("static"), backend="torch").tokenize(["fox"], None, None, "left")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta-cls", "left-padding", "static", "routed"])
+def test_tokens_are_listed_with_their_characters(tiny, kind):
+    model = load(tiny(kind), backend="torch")
+    text = "The quick 東 fox"
+    (listed,) = model.list_tokens([text], True)
+    named = [
+        listed.special.get(position, text[start:stop])
+        for position, (start, stop) in enumerate(zip(listed.starts, listed.stops, strict=True))
+    ]
+    assert [name for position, name in enumerate(named) if position not in listed.special] == [
+        "The",
+        "quick",
+        "東",
+        "fox",
+    ]
+    (bare,) = model.list_tokens([text], False)
+    assert bare.special == {}
+    assert bare.ids == [number for at, number in enumerate(listed.ids) if at not in listed.special]
+
+
+def test_tokens_of_a_long_text_are_all_listed(tiny):
+    (listed,) = load(tiny("bert"), backend="torch").list_tokens(["fox " * 1000], False)
+    assert len(listed.ids) == 1000
+
+
+def test_a_lone_surrogate_is_refused_with_its_index(tiny):
+    with pytest.raises(InvalidRequest, match=r"texts\[1\]"):
+        load(tiny("bert"), backend="torch").list_tokens(["fine", "\ud800"], True)
+
+
+class Lister:
+    """A loaded model as far as listing tokens needs one."""
+
+    info = None
+    max_batch_tokens = 1
+
+    def list_tokens(self, texts, _add_special_tokens):
+        if "broken" in texts:
+            raise RuntimeError("a bug of the tokenizer")
+        return [TokenizedText([len(text)], [0], [len(text)], {}) for text in texts]
+
+
+@pytest.fixture
+def engine():
+    engine = LocalEngine(ModelSettings(embedding_model="none"), load=lambda _settings: Lister())
+    assert engine.loaded.wait(10)
+    yield engine
+    engine.close()
+
+
+def test_many_texts_are_listed_in_their_order(engine):
+    texts = ["x" * length for length in range(200)]
+    listed = engine.tokenize(TokenizeRequest(texts=texts, deadline=float("inf")))
+    assert [text.ids for text in listed] == [[length] for length in range(200)]
+
+
+def test_listing_ends_at_the_deadline(engine):
+    with pytest.raises(DeadlineExceeded):
+        engine.tokenize(TokenizeRequest(texts=["x"], deadline=0.0))
+
+
+def test_a_bug_of_the_tokenizer_fails_the_request_alone(engine):
+    with pytest.raises(ModelFailure):
+        engine.tokenize(TokenizeRequest(texts=["broken"], deadline=float("inf")))
+    assert len(engine.tokenize(TokenizeRequest(texts=["fine"], deadline=float("inf")))) == 1
