@@ -78,7 +78,7 @@ def main() -> None:
         batch_size=arguments.batch,
         compute=ray.data.ActorPoolStrategy(size=arguments.actors),
         num_gpus=1 if arguments.device.startswith("cuda") else 0,
-        # Claims no CPU of a small machine: Ray's own tasks would wait for one for ever. SPREAD over the nodes.
+        # On a small machine Ray's own tasks would wait for ever for a CPU that an actor claims.
         num_cpus=0,
         scheduling_strategy="SPREAD",
     ).write_parquet(arguments.output)
