@@ -1,8 +1,9 @@
 """The sweep behind the CPU token budget: how a batch's size in tokens changes its speed and its time.
 
 For each length of text and each budget, batches of as many texts as fit are run in turn, so that what
-disturbs the machine disturbs all alike. A wider batch is worth it while it raises tokens per second;
-past that it only makes the next request wait longer.
+disturbs the machine disturbs all alike; where the model has several lanes, one batch in each at once.
+A wider batch is worth it while it raises tokens per second; past that it only makes the next request
+wait longer.
 
 python -m benchmarks.sweep_budget --backend openvino
 """
@@ -10,6 +11,7 @@ python -m benchmarks.sweep_budget --backend openvino
 import argparse
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -31,13 +33,17 @@ def sweep(engine: RawEngine, rounds: int) -> dict[int, dict[int, float]]:
         for budget in BUDGETS:
             if budget >= length:
                 batches[length, budget] = pool[: budget // length]
+    lanes = range(engine.model.lanes)
     took = defaultdict(list)
-    for number in range(rounds + 1):
-        for key, batch in batches.items():
-            began = time.perf_counter()
-            engine.model.forward(batch)
-            if number:  # the first round warms up
-                took[key].append(time.perf_counter() - began)
+    with ThreadPoolExecutor(len(lanes)) as threads:
+        for number in range(rounds + 1):
+            for key, batch in batches.items():
+                began = time.perf_counter()
+                runs = [threads.submit(engine.model.forward, batch, lane, len(lanes) == 1) for lane in lanes]
+                for run in runs:
+                    run.result()
+                if number:  # the first round warms up
+                    took[key].append(time.perf_counter() - began)
     medians: dict[int, dict[int, float]] = defaultdict(dict)
     for (length, budget), seconds in took.items():
         medians[length][budget] = float(np.median(seconds))
@@ -53,14 +59,15 @@ def main() -> None:
     arguments = parser.parse_args()
     engine = RawEngine(arguments.backend, arguments.device, arguments.dtype)
     medians = sweep(engine, arguments.rounds)
-    print(f"Tokens per second, and ms per batch ({engine.name}):\n")
+    lanes = engine.model.lanes
+    print(f"Tokens per second, and ms per batch ({engine.name}, {lanes} at once):\n")
     print("| budget | " + " | ".join(f"{length} tokens" for length in LENGTHS) + " |")
     print("|---:|" + "---:|" * len(LENGTHS))
     for budget in BUDGETS:
         cells = []
         for length in LENGTHS:
             seconds = medians[length].get(budget)
-            tokens = budget // length * length
+            tokens = budget // length * length * lanes
             cells.append(f"{tokens / seconds:.0f} ({seconds * 1e3:.1f})" if seconds else "")
         print(f"| {budget} | " + " | ".join(cells) + " |")
 

@@ -153,7 +153,6 @@ def test_int8_where_it_cannot_be_is_a_failed_start(tiny, tmp_path, kind, setting
 
 
 def test_int8_is_near_float32_on_real_sentences(model_folder, oracle, tmp_path):
-    pytest.importorskip("nncf", reason="pip install -r requirements-int8.txt")
     model = load(model_folder, tmp_path, dtype="int8")
     assert (model.info.dtype, model.info.backend) == ("int8", "openvino")
     batches = [SENTENCES[first : first + 32] for first in range(0, len(SENTENCES), 32)]
