@@ -265,11 +265,11 @@ class Model:
         import openvino
 
         from embedding_service.inference.backends.graph_cache import GraphCache
-        from embedding_service.inference.backends.openvino import OpenVINOBackend
+        from embedding_service.inference.backends.openvino import GRAPH_FORM, OpenVINOBackend
 
         cache = None
         if settings.cache_folder:
-            versions = [openvino.__version__, torch.__version__, transformers.__version__]
+            versions = [GRAPH_FORM, openvino.__version__, torch.__version__, transformers.__version__]
             configs = [path.read_text() for path in sorted(self._folder.rglob("*.json"))]
             attention = str(settings.attn_implementation)
             cache = GraphCache(
@@ -310,6 +310,8 @@ class Model:
             try:
                 self.forward([long] * max(1, self.max_batch_tokens // long.length))
                 self.forward([short] * max(1, self.max_batch_tokens // short.length))
+                for lane in range(self.lanes):
+                    self.forward([short], lane, alone=False)
                 return dimension
             except OutOfMemory:
                 if self.max_batch_tokens <= self.max_seq_length:

@@ -1,25 +1,27 @@
-"""The forward pass in OpenVINO: the transformer compiled for an x86 CPU, the later modules in torch."""
+"""The forward pass in OpenVINO: the whole model, from token ids to vectors, compiled for an x86 CPU."""
 
 import logging
 import warnings
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import openvino
 import torch
 from sentence_transformers import SentenceTransformer
 
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends.graph_cache import GraphCache
+from embedding_service.inference.backends.torch import TorchBackend
 
 # Activations are quantised at run time in groups of so many values; smaller groups cost time,
 # larger ones accuracy (docs/architecture.md, "int8").
 QUANTIZATION_GROUP = 32
 
+# What a converted graph computes; another number where that changes, so that no cache gives an older one.
+GRAPH_FORM = "ids to vectors, 1"
+
 
 class OpenVINOBackend:
-    """A SentenceTransformer whose transformer OpenVINO runs, in float32 or with int8 weights.
+    """A SentenceTransformer that OpenVINO runs, in float32 or with int8 weights.
 
     It is compiled twice: with all cores for one batch, which is fastest for a text alone, and with
     one core for each of several batches at once. Cores that share a batch wait for one another at
@@ -53,27 +55,35 @@ class OpenVINOBackend:
         self._names = [port.get_any_name() for port in together.inputs]
         if set(self._names) - set(inputs):
             raise ValueError(f"the converted model asks for {self._names}")
+        self._whole = TorchBackend(model)
         self._alone = together.create_infer_request()
         self._lanes = [self._alone]
         if threads > 1:
             apart = _compile(graph, threads, threads, int8)
             self._lanes = [apart.create_infer_request() for _ in range(threads)]
         self.lanes = len(self._lanes)
-        self._later = list(islice(model.children(), 1, None))
-        # Pooling is small; torch's threads would only take the cores from the lanes.
-        torch.set_num_threads(1)
 
-    @torch.inference_mode()
     def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
-        inputs = {name: features[name] for name in self._names}
+        if "prompt_length" in features:
+            # Pooling without the prompt is another graph; such models are few.
+            return self._whole.forward(features)
         # At most one batch is alone at a time, so that its request is never used by two threads.
         request = self._alone if alone else self._lanes[lane]
-        result = request.infer(inputs, share_outputs=True)
-        features = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in features.items()}
-        features["token_embeddings"] = torch.from_numpy(result[0])
-        for module in self._later:
-            features = module(features)
-        vectors: Vectors = features["sentence_embedding"].numpy()
+        vectors: Vectors = request.infer({name: features[name] for name in self._names})[0]
+        return vectors
+
+
+class _IdsToVectors(torch.nn.Module):
+    """The model as a function of the tensors that `preprocess` makes, for tracing."""
+
+    def __init__(self, model: SentenceTransformer, names: list[str]) -> None:
+        super().__init__()
+        self._model, self._names = model, names
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        vectors: torch.Tensor = self._model(dict(zip(self._names, tensors, strict=True)))[
+            "sentence_embedding"
+        ]
         return vectors
 
 
@@ -91,13 +101,12 @@ def _compile(graph: openvino.Model, streams: int, threads: int, int8: bool) -> o
 
 
 def _convert(model: SentenceTransformer, inputs: dict[str, torch.Tensor], int8: bool) -> openvino.Model:
-    transformer: Any = model[0]
+    names = list(inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph = openvino.convert_model(transformer.model, example_input=inputs)
-    # The first output is last_hidden_state; the pooler that BERT adds would be computed for nothing.
-    while len(graph.outputs) > 1:
-        graph.remove_result(graph.get_results()[-1])
+        graph = openvino.convert_model(_IdsToVectors(model, names), example_input=tuple(inputs.values()))
+    for port, name in zip(graph.inputs, names, strict=True):
+        port.get_tensor().set_names({name})
     if int8:
         import nncf
 
