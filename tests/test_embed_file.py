@@ -63,7 +63,7 @@ class Run:
             pass
         return self.process.poll() is not None
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         """Its exit code; what it has said is in `said`."""
         try:
             wait_until(self.is_over, seconds, "the end of embed_file")
@@ -148,7 +148,7 @@ def test_each_of_100_000_rows_is_there_once_after_two_kills(tmp_path):
     try:
         for done in (20_000, 60_000):
             killed = Run(corpus, "-o", output, "--url", served.url)
-            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), 120, "some rows")  # noqa: B023
+            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), 300, "some rows")  # noqa: B023
             killed.process.kill()
             assert killed.wait() == -signal.SIGKILL, killed.said
             assert done <= rows_in(output, 3) < count
@@ -157,7 +157,9 @@ def test_each_of_100_000_rows_is_there_once_after_two_kills(tmp_path):
     finally:
         served.stop()
     assert np.array_equal(np.load(output)[:, 0], np.arange(1, count + 1))
-    assert max(killed.peak_mib, finished.peak_mib) < 200
+    peak_mib = max(killed.peak_mib, finished.peak_mib)
+    print(f"100,000 rows with two kills and resumes: peak memory {peak_mib:.0f} MiB")
+    assert peak_mib < 200
 
 
 BAD_LINES = {
@@ -227,7 +229,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors.npy"
     texts = write_corpus(corpus, 1200)
     embedding = Run(corpus, "-o", output, "--url", running.url, "--batch", 32, "--in-flight", 6)
-    wait_until(lambda: rows_in(output) >= 300 or embedding.is_over(), 120, "300 rows")
+    wait_until(lambda: rows_in(output) >= 300 or embedding.is_over(), 300, "300 rows")
     running.model_process().kill()
     assert embedding.wait() == 0, embedding.said
     log = running.log()
