@@ -100,7 +100,8 @@ def _measure(instances: list[Instance], nginx: Nginx, bodies: Path) -> Measured:
     before = used()
     result, wrk_seconds = load(nginx, bodies, SECONDS)
     service, proxy, busy = (after - first for first, after in zip(before, used(), strict=True))
-    assert result["errors"] == 0, result
+    if result["errors"] or not result["requests"]:
+        raise SystemExit(f"nothing to measure: {result}")
     count = result["requests"]
     return Measured(
         rate=count / result["seconds"],

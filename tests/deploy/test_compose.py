@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import config
+from tests.conftest import require_program
 from tests.service import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -50,6 +51,13 @@ def test_nginx_and_prometheus_ask_the_instances(services: dict[str, Any]) -> Non
     assert "server embedding:8001 max_fails=0;" in (DEPLOY / "nginx.conf").read_text()
     [job] = yaml.safe_load((DEPLOY / "prometheus" / "compose.yml").read_text())["scrape_configs"]
     assert job["dns_sd_configs"] == [{"names": ["embedding"], "type": "A", "port": 8001}]
+
+
+def test_prometheus_accepts_its_configuration() -> None:
+    promtool = require_program("promtool", "prometheus")
+    command = [promtool, "check", "config", str(DEPLOY / "prometheus" / "compose.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_everything_mounted_is_there(services: dict[str, Any]) -> None:

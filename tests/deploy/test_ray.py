@@ -24,9 +24,13 @@ def test_goes_on_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -
     pq.write_table(pa.table({"id": range(ROWS), "text": TEXTS}), corpus / "corpus.parquet")
 
     first = begin(corpus, vectors, tmp_path / "first.log")
-    wait_until(lambda: first.poll() is not None or len(finished(vectors)) >= 3, 240, "three files of vectors")
-    assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
-    kill_with_children(first)
+    try:
+        wait_until(
+            lambda: first.poll() is not None or len(finished(vectors)) >= 3, 300, "three finished files"
+        )
+        assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
+    finally:
+        kill_with_children(first)
     done_before = {path: path.stat().st_mtime_ns for path in finished(vectors)}
     rows_before = sum(pq.read_metadata(path).num_rows for path in done_before)
     assert 0 < rows_before < ROWS
