@@ -147,7 +147,8 @@ def test_a_second_device_is_the_current_one_of_the_models_thread(monkeypatch):
     assert entered == [cuda]
 
 
-def test_cuda_multiplies_float32_in_tf32():
+def test_cuda_multiplies_float32_in_tf32(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # is set, and so set back
     before = torch.get_float32_matmul_precision()
     try:
         model_module._prepare("cuda:1", 1)
