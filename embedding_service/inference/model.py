@@ -365,8 +365,6 @@ def _prepare(device: str, threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if device == "cpu" else "true"
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
-        # Else pinned memory would be allocated by, and cost memory on, the first device.
-        torch.cuda.set_device(torch.device(device).index or 0)
 
 
 def _load(folder: Path, device: str, dtype: str, attn_implementation: str | None) -> SentenceTransformer:

@@ -1,5 +1,6 @@
 """The torch backend: other number formats, what its errors mean, and CUDA where there is one."""
 
+import contextlib
 import random
 import weakref
 from types import SimpleNamespace
@@ -123,16 +124,37 @@ def test_inputs_reach_cuda_through_pinned_memory(monkeypatch):
     assert calls == ["pin", (cuda, True)]
 
 
-def test_a_second_device_is_made_the_current_one(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+def test_a_second_device_is_the_current_one_of_the_models_thread(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    vectors = torch.ones(1, 4, dtype=torch.float16)
+    cuda = torch.device("cuda:1")
+
+    class OnCuda:
+        device = cuda
+
+        def __call__(self, _features):
+            assert entered == [cuda]
+            return {"sentence_embedding": vectors}
+
+    assert TorchBackend(OnCuda()).forward({}).dtype == np.float32
+    assert entered == [cuda]
+
+
+def test_cuda_multiplies_float32_in_tf32(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # is set, and so set back
     before = torch.get_float32_matmul_precision()
     try:
         model_module._prepare("cuda:1", 1)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert chosen == [1]
 
 
 def test_auto_is_cuda_where_there_is_one(monkeypatch):

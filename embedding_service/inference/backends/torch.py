@@ -1,5 +1,6 @@
 """The forward pass in PyTorch, on the CPU, CUDA or MPS."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ class TorchBackend:
     def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
         task = {"task": features.pop("task")} if "task" in features else {}
         try:
-            output = self.model({k: self._place(v) for k, v in features.items()}, **task)
-            vectors: Vectors = output["sentence_embedding"].float().cpu().numpy()
-            return vectors
+            with self._current():
+                output = self.model({k: self._place(v) for k, v in features.items()}, **task)
+                vectors: Vectors = output["sentence_embedding"].float().cpu().numpy()
+                return vectors
         except RuntimeError as error:
             failure = _failure(error, self._device.type)
             if failure is None:
@@ -35,6 +37,10 @@ class TorchBackend:
         if isinstance(failure, OutOfMemory) and self._device.type == "cuda":
             torch.cuda.empty_cache()
         raise failure
+
+    def _current(self) -> contextlib.AbstractContextManager[None]:
+        """Makes this the current CUDA device of the thread, else the first would hold pinned memory."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _place(self, value: Any) -> Any:
         """Host arrays to the device; pinned, so that the copy runs beside the launching of kernels."""
@@ -51,7 +57,7 @@ def _failure(error: RuntimeError, device: str) -> OutOfMemory | DeviceLost | Non
     """What a RuntimeError of torch means; None where it says nothing of the device."""
     message = str(error)
     # cuBLAS and MPS report a lack of memory as bare RuntimeErrors, CUDA itself in three spellings.
-    lacking = ("out of memory", "_ALLOC_FAILED", "cudaErrorMemoryAllocation")
+    lacking = ("out of memory", "not enough memory", "_ALLOC_FAILED", "cudaErrorMemoryAllocation")
     if isinstance(error, torch.OutOfMemoryError) or any(words in message for words in lacking):
         return OutOfMemory(message)
     if isinstance(error, torch.AcceleratorError):
