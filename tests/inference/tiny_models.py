@@ -10,30 +10,7 @@ from sentence_transformers.base.modules import Dense, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "a",
-    "in",
-    "to",
-    "it",
-    "is",
-    "was",
-    "for",
-    "on",
-    "that",
-    "query",
-    "passage",
-    "river",
-    "model",
-    "fox",
-    "vector",
-    "quick",
-    "brown",
-    "lazy",
-    "dog",
-]
+WORDS = "the of and a in to it is was for on that query passage river model fox vector quick brown lazy dog".split()
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?:'"
 LONGEST = 48
 SIZES = {
@@ -89,9 +66,7 @@ def bert(folder: Path) -> Transformer:
 def mpnet(folder: Path) -> Transformer:
     words = tokenizer(ROBERTA, "<s> $A </s>")
     words.model_input_names = ["input_ids", "attention_mask"]
-    config = transformers.MPNetConfig(
-        vocab_size=len(words), max_position_embeddings=66, pad_token_id=1, **SIZES
-    )
+    config = transformers.MPNetConfig(vocab_size=len(words), max_position_embeddings=66, pad_token_id=1, **SIZES)
     return transformer(folder, transformers.MPNetModel(config), words)
 
 
