@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-deploy lint format bench bench-gpu bench-peer docker clean
+.PHONY: serve test test-long reliability test-deploy lint format bench bench-gpu bench-peer docker clean
 
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
 
-test: $(VENV)/dev.stamp  ## run every test but those of test-deploy
-	$(BIN)/python -m pytest -m "not deploy"
+test: $(VENV)/dev.stamp  ## run every test but those of test-long and test-deploy
+	$(BIN)/python -m pytest -m "not deploy and not long"
+
+test-long: $(VENV)/dev.stamp  ## overload, soak and fuzz in full, which `test` runs in short
+	$(BIN)/python -m pytest -m "long and not deploy"
+
+reliability: $(VENV)/dev.stamp  ## run every fault in full and make docs/reliability.md from what was measured
+	rm -f build/reliability.jsonl
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m tests.reliability
 
 test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, roll instances over, run Ray (root)
 	$(BIN)/python -m pytest -m deploy -rP tests/deploy

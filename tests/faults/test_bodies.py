@@ -86,17 +86,8 @@ def test_strange_texts_are_embedded_as_sentence_transformers_does(service, oracl
     """Null bytes, emoji, right-to-left, the empty text, and 10,000 texts that mix all of Unicode."""
     numbers = random.Random(1)
     planes = [(0x20, 0x7F), (0xA0, 0x2FFF), (0x3000, 0xD7FF), (0xE000, 0xFFFD), (0x10000, 0x1FFFF)]
-    strange = [
-        "",
-        "\x00",
-        "a\x00b",
-        "👩‍👩‍👧 🏳️‍🌈",
-        "שלום עולם مرحبا",
-        "\u202eevil",
-        "\ufeff",
-        "\n\t ",
-        "a" * 99_000,
-    ]
+    strange = ["", "\x00", "a\x00b", "👩‍👩‍👧 🏳️‍🌈", "שלום עולם مرحبا"]
+    strange += ["\u202eevil", "\ufeff", "\n\t ", "a" * 99_000]
     strange += [
         "".join(chr(numbers.randint(*numbers.choice(planes))) for _ in range(numbers.randint(1, 8)))
         for _ in range(10_000 - len(strange))
