@@ -1,8 +1,14 @@
 """The runtimes that can execute a model's forward pass; all answer with the same vectors."""
 
+import sys
 from typing import Any, Protocol
 
 from embedding_service.engine import Vectors
+
+# With this package OpenVINO reports its use to another host, at every start, from a child that it forks
+# off this process with all its threads; such a child can hang, and stays behind since it ignores SIGTERM
+# as we do. Where the package cannot be imported, OpenVINO and nncf report nothing.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 class Backend(Protocol):
