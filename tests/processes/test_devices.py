@@ -12,9 +12,9 @@ from tests.service import Service, wait_until
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    running = Service(tmp_path_factory.mktemp("pair"), DEVICE="cpu,cpu", LOG_LEVEL="info").wait_ready()
+    running = Service(tmp_path_factory.mktemp("pair"), DEVICE="cpu,cpu", LOG_LEVEL="info").wait_ready(120)
     try:
-        wait_until(lambda: running.log().count("Loaded ") == 2, 60, "two loaded models")
+        wait_until(lambda: running.log().count("Loaded ") == 2, 120, "two loaded models")
         yield running
     finally:
         running.stop()
@@ -56,4 +56,4 @@ def test_the_other_goes_on_when_one_is_killed(pair):
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda number: ask(pair, [f"text {number}"]), range(32)))
     assert len(answers) == 32
-    wait_until(lambda: pair.log().count("Loaded ") == 3, 60, "the lost process back")
+    wait_until(lambda: pair.log().count("Loaded ") == 3, 120, "the lost process back")
