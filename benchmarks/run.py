@@ -124,7 +124,7 @@ class Bench:
                     ready[server.name] = round(server.wait_ready(), 2)
                     print(f"{server.name} is ready after {ready[server.name]} s", flush=True)
             for server in servers:
-                self._load(server, SCENARIOS[1], 1.0)
+                self._load(server, SCENARIOS[1], 1)
             yield raw, servers, ready
         finally:
             for server in servers:
@@ -144,7 +144,7 @@ class Bench:
     def _alternate(self, scenario: Scenario, raw: Raw, servers: list[System]) -> dict[str, Any]:
         turns: dict[str, list[dict[str, float]]] = {}
         for _ in range(self._turns):
-            seconds = self._seconds * scenario.stretch
+            seconds = max(1, round(self._seconds * scenario.stretch))  # wrk wants whole ones
             turns.setdefault("raw", []).append(self._raw(scenario, raw, seconds))
             for server in servers:
                 if scenario.encoding in server.formats:
@@ -164,13 +164,13 @@ class Bench:
             },
         }
 
-    def _raw(self, scenario: Scenario, raw: Raw, seconds: float) -> dict[str, float]:
+    def _raw(self, scenario: Scenario, raw: Raw, seconds: int) -> dict[str, float]:
         pool = self._pools[scenario.kind]
         pool = pool[:2048] if scenario.texts == 2048 else pool[:512]
         result: dict[str, float] = raw.ask("run", texts=pool, batch_size=scenario.raw_batch, seconds=seconds)
         return result
 
-    def _load(self, server: System, scenario: Scenario, seconds: float) -> dict[str, float]:
+    def _load(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
         if scenario.texts >= 1000:
             return self._one_at_a_time(server, scenario, seconds)
         bodies = self._scratch / f"{scenario.name}-{server.name}.txt"
@@ -178,7 +178,7 @@ class Bench:
             pool, size = self._pools[scenario.kind], scenario.texts
             requests = [pool[first : first + size] for first in range(0, len(pool), size)]
             bodies.write_bytes(b"\n".join(server.body(texts, scenario.encoding) for texts in requests))
-        command = ["wrk", "-t1", f"-c{scenario.clients}", f"-d{seconds:g}s", "--timeout", "60s"]
+        command = ["wrk", "-t1", f"-c{scenario.clients}", f"-d{seconds}s", "--timeout", "60s"]
         command += ["-s", str(LUA), server.url, "--", str(bodies), server.path]
         before = _children_seconds()
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -194,7 +194,7 @@ class Bench:
             "bytes_per_text": result["bytes"] / max(1, result["requests"] * scenario.texts),
         }
 
-    def _one_at_a_time(self, server: System, scenario: Scenario, seconds: float) -> dict[str, float]:
+    def _one_at_a_time(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
         """Whole requests that take seconds, which wrk would cut at its end; by one client, from Python."""
         body = server.body(self._pools[scenario.kind][: scenario.texts], scenario.encoding)
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
