@@ -11,7 +11,7 @@ from tests.faults.load import body, closed_loop, open_loop
 from tests.reliability import record
 from tests.service import Service, wait_until
 
-DEADLINE = 10.0
+DEADLINE = 20.0
 BULK = body(
     [f"one of many texts that a bulk client sends, number {n}, of a usual length" for n in range(2048)]
 )
@@ -39,10 +39,11 @@ def descriptors(service: Service) -> int:
     ("seconds", "share"), [(5, 0.7), pytest.param(20, 0.9, marks=pytest.mark.long)], ids=["5 s", "20 s"]
 )
 def test_ten_times_too_much(loaded, seconds, share):
-    texts = [f"a text of a usual length, as a client might send it, number {n}" for n in range(128)]
+    texts = [f"a text of a usual length, as a client might send it, number {n}" for n in range(32)]
     raw = body(texts)
     closed_loop(loaded.port, 8, 2, lambda c, n: raw)
     peak = closed_loop(loaded.port, 8, seconds, lambda c, n: raw)
+    assert set(peak.statuses) == {"200"}, peak.statuses
     best = peak.statuses["200"] / peak.seconds
     before = megabytes(loaded)
     seen = open_loop(loaded.port, 10 * best, seconds, 200, lambda n: raw)
@@ -56,7 +57,7 @@ def test_ten_times_too_much(loaded, seconds, share):
     assert goodput >= share * best
     record(
         "10 times the load it can bear",
-        f"for {seconds} s, requests of 128 texts, deadline {DEADLINE:.0f} s",
+        f"for {seconds} s, requests of 32 texts, deadline {DEADLINE:.0f} s",
         sum(seen.statuses.values()),
         f"{seen.statuses['200']} times 200, {seen.statuses['429']} times 429 with Retry-After; goodput "
         f"{goodput / best:.0%} of the peak; p99 of the accepted {seen.percentile(0.99):.1f} s; "
