@@ -5,11 +5,6 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE} AS builder
 # A private index or a mirror: --secret id=pip.conf,src=..., or the variables that pip itself reads.
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL
-# gunicorn_h1c comes as source alone; the compiler stays in this stage.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
-    && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY requirements.txt constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \

@@ -41,6 +41,8 @@ keepalive = 75
 # The heartbeat file must not wait for a disk.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 control_socket_disable = True
+# So that every answer goes through the worker's socket, which holds headers back and bounds slow clients.
+sendfile = False
 
 
 class Logger(glogging.Logger):
