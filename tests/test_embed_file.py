@@ -118,7 +118,7 @@ def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: sig
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_an_interrupted_run_goes_on_and_has_every_row_once(service, oracle, tmp_path, number):
-    resumed = interrupt_and_resume(service.url, tmp_path, oracle, 1500, number)
+    resumed = interrupt_and_resume(service.url, tmp_path, oracle, 4000, number)
     assert resumed.peak_mib < 200
 
 
@@ -225,7 +225,7 @@ def test_without_a_url_the_model_runs_in_this_process(oracle, tmp_path):
 
 
 def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path):
-    running = start(MAX_QUEUED_TOKENS="1500").wait_ready()
+    running = start(MAX_QUEUED_TOKENS="1500", LOG_LEVEL="debug").wait_ready()
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors.npy"
     texts = write_corpus(corpus, 1200)
     embedding = Run(corpus, "-o", output, "--url", running.url, "--batch", 32, "--in-flight", 6)

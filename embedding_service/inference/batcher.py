@@ -75,6 +75,7 @@ class Job:
     tokenization_seconds: float = 0.0
     started: float = 0.0
     inference_seconds: float = 0.0
+    inferred_until: float = 0.0
 
 
 @dataclass(slots=True)
@@ -434,8 +435,10 @@ class Batcher:
                 job.remaining -= 1
                 jobs.add(job)
             for job in jobs:
-                job.inference_seconds += ended - began
-                job.started = job.started or began
+                # Lanes overlap; a moment in which two have texts of this job counts once.
+                job.inference_seconds += max(0.0, ended - max(began, job.inferred_until))
+                job.inferred_until = max(ended, job.inferred_until)
+                job.started = min(job.started or began, began)
         for job in jobs:
             if not job.remaining and not job.finished:
                 self._complete(job)

@@ -51,11 +51,11 @@ def spoil(model_class):
                 tokens.text = text
         return found
 
-    def spoiled_forward(self, batch, *others):
+    def spoiled_forward(self, batch, *others, **named):
         words = [tokens.text for tokens in batch]
         note([word for word in words if word])
         batch_of_this_thread.words = words
-        vectors = forward(self, batch, *others)
+        vectors = forward(self, batch, *others, **named)
         for row, word in enumerate(words):
             if "@@nan" in word:
                 vectors = vectors.copy()
