@@ -57,7 +57,11 @@ class Load:
 
     def _try(self, session: requests.Session, index: int) -> str | None:
         try:
-            vector = self._ask(session, TEXTS[index])
+            try:
+                vector = self._ask(session, TEXTS[index])
+            except requests.exceptions.SSLError:
+                # A reloading nginx may close a connection in its handshake, before any request is sent.
+                vector = self._ask(session, TEXTS[index])
         except requests.RequestException as error:
             return f"{type(error).__name__}: {error}"
         difference = float(np.abs(vector - self._expected[index]).max())
