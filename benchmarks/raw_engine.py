@@ -8,6 +8,7 @@ python -m benchmarks.raw_engine --stdin         tasks as lines of JSON, for the 
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import threading
@@ -47,7 +48,9 @@ class RawEngine:
         settings = ModelSettings(
             embedding_model=source.DEFAULT_MODEL, backend=backend, device=device, dtype=dtype
         )
-        self.model = Model(settings)
+        # nncf writes to standard output, where our answers go.
+        with contextlib.redirect_stdout(sys.stderr):
+            self.model = Model(settings)
 
     @property
     def name(self) -> str:
