@@ -7,6 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 Vectors = npt.NDArray[np.float32]
+# How long after a request's deadline its answer may still be on its way to who waits for it.
+GRACE_SECONDS = 0.25
+
 State = Literal["loading", "healthy", "unhealthy", "draining"]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from embedding_service import metrics
 from embedding_service.engine import (
+    GRACE_SECONDS,
     Embeddings,
     EmbedRequest,
     ModelInfo,
@@ -28,9 +29,6 @@ from embedding_service.inference.sampling import Sampler, find_gpu
 from embedding_service.inference.settings import ModelSettings
 
 log = logging.getLogger(__name__)
-
-# How long after a request's deadline its answer may still be on its way from the batcher.
-GRACE_SECONDS = 0.25
 
 # Between two pieces of so many texts a tokenisation looks at its deadline.
 TOKENIZE_PIECE_TEXTS = 64

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from embedding_service.engine import Embeddings, EmbedRequest, Status, TokenizedText, TokenizeRequest
+from embedding_service.engine import (
+    GRACE_SECONDS,
+    Embeddings,
+    EmbedRequest,
+    Status,
+    TokenizedText,
+    TokenizeRequest,
+)
 from embedding_service.errors import BY_NAME, DeadlineExceeded, ServiceError, Unavailable
 from embedding_service.sharing import wire
 from embedding_service.sharing.supervision import supervisor_gone
@@ -21,9 +28,6 @@ log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.05
 RETRY_AFTER_SECONDS = 1.0
-
-# How long after a request's deadline its answer may still be on its way here.
-GRACE_SECONDS = 0.25
 
 Outcome = Embeddings | list[TokenizedText] | ServiceError
 

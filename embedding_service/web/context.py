@@ -12,6 +12,7 @@ from embedding_service.engine import (
     Embeddings,
     EmbedRequest,
     Engine,
+    ModelInfo,
     Status,
     TokenizedText,
     TokenizeRequest,
@@ -77,12 +78,12 @@ class Context:
             return Status(state="draining", reason="the service is shutting down", info=status.info)
         return status
 
-    def require_info(self) -> Status:
-        """The status, with the model's info. Raises Unavailable until a model has been loaded."""
+    def require_info(self) -> ModelInfo:
+        """What is loaded. Raises Unavailable until a model has been."""
         status = self.status()
         if status.info is None:
             raise Unavailable(status.reason, retry_after_seconds=1)
-        return status
+        return status.info
 
 
 def install(app: Flask, context: Context) -> None:

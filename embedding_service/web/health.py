@@ -86,9 +86,7 @@ def live() -> Response:
 @operation({200: InfoAnswer}, raises=(Unavailable,))
 def info() -> Response:
     """The model and the limits: the user's names, beside them those of Text Embeddings Inference."""
-    status, settings = context().require_info(), context().settings
-    model = status.info
-    assert model is not None
+    model, settings = context().require_info(), context().settings
     found: InfoAnswer = {
         "model_name": model.model_name,
         "embedding_dimension": model.embedding_dimension,

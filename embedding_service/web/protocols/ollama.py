@@ -146,8 +146,7 @@ def embeddings() -> Response:
 @operation({200: OllamaTags}, raises=(Unavailable,))
 def tags() -> Response:
     """List the one model."""
-    info = context().require_info().info
-    assert info is not None
+    info = context().require_info()
     found: OllamaTags = {
         "models": [
             {

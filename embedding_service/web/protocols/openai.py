@@ -171,8 +171,7 @@ def model(name: str) -> Response:
 
 
 def _model() -> OpenAIModel:
-    info = context().require_info().info
-    assert info is not None
+    info = context().require_info()
     return {"id": info.model_name, "object": "model", "created": STARTED, "owned_by": "embedding-service"}
 
 

@@ -103,8 +103,7 @@ def vectors() -> Response:
 @operation({200: WeaviateMeta}, raises=(Unavailable,))
 def meta() -> Response:
     """Describe the model."""
-    info = context().require_info().info
-    assert info is not None
+    info = context().require_info()
     found: WeaviateMeta = {
         "model": info.model_name,
         "model_type": info.pooling,
