@@ -23,6 +23,7 @@ class System:
     """A server under test. `path` and `body` are its dialect; `formats` what vectors it can send."""
 
     name = ""
+    host = "127.0.0.1"
     path = "/embed"
     formats: tuple[str, ...] = ("float",)
 
@@ -48,7 +49,7 @@ class System:
     @property
     def url(self) -> str:
         """Where requests go."""
-        return f"http://127.0.0.1:{self.port}{self.path}"
+        return f"http://{self.host}:{self.port}{self.path}"
 
     def body(self, texts: list[str], encoding: str) -> bytes:
         """A request's body."""
@@ -63,7 +64,7 @@ class System:
             if self._process.poll() is not None:
                 raise SystemExit(f"{self.name} ended:\n{self._log.read_text()[-2000:]}")
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                with urllib.request.urlopen(f"http://{self.host}:{self.port}/health", timeout=5):
                     return time.monotonic() - self.started
             except OSError:
                 time.sleep(0.05)
