@@ -3,7 +3,8 @@
 One, two and three instances behind the shipped nginx.conf, pinned to cores of this machine by taskset,
 are loaded through wrk without a pause. The model: a request costs each process on its way a fixed number
 of CPU seconds, so requests a second end where either the instances' cores or all cores are used up. The
-costs are those of the first row. A row during which other programs took part of the cores is repeated.
+costs are those of the first row; they depend on the size of the batches, hence on the requests that an
+instance has open, which are the same in every row. A row that other programs disturbed is repeated.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from benchmarks.texts import Texts
 from embedding_service.inference import source
 from tests.deploy.nginx import Nginx
 
-WARM_SECONDS, CONNECTIONS, BODIES = 5, 16, 50
+WARM_SECONDS, BODIES = 5, 50
 
 # A row is measured so often, unless other programs took less than this many cores.
 TRIES, QUIET_CORES = 3, 0.05
@@ -95,6 +96,28 @@ class Measured:
     other_cores: float
 
 
+@dataclass
+class Load:
+    """Requests with these bodies, of which each instance always has `connections` open."""
+
+    bodies: Path
+    connections: int
+    seconds: int
+
+    def run(self, nginx: Nginx, instances: int, seconds: int) -> tuple[dict[str, float], float]:
+        """wrk's result, and the CPU seconds that wrk used itself."""
+        command = ["wrk", "-t1", f"-c{self.connections * instances}", f"-d{seconds}s", "--timeout", "60s"]
+        command += ["-s", str(ROOT / "benchmarks" / "load.lua"), nginx.url]
+        before = os.times()
+        done = subprocess.run(
+            [*command, "--", str(self.bodies), "/embed"], capture_output=True, text=True, check=True
+        )
+        after = os.times()
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        return json.loads(line.removeprefix("RESULT ")), used
+
+
 def placements() -> dict[str, Placement]:
     """The cores that each instance may use; wrk and nginx use what they find."""
     available = sorted(os.sched_getaffinity(0))
@@ -109,15 +132,15 @@ def placements() -> dict[str, Placement]:
     }
 
 
-def measure_quietly(kind: type[Instance], placement: Placement, bodies: Path, seconds: int) -> Measured:
+def measure_quietly(kind: type[Instance], placement: Placement, load: Load) -> Measured:
     """The first row that others left alone, or the one they disturbed least."""
     rows: list[Measured] = []
     while len(rows) < TRIES and not (rows and rows[-1].other_cores < QUIET_CORES):
-        rows.append(measure(kind, placement, bodies, seconds))
+        rows.append(measure(kind, placement, load))
     return min(rows, key=lambda row: row.other_cores)
 
 
-def measure(kind: type[Instance], placement: Placement, bodies: Path, seconds: int) -> Measured:
+def measure(kind: type[Instance], placement: Placement, load: Load) -> Measured:
     """Start the instances, load them for a while, end them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -133,8 +156,8 @@ def measure(kind: type[Instance], placement: Placement, bodies: Path, seconds: i
             }
             nginx = Nginx(folder, [], **replaced)
             try:
-                load(nginx, bodies, WARM_SECONDS)
-                return _measure(instances, nginx, bodies, seconds)
+                load.run(nginx, len(instances), WARM_SECONDS)
+                return _measure(instances, nginx, load)
             finally:
                 nginx.stop()
         finally:
@@ -142,7 +165,7 @@ def measure(kind: type[Instance], placement: Placement, bodies: Path, seconds: i
                 instance.stop()
 
 
-def _measure(instances: list[Instance], nginx: Nginx, bodies: Path, seconds: int) -> Measured:
+def _measure(instances: list[Instance], nginx: Nginx, load: Load) -> Measured:
     def used() -> tuple[float, float, float]:
         busy = psutil.cpu_times()
         return (
@@ -152,7 +175,7 @@ def _measure(instances: list[Instance], nginx: Nginx, bodies: Path, seconds: int
         )
 
     before = used()
-    result, wrk_seconds = load(nginx, bodies, seconds)
+    result, wrk_seconds = load.run(nginx, len(instances), load.seconds)
     service, proxy, busy = (after - first for first, after in zip(before, used(), strict=True))
     if result["errors"] or not result["requests"]:
         raise SystemExit(f"nothing to measure: {result}")
@@ -165,18 +188,6 @@ def _measure(instances: list[Instance], nginx: Nginx, bodies: Path, seconds: int
         wrk=wrk_seconds / count,
         other_cores=max(0.0, busy - service - proxy - wrk_seconds) / result["seconds"],
     )
-
-
-def load(nginx: Nginx, bodies: Path, seconds: int) -> tuple[dict[str, float], float]:
-    """wrk's result, and the CPU seconds that wrk used itself."""
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "30s"]
-    command += ["-s", str(ROOT / "benchmarks" / "load.lua"), nginx.url, "--", str(bodies), "/embed"]
-    before = os.times()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    after = os.times()
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    return json.loads(line.removeprefix("RESULT ")), used
 
 
 def tree_cpu_seconds(pid: int) -> float:
@@ -198,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--texts", type=int, default=8, help="texts of a request")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--connections", type=int, default=16, help="requests that an instance has open")
     parser.add_argument("--seconds", type=int, default=30, help="time of a row")
     parser.add_argument("--namespaces", action="store_true", help="a network namespace each (root)")
     options = parser.parse_args()
@@ -207,24 +219,26 @@ def main() -> None:
         for _ in range(BODIES):
             bodies.write(json.dumps({"texts": texts.of_length(options.tokens, options.texts)}) + "\n")
         bodies.flush()
+        load = Load(Path(bodies.name), options.connections, options.seconds)
         rows = {
-            name: (placement, measure_quietly(kind, placement, Path(bodies.name), options.seconds))
+            name: (placement, measure_quietly(kind, placement, load))
             for name, placement in placements().items()
         }
     _, fitted = next(iter(rows.values()))
     print(
-        f"{options.texts} texts of {options.tokens} tokens a request, {CONNECTIONS} connections, "
-        f"{options.seconds} s a row; {machine.describe()['cpu']}, {machine.cores()} cores; "
+        f"Texts a request: {options.texts}, of {options.tokens} tokens; requests that an instance has open: "
+        f"{options.connections}; {options.seconds} s a row; {machine.describe()['cpu']}, {machine.cores()} cores; "
         f"commit {machine.commit()}.\n"
     )
     print("| instances | req/s predicted | measured | off by | p50 predicted | measured | CPU ms | others |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, (placement, row) in rows.items():
         rate = predict(fitted, placement)
+        p50_ms = 1e3 * options.connections * len(placement) / rate
         costs = " + ".join(f"{1e3 * cost:.2f}" for cost in (row.service, row.nginx, row.wrk))
         print(
             f"| {name} | {rate:.1f} | {row.rate:.1f} | {row.rate / rate - 1:+.0%} "
-            f"| {1e3 * CONNECTIONS / rate:.0f} ms | {row.p50_ms:.0f} ms | {costs} | {row.other_cores:.2f} |"
+            f"| {p50_ms:.0f} ms | {row.p50_ms:.0f} ms | {costs} | {row.other_cores:.2f} |"
         )
 
 
