@@ -227,18 +227,18 @@ def main() -> None:
     _, fitted = next(iter(rows.values()))
     print(
         f"Texts a request: {options.texts}, of {options.tokens} tokens; requests that an instance has open: "
-        f"{options.connections}; {options.seconds} s a row; {machine.describe()['cpu']}, {machine.cores()} cores; "
-        f"commit {machine.commit()}.\n"
+        f"{options.connections}; {options.seconds} s a row; "
+        f"{machine.describe()['cpu']}, {machine.cores()} cores; commit {machine.commit()}.\n"
     )
-    print("| instances | req/s predicted | measured | off by | p50 predicted | measured | CPU ms | others |")
+    print("| instances | req/s predicted | measured | off by | latency predicted | p50 | CPU ms | others |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, (placement, row) in rows.items():
         rate = predict(fitted, placement)
-        p50_ms = 1e3 * options.connections * len(placement) / rate
+        latency_ms = 1e3 * options.connections * len(placement) / rate
         costs = " + ".join(f"{1e3 * cost:.2f}" for cost in (row.service, row.nginx, row.wrk))
         print(
             f"| {name} | {rate:.1f} | {row.rate:.1f} | {row.rate / rate - 1:+.0%} "
-            f"| {p50_ms:.0f} ms | {row.p50_ms:.0f} ms | {costs} | {row.other_cores:.2f} |"
+            f"| {latency_ms:.0f} ms | {row.p50_ms:.0f} ms | {costs} | {row.other_cores:.2f} |"
         )
 
 

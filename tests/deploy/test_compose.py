@@ -1,5 +1,6 @@
 """The compose file: valid by the specification's schema, and of one mind with what it mounts."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 
 import config
 from tests.conftest import require_program
+from tests.deploy.nginx import SHIPPED
 from tests.service import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -16,8 +18,14 @@ COMPOSE = DEPLOY / "compose.yaml"
 
 
 @pytest.fixture(scope="module")
-def services() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]
+def compose() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def services(compose: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = compose["services"]
     return found
 
 
@@ -60,11 +68,35 @@ def test_prometheus_accepts_its_configuration() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_everything_mounted_is_there(services: dict[str, Any]) -> None:
+def test_everything_mounted_is_there(compose: dict[str, Any], services: dict[str, Any]) -> None:
     mounts = [mount for service in services.values() for mount in service.get("volumes", [])]
-    sources = {mount.split(":")[0] for mount in mounts if mount.startswith("./")}
-    missing = {source for source in sources if not (DEPLOY / source).exists()}
+    sources = {mount.split(":")[0] for mount in mounts}
+    files = {source for source in sources if source.startswith("./")}
+    assert sources - files == set(compose["volumes"])
+    missing = {source for source in files if not (DEPLOY / source).exists()}
     assert missing == {"./tls"}, "the certificate is the user's"
+
+
+def test_networks_and_dependencies_are_there(compose: dict[str, Any], services: dict[str, Any]) -> None:
+    assert {name for service in services.values() for name in service["networks"]} == set(compose["networks"])
+    assert {name for service in services.values() for name in service.get("depends_on", [])} <= set(services)
+
+
+def test_nginx_finds_the_tested_configuration_its_ports_and_its_certificate(services: dict[str, Any]) -> None:
+    nginx, text = services["nginx"], SHIPPED.read_text()
+    sources = {target: DEPLOY / source for source, target, _ in (v.split(":") for v in nginx["volumes"])}
+    assert sources["/etc/nginx/nginx.conf"] == SHIPPED
+    assert {f"{port}:{port}" for port in re.findall(r"listen (\d+)", text)} == set(nginx["ports"])
+    for written in re.findall(r"^ *(?:ssl_certificate|ssl_certificate_key) (.*)/.*;", text, re.MULTILINE):
+        assert written in sources
+    # Its root is read-only; the image's log files are its standard output and error.
+    assert "pid /run/nginx.pid;" in text and {"/run", "/var/cache/nginx"} == set(nginx["tmpfs"])
+
+
+def test_prometheus_reads_the_file_that_was_checked(services: dict[str, Any]) -> None:
+    prometheus = services["prometheus"]
+    assert "./prometheus:/etc/prometheus:ro" in prometheus["volumes"]
+    assert "--config.file=/etc/prometheus/compose.yml" in prometheus["command"]
 
 
 def test_grafana_is_given_the_source_that_the_dashboard_names() -> None:
