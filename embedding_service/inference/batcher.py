@@ -358,7 +358,7 @@ class Batcher:
     def _choose(self, window: list[Item], now: float) -> set[int]:
         """Positions in the window that make the next batch: the first, and its like in length."""
         head, bulk = window[0].tokens, window[0].bulk
-        budget = self._budget // 2 if bulk and now < self._small_until else self._budget
+        budget = self._budget // 4 if bulk and now < self._small_until else self._budget
         free_padding = 0 if self._heap else self._runtime.free_padding_tokens
         like = [i for i, item in enumerate(window) if item.bulk == bulk and item.tokens.group == head.group]
         like.sort(key=lambda i: window[i].tokens.length)
