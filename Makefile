@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-long reliability test-deploy lint format bench bench-gpu bench-peer docker clean
+.PHONY: serve test test-long reliability test-deploy lint format bench bench-gpu bench-peer audit docker clean
 
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
@@ -42,6 +42,12 @@ bench-gpu: $(VENV)/bench.stamp  ## the same on CUDA
 bench-peer:  ## install the peer, infinity-emb, in a virtual environment of its own
 	$(PYTHON) -m venv build/infinity-venv
 	build/infinity-venv/bin/pip install -q --disable-pip-version-check -r benchmarks/requirements-peer.txt
+
+audit: $(VENV)/serve.stamp  ## a bill of materials, build/sbom.json (CycloneDX), and known vulnerabilities of every pin
+	$(PYTHON) -m venv build/audit-venv
+	build/audit-venv/bin/pip install -q --disable-pip-version-check -r requirements-audit.txt
+	build/audit-venv/bin/cyclonedx-py environment $(VENV) --output-file build/sbom.json
+	build/audit-venv/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 docker:  ## build the image
 	docker build -t embedding-service .

@@ -33,11 +33,15 @@ Outcome = Embeddings | ServiceError
 INLINE_TEXTS, INLINE_CHARACTERS = 16, 16_384
 PIECE_TEXTS, PIECE_CHARACTERS = 128, 131_072
 
-# A request with more texts than this is bulk: where `separate_bulk` is set, its texts do not share
-# batches with those of small requests, which would wait for them and gain nothing.
+# A request with more texts than this is bulk: small ones come first where it is both one's turn. Where
+# `separate_bulk` is set, its texts do not share batches with those of small requests, which would wait
+# for them and gain nothing; and its batches are halved while small requests come, which wait for those
+# as well, and for so long after the last one.
 BULK_TEXTS = 8
+SMALL_AGO_SECONDS = 1.0
 
-# A batch may waste this share of its tokens on padding (or `free_padding_tokens`, if that is more).
+# A batch may waste this share of its tokens on padding. Where less waits than the window holds, it may
+# waste `free_padding_tokens`, if that is more, since there will be no better company.
 PADDING_SHARE = 0.08
 
 # How far beyond one batch the batcher looks for texts of like length.
@@ -109,11 +113,13 @@ class Batcher:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._untokenized_work = threading.Condition(self._lock)
-        self._heap: list[tuple[float, int, Item]] = []
+        # By tag, then small before bulk, then as they came.
+        self._heap: list[tuple[float, bool, int, Item]] = []
         self._untokenized: deque[Job] = deque()
         self._jobs: set[Job] = set()
         self._sequence = count()
         self._virtual_time = 0.0
+        self._small_until = 0.0
         self._queued_tokens = 0
         self._tokens_per_second = 0.0
         self._recent_tokens = self._recent_seconds = 0.0
@@ -157,10 +163,9 @@ class Batcher:
             self._admit(job, now)
             self._jobs.add(job)
             self._queued_tokens += charge
-            # Not behind what is next: a bulk request may have texts whose turn is over due, passed
-            # over for others of like length, and a newcomer must not wait for all of those.
-            head = self._heap[0][0] if self._heap else self._virtual_time
-            job.tag = min(self._virtual_time, head)
+            job.tag = self._virtual_time
+            if texts <= BULK_TEXTS:
+                self._small_until = now + SMALL_AGO_SECONDS
         if texts <= INLINE_TEXTS and characters <= INLINE_CHARACTERS:
             self._tokenize_piece(job)
         else:
@@ -258,10 +263,10 @@ class Batcher:
     def _enqueue(self, job: Job, items: list[Item]) -> None:
         if job.finished:
             return
-        tag = job.tag
+        tag, bulk = job.tag, len(job.request.texts) > BULK_TEXTS
         for item in items:
             tokens = item.tokens
-            heapq.heappush(self._heap, (tag, next(self._sequence), item))
+            heapq.heappush(self._heap, (tag, bulk, next(self._sequence), item))
             tag += tokens.length
             job.tokens += tokens.length
             if tokens.truncated:
@@ -320,33 +325,41 @@ class Batcher:
     def _next_batch(self, now: float) -> tuple[list[Item], set[Job]]:
         if now > self._budget_lowered_until:
             self._budget = self._runtime.max_batch_tokens
-        window: list[tuple[float, int, Item]] = []
+        window: list[tuple[float, bool, int, Item]] = []
         expired: set[Job] = set()
         tokens = 0
         while self._heap and tokens < WINDOW_BATCHES * self._budget and len(window) < WINDOW_TEXTS:
             entry = heapq.heappop(self._heap)
-            job = entry[2].job
+            job = entry[-1].job
             if job.finished or job in expired:
                 continue
             if now > job.request.deadline:
                 expired.add(job)
                 continue
             window.append(entry)
-            tokens += entry[2].tokens.length
+            tokens += entry[-1].tokens.length
         if not window:
             return [], expired
-        chosen = self._choose([entry[2] for entry in window])
+        chosen = self._choose([entry[-1] for entry in window], now)
         for position, entry in enumerate(window):
             if position not in chosen:
                 heapq.heappush(self._heap, entry)
-        batch = [window[position][2] for position in sorted(chosen)]
+        batch = [window[position][-1] for position in sorted(chosen)]
         served = sum(item.tokens.length for item in batch)
-        self._virtual_time = max(window[0][0], self._virtual_time + served / max(1, len(self._jobs)))
+        first = window[0][0]
+        if all(entry[1] for entry in window):
+            # Bulk runs and nothing small waits: what comes now is next. (Bulk texts may be over due,
+            # passed over for others of like length; a newcomer must not wait for all of those.)
+            self._virtual_time = first
+        else:
+            self._virtual_time = max(first, self._virtual_time + served / max(1, len(self._jobs)))
         return batch, expired
 
-    def _choose(self, window: list[Item]) -> set[int]:
+    def _choose(self, window: list[Item], now: float) -> set[int]:
         """Positions in the window that make the next batch: the first, and its like in length."""
         head, bulk = window[0].tokens, window[0].bulk
+        budget = self._budget // 4 if bulk and now < self._small_until else self._budget
+        free_padding = 0 if self._heap else self._runtime.free_padding_tokens
         like = [i for i, item in enumerate(window) if item.bulk == bulk and item.tokens.group == head.group]
         like.sort(key=lambda i: window[i].tokens.length)
         lengths = [window[i].tokens.length for i in like]
@@ -362,9 +375,8 @@ class Batcher:
             if high + 1 < len(like):
                 padded = lengths[high + 1] * size
                 options.append((padded - total - lengths[high + 1], padded, low, high + 1))
-            waste, padded, new_low, new_high = min(options, default=(0, self._budget + 1, 0, 0))
-            allowed = max(self._runtime.free_padding_tokens, PADDING_SHARE * padded)
-            if padded > self._budget or waste > allowed:
+            waste, padded, new_low, new_high = min(options, default=(0, budget + 1, 0, 0))
+            if padded > budget or waste > max(free_padding, PADDING_SHARE * padded):
                 return set(like[low : high + 1])
             low, high = new_low, new_high
             longest, total = lengths[high], padded - waste

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,19 +35,39 @@ PR_SET_PDEATHSIG = 1
 
 
 class Connection:
-    """One web worker: a thread that reads its calls, and one that writes the answers."""
+    """One web worker: a thread that reads its calls, and one that writes what could not be sent at once.
+
+    Answers are sent by the thread that has them: waking another one for each costs more than sending.
+    """
 
     def __init__(self, sock: socket.socket, server: "ModelServer") -> None:
         self._channel = wire.Channel(sock)
         self._server = server
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox: deque[Any] = deque()
+        self._sending = threading.Lock()
+        # What the socket did not take; who puts it here leaves `_sending` locked.
+        self._rest: queue.SimpleQueue[list[memoryview] | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         for target in (self._read_forever, self._write_forever):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     def send(self, message: Any) -> None:
-        """Queue a message; a worker that does not read cannot hold up the model."""
-        self._outbox.put(message)
+        """Send a message, or leave it to the writer: a worker that does not read cannot hold up the model."""
+        self._outbox.append(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        with contextlib.suppress(wire.Closed):
+            # Who finds it locked may go: the other one looks at the outbox again after unlocking.
+            while self._outbox and self._sending.acquire(blocking=False):
+                rest: list[memoryview] = []
+                try:
+                    rest = self._channel.try_send(*_emptied(self._outbox))
+                finally:
+                    if rest:
+                        self._rest.put(rest)
+                    else:
+                        self._sending.release()
 
     def _read_forever(self) -> None:
         try:
@@ -61,20 +82,17 @@ class Connection:
         except Exception:
             log.exception("A message of a web worker could not be read")
         self._server.forget(self)
-        self._outbox.put(None)
+        self._rest.put(None)
         for job in list(self._jobs.values()):
             self._server.engine.cancel(job)
         self._channel.close()
 
     def _write_forever(self) -> None:
         with contextlib.suppress(wire.Closed):
-            while True:
-                messages = [self._outbox.get()]
-                while not self._outbox.empty():
-                    messages.append(self._outbox.get())
-                if None in messages:
-                    return
-                self._channel.send(*messages)
+            while (rest := self._rest.get()) is not None:
+                self._channel.send_rest(rest)
+                self._sending.release()
+                self._flush()
 
     def _call(self, call: wire.Call) -> None:
         number = call.number
@@ -138,6 +156,14 @@ class ModelServer:
         with self._lock:
             for connection in self._connections:
                 connection.send(wire.StatusNotice(status))
+
+
+def _emptied(outbox: deque[Any]) -> list[Any]:
+    messages = []
+    with contextlib.suppress(IndexError):
+        while True:
+            messages.append(outbox.popleft())
+    return messages
 
 
 def _message(number: int, outcome: Outcome) -> Any:

@@ -144,7 +144,9 @@ def main(folder: Path, all_settings: list[ProcessSettings]) -> int:
                 verdict = verdict or child.keep_alive()
         if verdict is not None:
             log.critical("Giving up: %s", verdict.reason)
-            (folder / VERDICT_NAME).write_bytes(msgspec.json.encode(verdict))
+            # Whole when it has its name: the master may look at any moment.
+            (folder / f"{VERDICT_NAME}.new").write_bytes(msgspec.json.encode(verdict))
+            (folder / f"{VERDICT_NAME}.new").rename(folder / VERDICT_NAME)
         for child in children:
             child.stop()
         if verdict is None:

@@ -79,6 +79,16 @@ class Closed(ConnectionError):
     """The other side has gone."""
 
 
+def _framed(messages: Sequence[Message | tuple[Message, Any]]) -> list[memoryview]:
+    views = []
+    for item in messages:
+        message, vectors = item if isinstance(item, tuple) else (item, b"")
+        body = _encoder.encode(message)
+        payload = memoryview(vectors).cast("B")
+        views += [memoryview(_SIZES.pack(len(body), payload.nbytes) + body), payload]
+    return [view for view in views if view.nbytes]
+
+
 class Channel:
     """One connected socket. Any thread may send; one thread receives."""
 
@@ -94,22 +104,34 @@ class Channel:
         Raises Closed; TimeoutError where the other side has not taken them `until` (time.monotonic()),
         after which the channel is good only where nothing of the messages had been sent.
         """
-        parts: list[Any] = []
-        for item in messages:
-            message, vectors = item if isinstance(item, tuple) else (item, b"")
-            body = _encoder.encode(message)
-            payload = memoryview(vectors).cast("B")
-            parts += [_SIZES.pack(len(body), payload.nbytes), body, payload]
+        views = _framed(messages)
         if not self._sending.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
             raise TimeoutError
         try:
-            self._send_all(parts, until)
-        except TimeoutError:
-            raise
-        except (OSError, ValueError) as error:
-            raise Closed(str(error)) from None
+            begun = False
+            while views:
+                if self._send(views):
+                    begun = True
+                else:
+                    self._wait_writable(until, begun)
         finally:
             self._sending.release()
+
+    def try_send(self, *messages: Message | tuple[Message, Any]) -> list[memoryview]:
+        """Send messages as far as the other side takes them at once, and return the rest, for `send_rest`.
+
+        The caller sees to it that nothing else is sent until the rest is. Raises Closed.
+        """
+        views = _framed(messages)
+        while views and self._send(views):
+            pass
+        return views
+
+    def send_rest(self, views: list[memoryview]) -> None:
+        """Send what `try_send` left, however long it takes. Raises Closed."""
+        while views:
+            if not self._send(views):
+                self._wait_writable(None, begun=True)
 
     def receive(self) -> tuple[Message, bytearray]:
         """The next message and its payload. Raises Closed."""
@@ -123,25 +145,27 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _send_all(self, parts: Sequence[Any], until: float | None) -> None:
-        views = [memoryview(part) for part in parts if len(part)]
-        begun = False
-        while views:
-            try:
-                sent = self._socket.sendmsg(views[:512], (), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._wait_writable(until, begun)
-                continue
-            begun = True
-            while views and sent >= views[0].nbytes:
-                sent -= views.pop(0).nbytes
-            if sent:
-                views[0] = views[0][sent:]
+    def _send(self, views: list[memoryview]) -> bool:
+        """Send what the other side takes at once and take it off the list; False where it takes nothing."""
+        try:
+            sent = self._socket.sendmsg(views[:512], (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Closed(str(error)) from None
+        while views and sent >= views[0].nbytes:
+            sent -= views.pop(0).nbytes
+        if sent:
+            views[0] = views[0][sent:]
+        return True
 
     def _wait_writable(self, until: float | None, begun: bool) -> None:
         """Wait for the other side to read; half a message that it does not take closes the channel."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLOUT)
+        try:
+            poll.register(self._socket, select.POLLOUT)
+        except ValueError:
+            raise Closed("this side closed the connection") from None
         left = None if until is None else max(0.0, until - time.monotonic())
         if poll.poll(None if left is None else left * 1e3):
             return

@@ -1,4 +1,4 @@
-"""Asks every request for a key where keys are set, but for the health routes and the pages for a person."""
+"""Asks every request for a key where keys are set, but for the health routes and the pages' own files."""
 
 from flask import Flask, Response, request
 
@@ -6,11 +6,12 @@ from embedding_service.errors import Unauthorized
 from embedding_service.web.context import KEY
 from embedding_service.web.keys import KeyRing
 
-# Route rules, not paths. The pages ask their visitor for a key and send it with what they embed.
+# Route rules, not paths. A browser sends no key with a page it opens; the pages ask their visitor for
+# one, and send it with what they ask of the service.
 HEALTH = frozenset(
     {"/health", "/health/live", "/health/ready", "/.well-known/live", "/.well-known/ready"},
 )
-PAGES = frozenset({"/", "/docs", "/docs/<name>", "/openapi.json"})
+PAGES = frozenset({"/", "/docs", "/docs/<name>"})
 PAGE_FILES = "/static/"
 
 CHALLENGE = 'Bearer realm="embedding-service"'

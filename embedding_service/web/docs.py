@@ -26,7 +26,7 @@ SECURITY_POLICY = (
 
 
 @blueprint.get("/openapi.json")
-@operation({200: dict[str, Any]}, public=True)
+@operation({200: dict[str, Any]})
 def openapi() -> Response:
     """This document: OpenAPI 3.1."""
     return Response(_document(current_app._get_current_object()), mimetype=JSON)  # type: ignore[attr-defined]

@@ -28,6 +28,9 @@ ORPHAN_SECONDS = 2
 
 MAX_BACKLOG = 2048
 
+# As much of an unread body is read to keep the connection; gunicorn gives up at twice that.
+DRAINED = 32_768
+
 
 class PatientSocket(socket.socket):
     """A client's connection whose patience has an end; to gunicorn that looks like a client that left."""
@@ -85,6 +88,22 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     def close(self, graceful: bool = False) -> None:
         if self.sock.fileno() != -1:
             super().close(graceful and not getattr(self.sock, "slow", False))
+
+
+def _announce_close(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    """Call the application, and have an answer say so where the connection will end after it.
+
+    Gunicorn closes a connection on which much of a body lies unread, as after a refusal, but has promised
+    to keep it by then; a client that believes that loses its next request.
+    """
+
+    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        body = environ["wsgi.input"].reader
+        if getattr(body, "length", 0) > DRAINED or getattr(body, "parser", None) is not None:
+            start_response.__self__.force_close()
+        return start_response(status, headers, exc_info)
+
+    return app(environ, start)
 
 
 class Worker(gthread.ThreadWorker):  # type: ignore[misc]
@@ -171,6 +190,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         return alive
 
     def run(self) -> None:
+        self.wsgi: Any = partial(_announce_close, self.wsgi)
         super().run()
         if self.ppid != os.getppid():
             os._exit(0)

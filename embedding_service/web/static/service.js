@@ -40,11 +40,13 @@ export const embed = (body) =>
 // A header is made of bytes: the key's UTF-8, each byte as one character.
 const bearer = (value) => `Bearer ${String.fromCharCode(...new TextEncoder().encode(value))}`;
 
+/** The header that carries the key, if there is one. */
+export const authorization = () => (key.get() ? { Authorization: bearer(key.get()) } : {});
+
 async function ask(route, { headers, ...rest }) {
-  const authorization = key.get() ? { Authorization: bearer(key.get()) } : {};
   let response;
   try {
-    response = await fetch(address(route), { ...rest, headers: { ...headers, ...authorization } });
+    response = await fetch(address(route), { ...rest, headers: { ...headers, ...authorization() } });
   } catch {
     throw new ServiceError("The service did not answer. Is it still running?", 0);
   }
