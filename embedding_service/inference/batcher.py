@@ -35,10 +35,10 @@ PIECE_TEXTS, PIECE_CHARACTERS = 128, 131_072
 
 # A request with more texts than this is bulk: small ones come first where it is both one's turn. Where
 # `separate_bulk` is set, its texts do not share batches with those of small requests, which would wait
-# for them and gain nothing; and its batches are halved while small requests come, which wait for those
-# as well, and for so long after the last one.
+# for them and gain nothing; and its batches have a share of the budget while small requests come, which
+# wait for those in flight, and for so long after the last one.
 BULK_TEXTS = 8
-SMALL_AGO_SECONDS = 1.0
+BULK_SHARE, SMALL_AGO_SECONDS = 4, 1.0
 
 # A batch may waste this share of its tokens on padding. Where less waits than the window holds, it may
 # waste `free_padding_tokens`, if that is more, since there will be no better company.
@@ -358,7 +358,7 @@ class Batcher:
     def _choose(self, window: list[Item], now: float) -> set[int]:
         """Positions in the window that make the next batch: the first, and its like in length."""
         head, bulk = window[0].tokens, window[0].bulk
-        budget = self._budget // 4 if bulk and now < self._small_until else self._budget
+        budget = self._budget // BULK_SHARE if bulk and now < self._small_until else self._budget
         free_padding = 0 if self._heap else self._runtime.free_padding_tokens
         like = [i for i, item in enumerate(window) if item.bulk == bulk and item.tokens.group == head.group]
         like.sort(key=lambda i: window[i].tokens.length)
