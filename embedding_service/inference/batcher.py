@@ -399,8 +399,8 @@ class Batcher:
                 parts += self._narrow(part, error)
                 continue
             ended = time.monotonic()
-            metrics.record_batch([item.tokens.length for item in part], ended - began)
             self._deliver(part, vectors, began, ended)
+            metrics.record_batch([item.tokens.length for item in part], ended - began)
 
     def _narrow(self, part: list[Item], error: Exception) -> list[list[Item]]:
         out_of_memory = isinstance(error, OutOfMemory)
