@@ -31,10 +31,6 @@ from embedding_service.inference.tokenizer import FastTokenizer, TokenLister
 
 log = logging.getLogger(__name__)
 
-# On a CPU a batch costs what its tokens cost from about this many on, and wider ones only make
-# requests wait (docs/architecture.md, "The token budget on a CPU").
-CPU_BATCH_TOKENS = 96
-
 # What one more batch costs, in tokens of padding: below it, padding is cheaper than a batch apart.
 CPU_FREE_PADDING, GPU_FREE_PADDING = 16, 2048
 
@@ -92,7 +88,7 @@ class Model:
         self.lanes = self._backend.lanes
         on_cpu = device == "cpu"
         full = settings.batch_size * self.max_seq_length
-        self.max_batch_tokens = min(full, CPU_BATCH_TOKENS) if on_cpu else full
+        self.max_batch_tokens = min(full, self._backend.cpu_batch_tokens) if on_cpu else full
         self.free_padding_tokens = CPU_FREE_PADDING if on_cpu else GPU_FREE_PADDING
         self.separate_bulk = on_cpu
         last = list(self._model)[-1]

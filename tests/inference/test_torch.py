@@ -171,6 +171,7 @@ class Small:
 
     name = "torch"
     lanes = 1
+    cpu_batch_tokens = 256
 
     def __init__(self, inner: TorchBackend, most: int) -> None:
         self._inner, self._most = inner, most
@@ -185,7 +186,6 @@ class Small:
 def test_a_batch_size_beyond_the_memory_is_halved_at_the_start(tiny, monkeypatch, most, budget):
     choose = Model._choose_backend
     monkeypatch.setattr(Model, "_choose_backend", lambda *given: Small(choose(*given), most))
-    monkeypatch.setattr(model_module, "CPU_BATCH_TOKENS", 256)
     model = load(tiny("bert"), backend="torch")
     assert model.info.max_batch_tokens == model.max_batch_tokens == budget
 

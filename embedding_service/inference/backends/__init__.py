@@ -16,6 +16,7 @@ class Backend(Protocol):
 
     name: str
     lanes: int
+    cpu_batch_tokens: int
 
     def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
         """Sentence embeddings, float32 of shape (texts, dimension), on the CPU.

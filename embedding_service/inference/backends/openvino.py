@@ -30,6 +30,8 @@ class OpenVINOBackend:
     """
 
     name = "openvino"
+    # For each lane, as TorchBackend's.
+    cpu_batch_tokens = 128
 
     def __init__(
         self,

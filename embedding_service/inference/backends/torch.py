@@ -16,6 +16,9 @@ class TorchBackend:
 
     name = "torch"
     lanes = 1
+    # From about here on a batch takes the time of its tokens on a CPU, and wider ones only make requests
+    # wait (docs/architecture.md, "The token budget on a CPU").
+    cpu_batch_tokens = 512
 
     def __init__(self, model: SentenceTransformer) -> None:
         self.model = model
