@@ -81,6 +81,11 @@ class Job:
     inference_seconds: float = 0.0
     inferred_until: float = 0.0
 
+    @property
+    def bulk(self) -> bool:
+        """Whether it has more texts than a small request."""
+        return len(self.request.texts) > BULK_TEXTS
+
 
 @dataclass(slots=True)
 class Item:
@@ -164,7 +169,7 @@ class Batcher:
             self._jobs.add(job)
             self._queued_tokens += charge
             job.tag = self._virtual_time
-            if texts <= BULK_TEXTS:
+            if not job.bulk:
                 self._small_until = now + SMALL_AGO_SECONDS
         if texts <= INLINE_TEXTS and characters <= INLINE_CHARACTERS:
             self._tokenize_piece(job)
@@ -246,7 +251,7 @@ class Batcher:
             log.exception("Tokenisation failed")
             self._fail(job, ModelFailure("the request could not be tokenised"))
             return
-        bulk = self._runtime.separate_bulk and len(job.request.texts) > BULK_TEXTS
+        bulk = self._runtime.separate_bulk and job.bulk
         items = [Item(job, first + offset, tokens, bulk) for offset, tokens in enumerate(piece)]
         job.tokenization_seconds += time.monotonic() - began
         with self._lock:
@@ -263,7 +268,7 @@ class Batcher:
     def _enqueue(self, job: Job, items: list[Item]) -> None:
         if job.finished:
             return
-        tag, bulk = job.tag, len(job.request.texts) > BULK_TEXTS
+        tag, bulk = job.tag, job.bulk
         for item in items:
             tokens = item.tokens
             heapq.heappush(self._heap, (tag, bulk, next(self._sequence), item))

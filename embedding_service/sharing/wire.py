@@ -108,12 +108,7 @@ class Channel:
         if not self._sending.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
             raise TimeoutError
         try:
-            begun = False
-            while views:
-                if self._send(views):
-                    begun = True
-                else:
-                    self._wait_writable(until, begun)
+            self._send_all(views, until)
         finally:
             self._sending.release()
 
@@ -129,9 +124,7 @@ class Channel:
 
     def send_rest(self, views: list[memoryview]) -> None:
         """Send what `try_send` left, however long it takes. Raises Closed."""
-        while views:
-            if not self._send(views):
-                self._wait_writable(None, begun=True)
+        self._send_all(views, None)
 
     def receive(self) -> tuple[Message, bytearray]:
         """The next message and its payload. Raises Closed."""
@@ -144,6 +137,14 @@ class Channel:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def _send_all(self, views: list[memoryview], until: float | None) -> None:
+        begun = False
+        while views:
+            if self._send(views):
+                begun = True
+            else:
+                self._wait_writable(until, begun)
 
     def _send(self, views: list[memoryview]) -> bool:
         """Send what the other side takes at once and take it off the list; False where it takes nothing."""

@@ -1,8 +1,9 @@
 """What every view reaches through the running app: the engine, the limits, and whether it drains."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from flask import Flask, current_app
 
@@ -41,11 +42,8 @@ class Context:
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """Engine.embed; raises Overloaded where this worker has no thread to wait with."""
-        began = self._take_place()
-        try:
+        with self._place():
             result = self.engine.embed(request)
-        finally:
-            self._leave_place(began)
         timings = result.timings
         metrics.record_embedding(
             timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
@@ -54,25 +52,24 @@ class Context:
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         """Engine.tokenize, bounded as `embed` is."""
-        began = self._take_place()
-        try:
+        with self._place():
             return self.engine.tokenize(request)
-        finally:
-            self._leave_place(began)
 
-    def _take_place(self) -> float:
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
         if not self._places.acquire(blocking=False):
             # Half of those that wait now will have been answered in half the time a request takes.
             raise Overloaded(
                 "this web worker's threads are all waiting",
                 retry_after_seconds=max(0.05, self._seconds_per_request / 2),
             )
-        return time.monotonic()
-
-    def _leave_place(self, began: float) -> None:
-        self._places.release()
-        seconds = time.monotonic() - began
-        self._seconds_per_request += RECENT * (seconds - self._seconds_per_request)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._places.release()
+            seconds = time.monotonic() - began
+            self._seconds_per_request += RECENT * (seconds - self._seconds_per_request)
 
     def status(self) -> Status:
         """The engine's status, or draining."""
