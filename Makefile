@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-long reliability test-deploy lint format bench bench-gpu bench-peer audit docker clean
+.PHONY: serve test test-long reliability test-deploy lint format bench bench-host bench-gpu bench-peer audit docker clean
 
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
@@ -35,6 +35,9 @@ format: $(VENV)/dev.stamp  ## rewrite the code in the project's form
 
 bench: $(VENV)/bench.stamp  ## measure beside the raw engine, plain Flask and a peer (BENCH="--quick")
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+bench-host: $(VENV)/bench.stamp  ## measure what the service costs around a model that answers at once (BENCH="--only one-32")
+	$(BIN)/python -m benchmarks.host $(BENCH)
 
 bench-gpu: $(VENV)/bench.stamp  ## the same on CUDA
 	$(BIN)/python -m benchmarks.run --device cuda $(BENCH)

@@ -47,6 +47,11 @@ class System:
         self.started = time.monotonic()
 
     @property
+    def pid(self) -> int:
+        """The process that was started."""
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         """Where requests go."""
         return f"http://{self.host}:{self.port}{self.path}"

@@ -1,0 +1,18 @@
+"""What Flask and gunicorn cost by themselves: a view that does nothing.
+
+gunicorn -w 1 --threads 32 empty_flask:app
+"""
+
+from flask import Flask
+
+app = Flask(__name__)
+
+
+@app.get("/health")
+def health():
+    return ""
+
+
+@app.post("/embed")
+def embed():
+    return ""
