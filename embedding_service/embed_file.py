@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,8 @@ import config
 from embedding_service import logs
 from embedding_service.bulk import outputs, rows
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
-from embedding_service.bulk.part import Failure, Job, Part, discard, errors_path, identify
+from embedding_service.bulk.part import Failure, Job, Part, identify
+from embedding_service.bulk.paths import errors_path, require_room
 from embedding_service.bulk.pipeline import Chunk, Patient, run
 from embedding_service.errors import StartupError
 
@@ -54,15 +56,31 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+class Work(msgspec.Struct):
+    """A run that is ready to begin."""
+
+    rows: Iterator[rows.Row]
+    total: int
+    embedder: Patient
+    part: Part
+
+
 def main() -> int:
     """Run the command line; the result is the exit code."""
     arguments = parser().parse_args()
     try:
-        _check(arguments)
-        return _embed(arguments)
+        work = _prepare(arguments)
     except (StartupError, config.ConfigError) as error:
         print(error, file=sys.stderr)
         return USAGE
+    except OSError as error:
+        print(f"{error.filename or arguments.input}: {error.strerror or error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("Interrupted before it began.", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    try:
+        return _embed(arguments, work)
     except (Stopped, OSError) as error:
         print(f"Stopped: {error}\nThe same command goes on from here.", file=sys.stderr)
         return STOPPED
@@ -71,41 +89,34 @@ def main() -> int:
         return INTERRUPTED
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _prepare(arguments: argparse.Namespace) -> Work:
     outputs.writer(arguments.output)
     if not arguments.input.is_file():
         raise StartupError(f"{arguments.input} is not a file")
     if arguments.input.suffix.lower() not in rows.ENDINGS:
         raise StartupError(f"{arguments.input}: the input must end in {', '.join(rows.ENDINGS)}")
-    if not arguments.output.parent.is_dir():
-        raise StartupError(f"{arguments.output.parent} is not a folder")
-    if arguments.restart:
-        discard(arguments.output)
-    elif (
-        arguments.output.exists() and not arguments.output.with_name(f"{arguments.output.name}.part").exists()
-    ):
-        raise StartupError(f"{arguments.output} is there already; --restart replaces it")
-
-
-def _embed(arguments: argparse.Namespace) -> int:
+    require_room(arguments.input.stat(), arguments.output, restart=arguments.restart)
     total = rows.count(arguments.input, arguments.field)
     options = Options(input_type=arguments.input_type, dimensions=arguments.dimensions)
-    embedder = _embedder(arguments, options)
-    patient = Patient(embedder, arguments.give_up_after, _tell)
+    embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
     size, digest = identify(arguments.input)
     job = Job(
         input_bytes=size,
         input_hash=digest,
         field=arguments.field,
-        fingerprint=patient.description.fingerprint,
-        dimension=patient.dimension,
+        fingerprint=embedder.description.fingerprint,
+        dimension=embedder.dimension,
         input_type=options.input_type,
         dimensions=options.dimensions,
     )
-    part = Part(arguments.output, job)
-    truncated = 0
+    part = Part(arguments.output, job, restart=arguments.restart)
+    return Work(rows.read(arguments.input, arguments.field, part.rows), total, embedder, part)
+
+
+def _embed(arguments: argparse.Namespace, work: Work) -> int:
+    part, truncated = work.part, 0
     with tqdm(
-        total=total,
+        total=work.total,
         initial=part.rows,
         unit=" texts",
         dynamic_ncols=True,
@@ -122,10 +133,10 @@ def _embed(arguments: argparse.Namespace) -> int:
 
         try:
             run(
-                rows.read(arguments.input, arguments.field, part.rows),
-                patient,
+                work.rows,
+                work.embedder,
                 part,
-                chunk_rows=min(arguments.batch, patient.description.most_texts),
+                chunk_rows=min(arguments.batch, work.embedder.description.most_texts),
                 in_flight=arguments.in_flight,
                 on_chunk=on_chunk,
             )
@@ -134,7 +145,7 @@ def _embed(arguments: argparse.Namespace) -> int:
             raise
     part.seal()
     outputs.finish(part, arguments.output)
-    embedder.close()
+    work.embedder.close()
     return _report(arguments.output, part, truncated)
 
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from pyarrow import parquet
 
-from embedding_service.bulk import part as parts
-from embedding_service.bulk import rows
+from embedding_service import embed_file
+from embedding_service.bulk import paths, rows
 from embedding_service.bulk.embedders import (
     Description,
     Options,
@@ -86,7 +86,7 @@ def write_corpus(path: Path, count: int) -> list[str]:
 
 def rows_in(output: Path, dimension: int = DIMENSION) -> int:
     """How many rows an unfinished output has."""
-    path = parts.part_path(output)
+    path = paths.part_path(output)
     return (path.stat().st_size - HEADER_BYTES) // (4 * dimension) if path.exists() else 0
 
 
@@ -190,7 +190,7 @@ def test_bad_rows_are_reported_with_their_lines_and_the_others_are_there(service
     assert finished.wait() == 3, finished.said
     for offset, error in enumerate(BAD_LINES.values()):
         assert f"  line {2 * offset + 2}: {error}" in finished.said
-    listed = [json.loads(line) for line in parts.errors_path(output).read_text().splitlines()]
+    listed = [json.loads(line) for line in paths.errors_path(output).read_text().splitlines()]
     assert [failure["line"] for failure in listed] == list(range(2, 2 * len(BAD_LINES) + 1, 2))
 
     vectors, errors = read_output(output)
@@ -249,6 +249,9 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
         (["corpus.jsonl", "-o", "v.xlsx"], "must end in .npy, .jsonl, .parquet"),
         (["corpus.jsonl", "-o", "nowhere/v.npy"], "is not a folder"),
         (["corpus.jsonl", "-o", "there.npy"], "--restart replaces it"),
+        (["corpus.jsonl", "-o", "folder.npy"], "is not a file that can be replaced"),
+        (["corpus.jsonl", "-o", "v.npy.errors.jsonl"], "for lists of bad rows"),
+        (["corpus.jsonl", "-o", "v" * 250 + ".npy"], "name too long"),
         (["corpus.pdf", "-o", "v.npy"], "must end in .jsonl"),
         (["table.csv", "-o", "v.npy"], "has no column 'text'; its header is a, b"),
         (["corpus.jsonl", "-o", "v.npy", "--url", "localhost:1"], "cannot be used"),
@@ -257,11 +260,10 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_command_that_cannot_begin_says_why_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
-    from embedding_service import embed_file
-
     for name in ("corpus.jsonl", "corpus.pdf", "there.npy"):
         (tmp_path / name).write_text('"text"\n')
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "folder.npy").mkdir()
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["embed_file", *arguments])
@@ -269,6 +271,136 @@ def test_a_command_that_cannot_begin_says_why_in_one_line(tmp_path, monkeypatch,
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def main(monkeypatch, *arguments: object) -> int:
+    """`embed_file` in this process, for what ends before a model is needed."""
+    monkeypatch.setattr(sys, "argv", ["embed_file", *map(str, arguments)])
+    return embed_file.main()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a folder with its inode and content."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.lstat().st_ino, path.read_bytes()) for path in files}
+
+
+OURS = ["", ".part", ".part.json", ".errors.jsonl", ".part.new", ".part.json.part.new"]
+
+
+@pytest.mark.parametrize("restart", [[], ["--restart"]], ids=["", "restart"])
+@pytest.mark.parametrize("link", ["path", "symlink", "hard link", "symlinked folder"])
+@pytest.mark.parametrize("suffix", OURS, ids=lambda suffix: suffix or "output")
+def test_a_file_that_the_run_would_write_may_not_be_its_input(
+    tmp_path, monkeypatch, capsys, suffix, link, restart
+):
+    output = tmp_path / "v.jsonl"
+    ours = output.with_name(output.name + suffix)
+    corpus = tmp_path / "corpus.jsonl"
+    if link == "path":
+        corpus = ours
+    corpus.write_text('{"text": "keep me"}\n')
+    if link == "symlink":
+        ours.symlink_to(corpus)
+    elif link == "hard link":
+        ours.hardlink_to(corpus)
+    elif link == "symlinked folder":
+        corpus.rename(ours)
+        (tmp_path / "alias").symlink_to(tmp_path)
+        corpus = tmp_path / "alias" / ours.name
+    before = snapshot(tmp_path)
+    assert main(monkeypatch, corpus, "-o", output, *restart) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("restart", [[], ["--restart"]], ids=["", "restart"])
+@pytest.mark.parametrize("make", [a_folder, a_pipe])
+@pytest.mark.parametrize("suffix", OURS, ids=lambda suffix: suffix or "output")
+def test_a_folder_or_a_pipe_where_the_run_writes_is_left_alone(
+    tmp_path, monkeypatch, capsys, suffix, make, restart
+):
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
+    corpus.write_text('"text"\n')
+    make(output.with_name(output.name + suffix))
+    assert main(monkeypatch, corpus, "-o", output, *restart) == 2
+    said = capsys.readouterr().err
+    assert "is not a file that can be replaced" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", OURS[1:4])
+def test_a_file_of_another_kind_in_the_place_of_ours_is_not_replaced_unasked(tmp_path, suffix):
+    output = tmp_path / "v.npy"
+    foreign = output.with_name(output.name + suffix)
+    foreign.write_text("someone's")
+    before = snapshot(tmp_path)
+    with pytest.raises(StartupError, match="--restart replaces it"):
+        paths.require_room(Path(__file__).stat(), output, restart=False)
+        Part(output, JOB)
+    assert snapshot(tmp_path) == before
+    paths.require_room(Path(__file__).stat(), output, restart=True)
+    Part(output, JOB, restart=True).close()
+    assert "someone's" not in {path.read_bytes().decode(errors="replace") for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link"])
+def test_files_of_a_run_that_are_one_another_stop_it(tmp_path, monkeypatch, capsys, kind):
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
+    corpus.write_text('"text"\n')
+    paths.errors_path(output).write_text("")
+    if kind == "symlink":
+        paths.part_path(output).symlink_to(paths.errors_path(output))
+    else:
+        paths.part_path(output).hardlink_to(paths.errors_path(output))
+    assert main(monkeypatch, corpus, "-o", output) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_restart_leaves_alone_what_its_part_is_linked_to_and_a_run_under_way(tmp_path):
+    output, kept = tmp_path / "v.npy", tmp_path / "kept"
+    kept.write_bytes(b"x" * 1000)
+    paths.part_path(output).hardlink_to(kept)
+    first = Part(output, JOB, restart=True)
+    assert kept.read_bytes() == b"x" * 1000
+    first.append(np.ones((1, 2), np.float32), [])
+    with pytest.raises(StartupError, match="another run is writing"):
+        Part(output, JOB, restart=True)
+    first.append(np.zeros((1, 2), np.float32), [])
+    first.seal()
+    assert np.load(first.path).tolist() == [[1, 1], [0, 0]]
+
+
+def test_a_folder_that_cannot_be_written_to_stops_the_run_before_it_begins(tmp_path, monkeypatch, capsys):
+    """Root may write everywhere but to /proc, and learns it later than others."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('"text"\n')
+    served = Served(Numbers())
+    try:
+        assert main(monkeypatch, corpus, "-o", "/proc/v.npy", "--url", served.url) == 2
+    finally:
+        served.stop()
+    said = capsys.readouterr().err
+    assert "/proc" in said and said.count("\n") == 1
+
+
+def test_restart_keeps_what_there_is_until_the_run_can_begin(tmp_path, monkeypatch):
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
+    corpus.write_text('"text"\n')
+    part = Part(output, JOB)
+    part.append(np.ones((1, 2), np.float32), [])
+    part.close()
+    before = snapshot(tmp_path)
+    assert main(monkeypatch, corpus, "-o", output, "--restart", "--url", "http://127.0.0.1:1") == 2
+    assert snapshot(tmp_path) == before
 
 
 def test_text_lines_are_rows_whatever_stands_in_them(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 
 from embedding_service.bulk.part import Failure, Part
+from embedding_service.bulk.paths import new_path
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
 
@@ -41,7 +42,7 @@ def _write_npy(part: Part, output: Path) -> None:
 
 
 def _write_jsonl(part: Part, output: Path) -> None:
-    new = output.with_name(f"{output.name}.new")
+    new = new_path(output)
     with new.open("wb") as file:
         for first, vectors, errors in _blocks(part):
             for offset, vector in enumerate(vectors):
@@ -53,7 +54,7 @@ def _write_jsonl(part: Part, output: Path) -> None:
 
 def _write_parquet(part: Part, output: Path) -> None:
     pyarrow, parquet = _pyarrow()
-    new = output.with_name(f"{output.name}.new")
+    new = new_path(output)
     dimension = _open(part).shape[1]
     vector = pyarrow.list_(pyarrow.float32(), dimension)
     schema = pyarrow.schema([("row", pyarrow.int64()), ("embedding", vector), ("error", pyarrow.string())])

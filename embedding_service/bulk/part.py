@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
+from embedding_service.bulk.paths import errors_path, job_path, new_path, part_path
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
@@ -43,20 +44,23 @@ class Part:
     does not. The errors of a chunk are written before its vectors, so none is ever missing.
     """
 
-    def __init__(self, output: Path, job: Job) -> None:
+    def __init__(self, output: Path, job: Job, *, restart: bool = False) -> None:
         """Begin, or go on. Raises StartupError where what was begun is other work."""
         self.path = part_path(output)
-        self.job_path = output.with_name(f"{output.name}.part.json")
+        self.job_path = job_path(output)
         self.errors_path = errors_path(output)
         self._dimension = job.dimension
-        if self.path.exists() and self.job_path.exists():
-            self._require_same(job)
-        else:
-            self.path.unlink(missing_ok=True)
-            self.errors_path.unlink(missing_ok=True)
-            _write_whole(self.job_path, msgspec.json.encode(job))
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        _lock(self._file, self.path)
+        self._file = _claim(self.path)
+        try:
+            if restart:
+                self._file = _begin_again(self._file, self.path)
+            if self.path.stat().st_size:
+                self._require_same(job)
+            else:
+                self._begin(job, restart)
+        except BaseException:
+            self._file.close()
+            raise
         self.rows = self._recover()
         self.failures = self._recover_errors()
         self._errors = self.errors_path.open("ab") if self.failures else None
@@ -88,8 +92,17 @@ class Part:
         if self._errors is not None:
             self._errors.close()
 
+    def _begin(self, job: Job, restart: bool) -> None:
+        if self.job_path.exists() and _read_job(self.job_path) is None and not restart:
+            self.path.unlink()
+            raise StartupError(f"{self.job_path} is not of a run; --restart replaces it")
+        self.errors_path.unlink(missing_ok=True)
+        _write_whole(self.job_path, msgspec.json.encode(job))
+
     def _require_same(self, job: Job) -> None:
-        begun = msgspec.json.decode(self.job_path.read_bytes())
+        begun = _read_job(self.job_path)
+        if begun is None:
+            raise StartupError(f"{self.path} is not of a run that can go on; --restart replaces it")
         differing = [name for name, value in msgspec.to_builtins(job).items() if begun.get(name) != value]
         if differing:
             raise StartupError(
@@ -127,22 +140,6 @@ class Part:
         return kept
 
 
-def part_path(output: Path) -> Path:
-    """Where the vectors of an unfinished output stand."""
-    return output.with_name(f"{output.name}.part")
-
-
-def errors_path(output: Path) -> Path:
-    """Where the bad rows of an output stand, one JSON object a line."""
-    return output.with_name(f"{output.name}.errors.jsonl")
-
-
-def discard(output: Path) -> None:
-    """Throw away what an earlier run began."""
-    for suffix in (".part", ".part.json"):
-        output.with_name(output.name + suffix).unlink(missing_ok=True)
-
-
 def identify(path: Path) -> tuple[int, str]:
     """Size of a file, and a hash of its beginning and end: enough to notice another file."""
     digest = hashlib.sha256()
@@ -162,10 +159,36 @@ def _header(rows: int, dimension: int) -> bytes:
     return buffer.getvalue()
 
 
+def _read_job(path: Path) -> dict[str, Any] | None:
+    """What a run was begun with; None if the file is missing or was not written by one."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
 def _write_whole(path: Path, content: bytes) -> None:
-    new = path.with_name(f"{path.name}.new")
+    new = new_path(path)
     new.write_bytes(content)
     new.replace(path)
+
+
+def _claim(path: Path) -> BinaryIO:
+    """Open or create the part for this run alone."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+    _lock(file, path)
+    # A run that finished meanwhile has given this file another name: it is that run's output now.
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        file.close()
+        raise StartupError(f"another run has just finished {path}")
+    return file
+
+
+def _begin_again(claimed: BinaryIO, path: Path) -> BinaryIO:
+    """A new part in place of the old one, whose content stays if it has another name too."""
+    with claimed:
+        path.unlink()
+        return _claim(path)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

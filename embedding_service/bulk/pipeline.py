@@ -66,6 +66,10 @@ class Patient:
         """Wait for nothing any more."""
         self._stopping.set()
 
+    def close(self) -> None:
+        """Give the embedder's resources back."""
+        self._embedder.close()
+
     def embed(self, rows: list[Row]) -> Chunk:
         """Embed the rows that have a text. Raises Stopped where the embedder is of no use any more."""
         good = [row for row in rows if not row.error]

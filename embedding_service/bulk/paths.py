@@ -1,0 +1,57 @@
+"""The files that a run writes, and the check that writing them destroys nothing."""
+
+import os
+import stat
+from pathlib import Path
+
+from embedding_service.errors import StartupError
+
+ERRORS = ".errors.jsonl"
+
+
+def part_path(output: Path) -> Path:
+    """The vectors of an unfinished output."""
+    return output.with_name(f"{output.name}.part")
+
+
+def job_path(output: Path) -> Path:
+    """What the unfinished output was begun with."""
+    return output.with_name(f"{output.name}.part.json")
+
+
+def errors_path(output: Path) -> Path:
+    """The bad rows of an output, one JSON object a line."""
+    return output.with_name(f"{output.name}{ERRORS}")
+
+
+def new_path(path: Path) -> Path:
+    """Where a file is written before it takes the place of `path`."""
+    return path.with_name(f"{path.name}.part.new")
+
+
+def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None:
+    """Raise StartupError if the run could write over its input or over anything that is not its own."""
+    if not output.parent.is_dir():
+        raise StartupError(f"{output.parent} is not a folder")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise StartupError(f"{output.parent} cannot be written to")
+    if output.name.endswith(ERRORS):
+        raise StartupError(f"{output}: names that end in {ERRORS} are for lists of bad rows")
+    part, job, errors = part_path(output), job_path(output), errors_path(output)
+    taken = {(source.st_dev, source.st_ino): "the input"}
+    for path in (output, part, job, errors, new_path(output), new_path(job)):
+        if path.is_symlink() and path != output:
+            raise StartupError(f"{path} is a symbolic link; a run writes to a file of its own")
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise StartupError(f"{path} is there and is not a file that can be replaced")
+        other = taken.setdefault((found.st_dev, found.st_ino), str(path))
+        if other != str(path):
+            raise StartupError(f"{path} is the same file as {other}; choose another output")
+    if not restart and not part.exists():
+        for path in (output, errors):
+            if path.exists():
+                raise StartupError(f"{path} is there already; --restart replaces it")
