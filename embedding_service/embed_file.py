@@ -3,14 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 from tqdm import tqdm
 
-import config
-from embedding_service import logs
+from embedding_service import config, logs
 from embedding_service.bulk import outputs, rows
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
 from embedding_service.bulk.part import Failure, Job, Part, identify
@@ -33,11 +33,12 @@ an error in .jsonl and .parquet, and listed with their lines in OUTPUT.errors.js
 1 stopped before the end, or 130 interrupted: the same command goes on"""
 
 
-def parser() -> argparse.ArgumentParser:
+PROG = "python -m embedding_service.embed_file"
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m embedding_service.embed_file", description=DESCRIPTION, epilog=EXIT_CODES
-    )
+    made = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, epilog=EXIT_CODES)
     made.add_argument("input", type=Path, help="the file: .jsonl, .txt or .csv")
     made.add_argument("-o", "--output", type=Path, required=True, help="ends in .npy, .jsonl or .parquet")
     made.add_argument("--url", help="the service to ask, as http://host:8001; without it the model runs here")
@@ -65,12 +66,12 @@ class Work(msgspec.Struct):
     part: Part
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line; the result is the exit code."""
-    arguments = parser().parse_args()
+    arguments = parser(prog).parse_args(given)
     try:
         work = _prepare(arguments)
-    except (StartupError, config.ConfigError) as error:
+    except StartupError as error:
         print(error, file=sys.stderr)
         return USAGE
     except OSError as error:
@@ -193,9 +194,14 @@ def _positive(value: str) -> int:
     return number
 
 
-if __name__ == "__main__":
-    code = main()
+def execute(given: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
+    """Run the command line and end the process."""
+    code = main(given, prog)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: it would wait for requests in flight, whose answers nobody reads any more.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    execute()

@@ -94,4 +94,8 @@ class StartupError(Exception):
     """The service cannot start; the message is one line with the reason and the way out."""
 
 
+class ConfigError(StartupError):
+    """A setting has a value that it cannot have; the message names both."""
+
+
 BY_NAME: dict[str, type[ServiceError]] = {kind.__name__: kind for kind in ServiceError.__subclasses__()}

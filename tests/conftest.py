@@ -45,8 +45,8 @@ def start(tmp_path: Path) -> Iterator:
     """Start services that end with the test: `start(BATCH_SIZE="8")`, `start(command=[...])`."""
     running: list[Service] = []
 
-    def begin(command: list[str] | None = None, **settings: str) -> Service:
-        running.append(Service(tmp_path, command, **settings))
+    def begin(command: list[str] | None = None, cwd: Path = ROOT, **settings: str) -> Service:
+        running.append(Service(tmp_path, command, cwd, **settings))
         return running[-1]
 
     yield begin

@@ -39,9 +39,12 @@ class Service:
 
     `command` defaults to `python app.py`; "{port}" in it is replaced. Settings are passed in
     capitals, as `Service(tmp_path, BATCH_SIZE="8")`; a developer's own environment does not leak in.
+    `cwd` is the working folder, by default the project's.
     """
 
-    def __init__(self, folder: Path, command: list[str] | None = None, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, command: list[str] | None = None, cwd: Path = ROOT, **settings: str
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log_path = folder / f"service-{self.port}.log"
@@ -56,7 +59,7 @@ class Service:
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [part.format(port=self.port) for part in command],
-                cwd=ROOT,
+                cwd=cwd,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import config
+from embedding_service import config
 
 ROOT = Path(__file__).parent.parent
 FIELDS = msgspec.structs.fields(config.Config)
@@ -46,15 +46,24 @@ def test_values_are_converted():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        pytest.param("BATCH_SIZE", "many", "Expected `int`", id="not a number"),
-        pytest.param("BATCH_SIZE", "0", ">= 1", id="below the bound"),
-        pytest.param("PORT", "65536", "<= 65535", id="above the bound"),
-        pytest.param("PORT", "8001x", "Expected `int`", id="trailing letters"),
+        pytest.param("BATCH_SIZE", "many", "a whole number from 1 up to 4096", id="not a number"),
+        pytest.param("BATCH_SIZE", "0", "from 1 up to", id="below the bound"),
+        pytest.param("PORT", "65536", "up to 65535", id="above the bound"),
+        pytest.param("PORT", "8001x", "a whole number", id="trailing letters"),
+        pytest.param("MAX_QUEUED_TOKENS", "1", "a whole number from 1024", id="a bound on one side"),
         pytest.param("DEVICE", "gpu", "cuda:N", id="unknown device"),
-        pytest.param("DEVICE", "auto,cpu", "Expected", id="auto in a list is not alone"),
-        pytest.param("DTYPE", "fp8", "float16", id="unknown choice"),
-        pytest.param("CPU_FALLBACK", "maybe", "Expected `bool`", id="not a boolean"),
-        pytest.param("REQUEST_TIMEOUT_SECONDS", "nan", "> 0", id="not a time"),
+        pytest.param("DEVICE", "auto,cpu", "a list such as", id="auto in a list is not alone"),
+        pytest.param("DTYPE", "fp8", "one of auto, bfloat16, float16, float32, int8", id="unknown choice"),
+        pytest.param("CPU_FALLBACK", "maybe", "true or false", id="not a boolean"),
+        pytest.param("REQUEST_TIMEOUT_SECONDS", "nan", "a number above 0 up to 3600", id="not a time"),
+        pytest.param("REQUEST_TIMEOUT_SECONDS", "1m", "a number above 0 up to 3600", id="a unit"),
+        pytest.param("HOST", "*", "0.0.0.0 for every address", id="a star"),
+        pytest.param("HOST", "unix:/run/x.sock", "-b takes unix:", id="a unix socket"),
+        pytest.param("HOST", "localhost:8001", "without a port", id="a host with its port"),
+        pytest.param("HOST", "[::1]:8001", "without a port", id="an IPv6 address with its port"),
+        pytest.param("HOST", "http://localhost", "an IPv4 or IPv6 address or a name", id="a URL"),
+        pytest.param("LOG_FILE", "/tmp/l\udcf6g", "not UTF-8", id="undecodable bytes"),
+        pytest.param("EMBEDDING_MODEL", "a\nPORT=1", "line breaks", id="two lines"),
     ],
 )
 def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value, allowed):
@@ -64,16 +73,125 @@ def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value
     assert message.startswith(f"{name}={value!r} is not allowed")
     assert allowed in message
     assert "\n" not in message
+    assert "Expected" not in message
 
 
-def test_the_environment_wins_over_the_env_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "ENV_FILE", tmp_path / ".env")
-    (tmp_path / ".env").write_text("BATCH_SIZE=7\nMAX_SEQ_LENGTH=99\n")
-    monkeypatch.setenv("MAX_SEQ_LENGTH", "128")
-    monkeypatch.setenv("BATCH_SIZE", "1")
-    monkeypatch.delenv("BATCH_SIZE")
+def test_a_key_that_is_refused_is_not_shown():
+    with pytest.raises(config.ConfigError) as caught:
+        config.load({"API_KEYS": "secret\nword"})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("LOG_LEVEL", "WARN", "warning"),
+        ("DTYPE", "fp16", "float16"),
+        ("DTYPE", "half", "float16"),
+        ("DTYPE", "BF16", "bfloat16"),
+        ("DTYPE", "fp32", "float32"),
+        ("BACKEND", "PyTorch", "torch"),
+        ("CPU_FALLBACK", "no", False),
+        ("DEVICE", "CUDA:0, cuda:1", "cuda:0,cuda:1"),
+        ("HOST", "[::1]", "::1"),
+        ("HOST", "fe80::1%eth0", "fe80::1%eth0"),
+        ("HOST", "::ffff:127.0.0.1", "::ffff:127.0.0.1"),
+        ("HOST", "my-host.example.", "my-host.example."),
+    ],
+)
+def test_what_other_software_calls_the_same(name, value, meant):
+    assert getattr(config.load({name: value}), name.lower()) == meant
+
+
+@pytest.fixture
+def env_file(tmp_path, monkeypatch) -> Path:
+    """The `.env` of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    # What a test exports is gone after it.
+    monkeypatch.setattr(config.os, "environ", {"HOME": "/"})
+    return tmp_path / ".env"
+
+
+def test_the_environment_wins_over_the_env_file(env_file):
+    env_file.write_text("BATCH_SIZE=7\nMAX_SEQ_LENGTH=99\n")
+    config.os.environ["MAX_SEQ_LENGTH"] = "128"
     settings = config.load()
     assert (settings.batch_size, settings.max_seq_length) == (7, 128)
+
+
+def test_the_env_file_is_understood_as_dotenv_does(env_file):
+    env_file.write_text(
+        "\ufeff# a comment\n\nexport BATCH_SIZE = 7 # and another\nAPI_KEYS='a#b,c'\r\nHOST=\n"
+        "LOG_FILE=${HOME}tmp/${NAME:-x}.log\n",
+        encoding="utf-8",
+    )
+    settings = config.load()
+    assert (settings.batch_size, settings.api_keys, settings.host) == (7, "a#b,c", "0.0.0.0")
+    assert settings.log_file == "/tmp/x.log"
+
+
+def test_only_what_is_for_the_libraries_is_put_into_the_environment(env_file):
+    env_file.write_text("API_KEYS=secret\nHF_TOKEN=theirs\nHOME=/other\n")
+    config.load()
+    assert {name: config.os.environ.get(name) for name in ("API_KEYS", "HF_TOKEN", "HOME")} == {
+        "API_KEYS": None,
+        "HF_TOKEN": "theirs",
+        "HOME": "/",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(b"PORT=1\n\n\nAPI_KEYS: secret\n", "line 4: this is not NAME=value", id="a colon"),
+        pytest.param(b"API_KEYS:secret\n", "line 1: 'API_KEYS:secret' is not a variable", id="no space"),
+        pytest.param(b"# keys\nAPI_KEYS\n", "line 2: API_KEYS has no value", id="no value"),
+        pytest.param(b"export API_KEYS\n", "line 1: API_KEYS has no value", id="export without a value"),
+        pytest.param(b'PORT=1\nAPI_KEYS="secret\n', "line 2: this is not NAME=value", id="an open quote"),
+        pytest.param(b"API_KEYS='a' 'b'\n", "line 1: this is not NAME=value", id="two values"),
+        pytest.param(b'API_KEYS="a\nb"\n', "API_KEYS=", id="a value of two lines"),
+        pytest.param(b"API_KEYS=${SECRET}\n", "API_KEYS refers to ${SECRET}, which is not", id="not set"),
+        pytest.param("PORT=1\nAPI_KEYS=k".encode("utf-16"), "UTF-16", id="UTF-16"),
+        pytest.param("PORT=1\nAPI_KEYS=k".encode("utf-16-le"), "UTF-16", id="UTF-16 without its mark"),
+        pytest.param("PORT=1\nLOG_FILE=lög".encode("latin-1"), "line 2: the file is not UTF-8", id="Latin-1"),
+    ],
+)
+def test_an_env_file_that_is_not_understood_is_one_line(env_file, content, words):
+    env_file.write_bytes(content)
+    with pytest.raises(config.ConfigError) as caught:
+        config.load()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value) or "API_KEYS:secret" in str(caught.value)
+
+
+def test_an_env_file_that_cannot_be_read_is_one_line(env_file):
+    env_file.mkdir()
+    with pytest.raises(config.ConfigError, match=r"\.env cannot be read: Is a directory"):
+        config.load()
+    env_file.rmdir()
+    env_file.symlink_to("nowhere")
+    with pytest.raises(config.ConfigError, match=r"\.env cannot be read: No such file"):
+        config.load()
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("WEB_CONCURENCY", "WEB_CONCURRENCY"),
+        ("BATCHSIZE", "BATCH_SIZE"),
+        ("batch_size", "BATCH_SIZE"),
+        ("API_KEY_FILE", "API_KEYS_FILE"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("DEVICES", "DEVICE"),
+    ],
+)
+def test_a_misspelt_setting_is_told_with_the_nearest(env_file, written, meant):
+    env_file.write_text(f"{written}=1\nHF_TOKEN=x\nHF_HOME=/x\nTMPDIR=/x\nAPI_KEY=x\n")
+    config.load()
+    [note] = config.notes()
+    assert f"{written} is not a setting" in note
+    assert note.endswith(f"is it {meant}?")
 
 
 def test_env_example_has_every_setting_with_its_default_and_sentence():

@@ -14,8 +14,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-import config
-from embedding_service import metrics
+from embedding_service import config, metrics
 from embedding_service.engine import EmbedRequest
 from embedding_service.inference import sampling
 from embedding_service.inference.batcher import Batcher
@@ -231,7 +230,7 @@ def test_no_room_for_the_folder_is_one_line(start, monkeypatch, tmp_path):
 
 def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("config.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr("embedding_service.config.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(OSError, match="less than 16 MiB are free"):
         config.make_runtime_folder()
     assert not list(tmp_path.iterdir())
@@ -239,8 +238,8 @@ def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
 
 def test_without_memory_for_it_the_folder_is_on_disk(monkeypatch, tmp_path):
     monkeypatch.delenv("TMPDIR", raising=False)
-    monkeypatch.setattr("config.MEMORY_FOLDER", str(tmp_path / "missing"))
-    monkeypatch.setattr("config.tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("embedding_service.config.MEMORY_FOLDER", str(tmp_path / "missing"))
+    monkeypatch.setattr("embedding_service.config.tempfile.gettempdir", lambda: str(tmp_path))
     assert config._make_folder_with_room().parent == tmp_path
 
 

@@ -34,6 +34,7 @@ class Supervision:
                 msgspec.json.encode(processes).decode(),
             ],
             stdin=subprocess.PIPE,
+            env=_environment(),
         )
 
     def forget(self) -> None:
@@ -60,6 +61,13 @@ class Supervision:
             return msgspec.json.decode((self._folder / VERDICT_NAME).read_bytes(), type=Verdict)
         except FileNotFoundError:
             return None
+
+
+def _environment() -> dict[str, str]:
+    """The environment in which every process below finds this package, whatever folder it runs in."""
+    found = str(Path(__file__).parent.parent.parent)
+    others = os.environ.get("PYTHONPATH")  # noqa: TID251 - Python's own, not a setting
+    return os.environ | {"PYTHONPATH": f"{found}{os.pathsep}{others}" if others else found}  # noqa: TID251
 
 
 def supervisor_gone(folder: Path) -> bool:

@@ -1,0 +1,33 @@
+"""What is constructed and connected: settings, an engine, the Flask app over it."""
+
+import logging
+
+import msgspec
+from flask import Flask
+
+from embedding_service import config, logs
+from embedding_service.inference.local import LocalEngine
+from embedding_service.inference.settings import ModelSettings
+from embedding_service.sharing.client import RemoteEngine
+from embedding_service.sharing.settings import LogSettings, socket_path
+from embedding_service.sharing.supervision import stop_master
+from embedding_service.web.factory import create_app
+from embedding_service.web.keys import OPEN_WARNING, KeyRing
+from embedding_service.web.settings import WebSettings
+
+
+def build() -> Flask:
+    """The app over the model process that the gunicorn master keeps, or over a model of its own."""
+    settings = config.current()
+    folder = config.runtime_folder()
+    engine: RemoteEngine | LocalEngine
+    if folder is not None:
+        paths = [socket_path(folder, index) for index in range(len(settings.devices))]
+        engine = RemoteEngine(folder, paths, lambda: stop_master(folder))
+    else:
+        logs.setup(*msgspec.structs.astuple(msgspec.convert(settings, LogSettings, from_attributes=True)))
+        KeyRing(settings.api_keys, settings.api_keys_file).check()
+        if settings.is_open_at(settings.host):
+            logging.getLogger("embedding_service").warning(OPEN_WARNING, settings.host)
+        engine = LocalEngine(msgspec.convert(settings, ModelSettings, from_attributes=True))
+    return create_app(engine, msgspec.convert(settings, WebSettings, from_attributes=True))

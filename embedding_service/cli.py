@@ -1,0 +1,92 @@
+"""The command line: `embedding-service serve`, `embed` and `download`; `python app.py` is `serve`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from embedding_service import __version__, config
+from embedding_service.errors import StartupError
+from embedding_service.sharing.settings import EX_CONFIG
+
+DESCRIPTION = "Text embeddings over HTTP."
+
+COMMANDS = """\
+commands:
+  serve           serve over HTTP (the default settings: port 8001 of every address)
+  embed           embed the rows of a file
+  download        fetch a model into the cache, check it, and exit
+
+`embedding-service COMMAND --help` describes each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser("embedding-service", DESCRIPTION, COMMANDS)
+    parser.add_argument("command", choices=["serve", "embed", "download"], metavar="COMMAND")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows the command belongs to it, --help included.
+    command = parser.parse_args(given[:1] or ["--help"]).command
+    if command == "embed":
+        from embedding_service import embed_file
+
+        embed_file.execute(given[1:], prog="embedding-service embed")
+    if command == "download":
+        return download(given[1:])
+    return serve(given[1:], prog="embedding-service serve")
+
+
+def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
+    """Serve until told to end; returns the exit code."""
+    parser = _parser(prog, "Serve text embeddings over HTTP.", _settings_help())
+    parser.add_argument("--host", metavar="ADDRESS", help="the setting HOST")
+    parser.add_argument("--port", metavar="N", help="the setting PORT")
+    given = vars(parser.parse_args(arguments))
+    # Imported here, so that --help is answered at once.
+    from embedding_service import serving
+
+    try:
+        config.start({name.upper(): value for name, value in given.items() if value is not None})
+        serving.serve()
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
+    return 0
+
+
+def download(arguments: Sequence[str]) -> int:
+    """Fetch a model into the cache and check its files; returns the exit code."""
+    parser = _parser(
+        "embedding-service download",
+        "Fetch a model into the cache (HF_HOME), compare its files with the hub's hashes, and exit.",
+        "exit codes: 0 the model is there and whole; 78 it cannot be had, or its files are damaged",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face name, as EMBEDDING_MODEL")
+    parser.add_argument("--revision", help="branch, tag or commit, as MODEL_REVISION")
+    given = parser.parse_args(arguments)
+    from embedding_service.inference import source
+
+    try:
+        config.environment()
+        found = source.resolve(given.model, given.revision)
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
+    print(f"{given.model} is in {found.folder} ({found.origin})")
+    return 0
+
+
+def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"embedding-service {__version__}")
+    return parser
+
+
+def _settings_help() -> str:
+    lines = [f"  {name}  {description}" for name, description in config.descriptions().items()]
+    return "settings, from the environment or a .env file:\n" + "\n".join(lines)

