@@ -16,15 +16,36 @@ StartupError is the other root: the service cannot start, and its message is the
 
 
 class ServiceError(Exception):
-    """An error with an HTTP status and the `error_type` of the native protocol."""
+    """An error with an HTTP status and the `error_type` of the native protocol.
+
+    `index` is the text at fault and `field` the field, both of the request as the engine knows it;
+    `reason` then completes a sentence that begins with them. Each protocol has its own names for them.
+    """
 
     status = 500
     error_type = "internal"
 
-    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self,
+        reason: str,
+        *,
+        index: int | None = None,
+        field: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.index = index
+        self.field = field
         self.retry_after_seconds = retry_after_seconds
+
+    @property
+    def message(self) -> str:
+        """The error in words, with the engine's own names."""
+        return sentence(self.reason, self.index, self.field)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class InvalidRequest(ServiceError):
@@ -96,6 +117,13 @@ class StartupError(Exception):
 
 class ConfigError(StartupError):
     """A setting has a value that it cannot have; the message names both."""
+
+
+def sentence(reason: str, index: int | None, field: str | None) -> str:
+    """The reason with what it is about in front: `texts[3] has more than 256 tokens`."""
+    if index is not None:
+        return f"{field or 'texts'}[{index}] {reason}"
+    return f"{field} {reason}" if field is not None else reason
 
 
 BY_NAME: dict[str, type[ServiceError]] = {kind.__name__: kind for kind in ServiceError.__subclasses__()}

@@ -5,7 +5,7 @@ import logging.config
 import logging.handlers
 import sys
 import time
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ import orjson
 
 from embedding_service.errors import StartupError
 
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+def _no_request() -> None:
+    return None
+
+
+# The id of the request that a line belongs to. In a web worker the web half replaces it, by one that
+# asks the request under way, so that nothing has to be set at its beginning and cleared at its end.
+request_id: Callable[[], str | None] = _no_request
 
 # A caller's text may end up in a message; a line break in it must not forge a second log line.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
@@ -24,7 +31,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        caller = request_id.get()
+        caller = request_id()
         line = (
             f"{stamp}.{int(record.msecs):03d}Z {record.levelname:<7} {_short(record.name)} "
             f"{f'[{caller}] ' if caller else ''}{record.getMessage().translate(_CONTROL)}"
@@ -43,7 +50,7 @@ class JsonFormatter(logging.Formatter):
             "process": record.process,
             "message": record.getMessage(),
         }
-        if caller := request_id.get():
+        if caller := request_id():
             fields["request_id"] = caller
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)

@@ -158,7 +158,8 @@ class LocalEmbedder:
         longest = max(map(len, texts))
         if longest > self._max_text_characters:
             raise TooLarge(
-                f"texts[0] has {longest} characters; at most {self._max_text_characters} are allowed"
+                f"has {longest} characters; at most {self._max_text_characters} are allowed",
+                index=next(i for i, text in enumerate(texts) if len(text) == longest),
             )
         try:
             result = self._engine.embed(

@@ -243,8 +243,10 @@ class Batcher:
             request = job.request
             piece = self._runtime.tokenize(texts, job.prompt, request.input_type, request.truncation_side)
             if not job.request.truncate:
-                self._refuse_truncated(piece, first)
+                self._refuse_truncated(piece)
         except InvalidRequest as error:
+            if error.index is not None:
+                error.index += first
             self._fail(job, error)
             return
         except Exception:
@@ -257,12 +259,12 @@ class Batcher:
         with self._lock:
             self._enqueue(job, items)
 
-    def _refuse_truncated(self, piece: list[Tokens], first: int) -> None:
+    def _refuse_truncated(self, piece: list[Tokens]) -> None:
         for offset, tokens in enumerate(piece):
             if tokens.truncated:
                 raise InvalidRequest(
-                    f"texts[{first + offset}] has more than {self._runtime.max_seq_length} tokens; "
-                    "send truncate=true to cut it"
+                    f"has more than {self._runtime.max_seq_length} tokens; send truncate=true to cut it",
+                    index=offset,
                 )
 
     def _enqueue(self, job: Job, items: list[Item]) -> None:
@@ -420,7 +422,7 @@ class Batcher:
         item = part[0]
         log.error("A text of %d tokens could not be embedded", item.tokens.length, exc_info=error)
         why = "does not fit in the device's memory" if out_of_memory else "could not be embedded"
-        self._fail(item.job, ModelFailure(f"texts[{item.index}] {why}"))
+        self._fail(item.job, ModelFailure(why, index=item.index))
         return []
 
     def _measure(self, part: Sequence[Item], ended: float) -> None:
@@ -476,7 +478,7 @@ class Batcher:
                 log.exception("Computing a vector again failed")
                 finite = False
             if not finite:
-                self._fail(item.job, ModelFailure(f"the vector of texts[{item.index}] is not finite"))
+                self._fail(item.job, ModelFailure("has a vector that is not finite", index=item.index))
         return vectors
 
     # Outcomes

@@ -64,7 +64,7 @@ class LocalEngine:
         dimensions = request.dimensions
         if dimensions is not None and not 1 <= dimensions <= info.embedding_dimension:
             raise InvalidRequest(
-                f"dimensions must be between 1 and {info.embedding_dimension}, not {dimensions}"
+                f"must be between 1 and {info.embedding_dimension}, not {dimensions}", field="dimensions"
             )
         return batcher.submit(request, on_done)
 
@@ -100,7 +100,9 @@ class LocalEngine:
             piece = request.texts[first : first + TOKENIZE_PIECE_TEXTS]
             try:
                 tokenized += self._runtime.list_tokens(piece, request.add_special_tokens)
-            except ServiceError:
+            except ServiceError as error:
+                if error.index is not None:
+                    error.index += first
                 raise
             except Exception:
                 log.exception("Tokenisation failed")

@@ -127,7 +127,9 @@ class Model:
         if prompt_name is not None:
             if prompt_name not in self._prompts:
                 known = ", ".join(sorted(self._prompts)) or "none"
-                raise InvalidRequest(f"prompt_name {prompt_name!r} is unknown; the model has: {known}")
+                raise InvalidRequest(
+                    f"is {prompt_name!r}; the model's prompts are: {known}", field="prompt_name"
+                )
             return self._prompts[prompt_name]
         names = {"query": ["query"], "document": ["document", "passage", "corpus"], None: []}
         for name in names[input_type]:
@@ -145,7 +147,9 @@ class Model:
     ) -> list[Tokens]:
         if self._tokenizer is None:
             if side == "left":
-                raise InvalidRequest("this model cuts its texts itself, on the side that it was made for")
+                raise InvalidRequest(
+                    "cannot be chosen: this model cuts its texts itself", field="truncation_side"
+                )
             return [self._measure(text, prompt, task) for text in _checked(texts)]
         group: Hashable = None
         if prompt and self._pooling is not None and not self._pooling.include_prompt:
@@ -411,5 +415,5 @@ def _checked(texts: Sequence[str]) -> Sequence[str]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InvalidRequest(f"texts[{index}] is not valid Unicode: it has a lone surrogate") from None
+            raise InvalidRequest("is not valid Unicode: it has a lone surrogate", index=index) from None
     return texts

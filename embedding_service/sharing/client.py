@@ -20,7 +20,7 @@ from embedding_service.engine import (
     TokenizedText,
     TokenizeRequest,
 )
-from embedding_service.errors import BY_NAME, DeadlineExceeded, ServiceError, Unavailable
+from embedding_service.errors import DeadlineExceeded, ServiceError, Unavailable
 from embedding_service.sharing import wire
 from embedding_service.sharing.supervision import supervisor_gone
 
@@ -155,8 +155,7 @@ class Link:
             case wire.Failure():
                 waiter = self._waiters.pop(message.number, None)
                 if waiter is not None:
-                    kind = BY_NAME.get(message.error, ServiceError)
-                    waiter.finish(kind(message.message, retry_after_seconds=message.retry_after_seconds))
+                    waiter.finish(message.error())
             case wire.StatusNotice():
                 self.status = message.status
                 self._was_healthy |= message.status.state == "healthy"

@@ -168,7 +168,7 @@ def _emptied(outbox: deque[Any]) -> list[Any]:
 
 def _message(number: int, outcome: Outcome) -> Any:
     if isinstance(outcome, ServiceError):
-        return wire.Failure(number, type(outcome).__name__, outcome.message, outcome.retry_after_seconds)
+        return wire.Failure.of(number, outcome)
     texts, dimension = outcome.vectors.shape
     reply = wire.Reply(number, texts, dimension, outcome.tokens, outcome.truncated, outcome.timings)
     return reply, outcome.vectors

@@ -11,11 +11,12 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from embedding_service.engine import EmbedRequest, Status, Timings, TokenizedText, TokenizeRequest
+from embedding_service.errors import BY_NAME, ServiceError
 
 _SIZES = struct.Struct("<II")
 
@@ -58,9 +59,26 @@ class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Model to web: a ServiceError, by the name of its class."""
 
     number: int
-    error: str
-    message: str
+    kind: str
+    reason: str
+    index: int | None
+    field: str | None
     retry_after_seconds: float | None
+
+    @classmethod
+    def of(cls, number: int, error: ServiceError) -> Self:
+        """The message that carries the error."""
+        kind = type(error).__name__
+        return cls(number, kind, error.reason, error.index, error.field, error.retry_after_seconds)
+
+    def error(self) -> ServiceError:
+        """The error that it carries."""
+        return BY_NAME.get(self.kind, ServiceError)(
+            self.reason,
+            index=self.index,
+            field=self.field,
+            retry_after_seconds=self.retry_after_seconds,
+        )
 
 
 class StatusNotice(msgspec.Struct, frozen=True, tag=True, array_like=True):

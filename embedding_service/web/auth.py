@@ -1,18 +1,11 @@
-"""Asks every request for a key where keys are set, but for the health routes and the pages' own files."""
+"""Asks every request for a key if keys are set, unless its view is public."""
 
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app, request
 
 from embedding_service.errors import Unauthorized
 from embedding_service.web.context import KEY
 from embedding_service.web.keys import KeyRing
-
-# Route rules, not paths. A browser sends no key with a page it opens; the pages ask their visitor for
-# one, and send it with what they ask of the service.
-HEALTH = frozenset(
-    {"/health", "/health/live", "/health/ready", "/.well-known/live", "/.well-known/ready"},
-)
-PAGES = frozenset({"/", "/docs", "/docs/<name>"})
-PAGE_FILES = "/static/"
+from embedding_service.web.operation import operation_of
 
 CHALLENGE = 'Bearer realm="embedding-service"'
 
@@ -36,11 +29,11 @@ def register(app: Flask) -> None:
 
 
 def _is_public() -> bool:
-    if request.url_rule is None:
+    """Whether the view says so of itself; a browser sends no key with a page that it opens."""
+    if request.method not in ("GET", "HEAD") or request.endpoint is None:
         return False
-    rule = request.url_rule.rule
-    reads = request.method in ("GET", "HEAD")
-    return reads and (rule in HEALTH or rule in PAGES or rule.startswith(PAGE_FILES))
+    found = operation_of(current_app.view_functions[request.endpoint])
+    return found is not None and found.public
 
 
 def _sent_keys() -> list[bytes]:

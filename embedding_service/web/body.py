@@ -8,6 +8,7 @@ from flask import Response, request
 
 from embedding_service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from embedding_service.web.context import context
+from embedding_service.web.explain import explain
 
 Body = TypeVar("Body")
 
@@ -22,9 +23,11 @@ def parse(decoder: msgspec.json.Decoder[Body]) -> Body:
 def decode(decoder: msgspec.json.Decoder[Body], raw: bytes) -> Body:
     """The bytes as the decoder's struct. Raises InvalidRequest."""
     try:
-        return decoder.decode(raw)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"the request is not as it should be: {error}") from None
+        try:
+            return decoder.decode(raw)
+        except msgspec.ValidationError:
+            # The rest of the body has not been read by now, and may be no JSON.
+            raise explain(decoder.type, raw) from None
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8: {error.reason}") from None
     except msgspec.DecodeError as error:

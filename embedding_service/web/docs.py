@@ -43,6 +43,7 @@ def show() -> Response:
 
 
 @blueprint.get("/docs/<name>")
+@operation({}, public=True, described=False)
 def file(name: str) -> Response:
     """A file of Swagger UI."""
     return send_from_directory(_ui_folder(), name if name in UI_FILES else "", max_age=86400)

@@ -1,7 +1,7 @@
 """The steps that the embedding views of all protocols share: ask the engine, encode, answer."""
 
 import base64
-import time
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from flask import Response
@@ -12,6 +12,7 @@ from embedding_service.errors import ServiceError
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
 from embedding_service.web.limits import check_texts
+from embedding_service.web.request import current
 
 EncodingFormat = Annotated[
     Literal["float", "base64"],
@@ -47,35 +48,21 @@ def listed(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-def ask(
-    texts: list[str],
-    began: float,
-    *,
-    name: str = "texts",
-    normalize: bool = True,
-    prompt_name: str | None = None,
-    input_type: Literal["query", "document"] | None = None,
-    dimensions: int | None = None,
-    truncate: bool = True,
-    truncation_side: Literal["left", "right"] | None = None,
-) -> Embeddings:
-    """The engine's embeddings. `name` is what the protocol calls the texts, `began` when it was asked."""
-    check_texts(texts, name)
-    running = context()
-    request = EmbedRequest(
-        texts=texts,
-        deadline=began + running.settings.request_timeout_seconds,
-        normalize=normalize,
-        prompt_name=prompt_name,
-        input_type=input_type,
-        dimensions=dimensions,
-        truncate=truncate,
-        truncation_side=truncation_side,
-    )
+Place = Callable[[int], tuple[str, int | None]]
+
+
+def ask(request: EmbedRequest, place: Place | None = None) -> Embeddings:
+    """The engine's embeddings of texts within the limits.
+
+    `place` says which field, and which item of it, the caller sent as a text of the request; without it
+    they are the items of the field that the protocol has for texts.
+    """
     try:
-        return running.embed(request)
+        check_texts(request.texts)
+        return context().embed(request)
     except ServiceError as error:
-        error.message = error.message.replace("texts[", f"{name}[")
+        if place is not None and error.index is not None:
+            error.field, error.index = place(error.index)
         raise
 
 
@@ -92,14 +79,14 @@ def model_name() -> str:
     return info.model_name if info else ""
 
 
-def answer_embeddings(body: Any, result: Embeddings, began: float) -> Response:
+def answer_embeddings(body: Any, result: Embeddings) -> Response:
     """The body, with what Text Embeddings Inference tells in headers: tokens, and times in whole ms."""
     response = answer(body)
     timings = result.timings
     response.headers.extend(
         [
             ("x-compute-tokens", str(result.tokens)),
-            ("x-total-time", str(round((time.monotonic() - began) * 1e3))),
+            ("x-total-time", str(round(current().seconds * 1e3))),
             ("x-tokenization-time", str(round(timings.tokenization_ms))),
             ("x-queue-time", str(round(timings.queue_ms))),
             ("x-inference-time", str(round(timings.inference_ms))),

@@ -8,7 +8,7 @@ from werkzeug.exceptions import HTTPException
 
 from embedding_service.errors import Overloaded, ServiceError
 from embedding_service.web.body import answer
-from embedding_service.web.protocol import Failure, spoken
+from embedding_service.web.protocol import Failure, current_protocol
 from embedding_service.web.protocols import native
 
 log = logging.getLogger(__name__)
@@ -27,12 +27,14 @@ def register(app: Flask) -> None:
 
 
 def on_service_error(error: ServiceError) -> Response:
-    """The error's own status, message and error_type, and how long to wait where it says so."""
+    """The error's own status and error_type in the caller's names, and how long to wait if it says so."""
     level = logging.WARNING if error.status >= 500 else logging.INFO
     # Refusals are cheap only if they do not write: an overloaded service must not fill its disk.
     level = logging.DEBUG if isinstance(error, Overloaded) else level
-    log.log(level, "%d %s: %s", error.status, error.error_type, error.message[:LOGGED_CHARACTERS])
-    response = render(Failure(error.status, error.error_type, error.message))
+    protocol = current_protocol() or native.protocol
+    failure = protocol.failure(error)
+    log.log(level, "%d %s: %s", error.status, error.error_type, failure.message[:LOGGED_CHARACTERS])
+    response = answer(*protocol.render(failure))
     add_retry_after(response, error)
     return response
 
@@ -63,5 +65,4 @@ def on_bug(error: Exception) -> Response:
 
 def render(failure: Failure) -> Response:
     """The failure as the clients of the request's protocol expect it."""
-    body, status = (spoken() or native.protocol).render(failure)
-    return answer(body, status)
+    return answer(*(current_protocol() or native.protocol).render(failure))

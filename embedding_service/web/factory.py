@@ -6,12 +6,14 @@ from embedding_service.engine import Engine
 from embedding_service.web import auth, docs, error_handlers, health, monitoring, page, request_ids
 from embedding_service.web.context import Context, install
 from embedding_service.web.protocols import native, ollama, openai, tei, weaviate
+from embedding_service.web.request import ServiceRequest
 from embedding_service.web.settings import WebSettings
 
 
 def create_app(engine: Engine, settings: WebSettings) -> Flask:
     """The WSGI application; `engine` answers, `settings` bounds what is asked of it."""
     app = Flask("embedding_service", static_folder=None)
+    app.request_class = ServiceRequest
     app.url_map.strict_slashes = False
     install(app, Context(engine, settings))
     monitoring.register(app)

@@ -1,13 +1,12 @@
 """GET /metrics, and the counting of every request by its route rule."""
 
-import time
-
-from flask import Blueprint, Flask, Response, g, request
+from flask import Blueprint, Flask, Response, request
 from prometheus_client import Counter, Histogram
 
 from embedding_service import metrics
 from embedding_service.errors import ServiceError
 from embedding_service.web.operation import operation
+from embedding_service.web.request import current
 
 blueprint = Blueprint("monitoring", __name__)
 
@@ -48,16 +47,12 @@ def register(app: Flask) -> None:
     """Count the app's answers. To be called before other hooks are attached: theirs run within."""
     counter = app.extensions["request_counter"] = RequestCounter()
 
-    def begin() -> None:
-        g.began = time.perf_counter()
-
     def end(response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule is not None else UNMATCHED
         method = request.method if request.method in METHODS else OTHER
-        counter.count(route, method, response.status_code, time.perf_counter() - g.began)
+        counter.count(route, method, response.status_code, current().seconds)
         return response
 
-    app.before_request(begin)
     app.after_request(end)
 
 

@@ -78,7 +78,7 @@ def _operations(app: Flask) -> Iterator[tuple[Rule, Callable[..., Any], Operatio
     for rule in app.url_map.iter_rules():
         view = app.view_functions[rule.endpoint]
         found = operation_of(view)
-        if found is not None:
+        if found is not None and found.described:
             yield rule, view, found
 
 

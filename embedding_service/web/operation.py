@@ -36,7 +36,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One view. `answers` has the type of the body by status: a tuple for one of several, None for none.
 
     `media` are the content types of the answers; errors are always JSON. `variant` is a view of
-    another protocol that answers the same route when its fields are sent.
+    another protocol that answers the same route when its fields are sent. `public` views are read
+    without a key; `described` ones are in the OpenAPI document.
     """
 
     answers: Mapping[int, Any]
@@ -45,10 +46,12 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     raises: tuple[type[ServiceError], ...]
     embeds: bool
     public: bool
+    described: bool
     variant: Callable[..., Any] | None
 
 
-_operations: dict[Callable[..., Any], Operation] = {}
+# Where a view carries its Operation.
+ATTRIBUTE = "operation"
 
 
 def operation(
@@ -59,20 +62,23 @@ def operation(
     raises: tuple[type[ServiceError], ...] = (),
     embeds: bool = False,
     public: bool = False,
+    described: bool = True,
     variant: Callable[..., Any] | None = None,
 ) -> Callable[[View], View]:
     """Describe the view below; `body` is the very decoder that validates its requests."""
 
     def describe(view: View) -> View:
-        _operations[view] = Operation(
+        found = Operation(
             answers=answers,
             media=media,
             body=body,
             raises=raises + (ON_BODY if body else ()),
             embeds=embeds,
             public=public,
+            described=described,
             variant=variant,
         )
+        setattr(view, ATTRIBUTE, found)
         return view
 
     return describe
@@ -80,4 +86,4 @@ def operation(
 
 def operation_of(view: Callable[..., Any]) -> Operation | None:
     """What was said of the view, if anything."""
-    return _operations.get(view)
+    return getattr(view, ATTRIBUTE, None)

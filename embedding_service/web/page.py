@@ -35,6 +35,7 @@ def page() -> Response:
 
 
 @blueprint.get("/static/<version>/<path:name>")
+@operation({}, public=True, described=False)
 def static_file(version: str, name: str) -> Response:
     """One of the page's files; another version's address gets ours, and must not be kept."""
     response = send_from_directory(STATIC, name)

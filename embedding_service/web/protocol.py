@@ -1,18 +1,28 @@
-"""Protocol: the routes of one API, and the form in which its clients expect an error."""
+"""Protocol: the routes of one API, its names for things, and the form of its errors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from flask import Blueprint, current_app, g, request
+from flask import Blueprint, current_app, request
+
+from embedding_service.errors import ServiceError, sentence
+from embedding_service.web.request import current
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """An error in the words of the native protocol: its status, error_type and message."""
+    """An error before it is worded; `index` and `field` as in ServiceError, in the caller's names."""
 
     status: int
     error_type: str
-    message: str
+    reason: str
+    index: int | None = None
+    field: str | None = None
+
+    @property
+    def message(self) -> str:
+        """The sentence for a person."""
+        return sentence(self.reason, self.index, self.field)
 
 
 Render = Callable[[Failure], tuple[Mapping[str, Any], int]]
@@ -22,24 +32,42 @@ class Protocol(Blueprint):
     """A blueprint whose errors are rendered its own way, also those of unknown paths below `paths`."""
 
     def __init__(
-        self, name: str, title: str, render: Render, error: type, paths: tuple[str, ...] = ()
+        self,
+        name: str,
+        title: str,
+        render: Render,
+        error: type,
+        *,
+        paths: tuple[str, ...] = (),
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        """`error` is the type of the body that `render` makes of a Failure, beside the status."""
+        """`error` is the type of the body that `render` makes of a Failure, beside the status.
+
+        `names` has the fields of EmbedRequest that are called something else here.
+        """
         super().__init__(name, __name__)
         self.title = title
         self.render = render
         self.error = error
         self.paths = paths
+        self._names = names or {}
+
+    def failure(self, error: ServiceError) -> Failure:
+        """The error in this protocol's names."""
+        field = error.field if error.index is None else error.field or "texts"
+        if field is not None:
+            field = self._names.get(field, field)
+        return Failure(error.status, error.error_type, error.reason, error.index, field)
 
 
-def speak(protocol: Protocol) -> None:
+def set_protocol(protocol: Protocol) -> None:
     """Answer the rest of this request in another protocol than its route's own."""
-    g.protocol = protocol
+    current().protocol = protocol
 
 
-def spoken() -> Protocol | None:
+def current_protocol() -> Protocol | None:
     """The protocol of this request, if any: chosen, of its route, or of its path."""
-    found = g.get("protocol") or current_app.blueprints.get(request.blueprint or "")
+    found = current().protocol or current_app.blueprints.get(request.blueprint or "")
     if isinstance(found, Protocol):
         return found
     if request.url_rule is None:

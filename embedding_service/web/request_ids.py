@@ -1,26 +1,17 @@
-"""A request id for every request: the caller's if it is sane, else a new one; in the answer and the log."""
+"""The id of a request in its answer and on the lines that are logged while it is under way."""
 
-import re
-import uuid
-
-from flask import Flask, Response, request
+from flask import Flask, Response
 
 from embedding_service import logs
-
-SANE = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+from embedding_service.web.request import current, current_id
 
 
 def register(app: Flask) -> None:
-    """Attach to the app's requests and answers."""
-    app.before_request(_begin)
+    """Attach to the app's answers, and to this process's log."""
+    logs.request_id = current_id
     app.after_request(_end)
 
 
-def _begin() -> None:
-    given = request.headers.get("X-Request-ID", "")
-    logs.request_id.set(given if SANE.fullmatch(given) else uuid.uuid4().hex)
-
-
 def _end(response: Response) -> Response:
-    response.headers["X-Request-ID"] = logs.request_id.get() or ""
+    response.headers["X-Request-ID"] = current().id
     return response

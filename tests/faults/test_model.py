@@ -78,7 +78,7 @@ def test_a_vector_that_is_not_finite_is_computed_again(faulty, oracle):
     assert response.status_code == 200
     assert same(response, oracle.encode(texts, normalize_embeddings=True))
     bad = faulty.post("/embed", {"texts": ["before", "after", "@@nan-always@@"]})
-    assert (bad.status_code, bad.json()["error"]) == (500, "the vector of texts[2] is not finite")
+    assert (bad.status_code, bad.json()["error"]) == (500, "texts[2] has a vector that is not finite")
     assert "NaN" not in bad.text
     record(
         "a vector with NaN (injected)",

@@ -340,7 +340,7 @@ def test_a_vector_that_stays_not_finite_fails_its_request_and_names_the_text(bui
     bad, good = submit(batcher, [text(9, "a"), text(9, "nan")]), submit(batcher, [text(9, "c")])
     gate.open()
     assert isinstance(bad.wait(), ModelFailure)
-    assert "texts[1] is not finite" in bad.wait().message
+    assert "texts[1] has a vector that is not finite" in bad.wait().message
     expect_vectors(good.wait(), [text(9, "c")])
 
 

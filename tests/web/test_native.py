@@ -62,12 +62,12 @@ BAD_BODIES = [
     pytest.param(b"[]", "object", id="not an object"),
     pytest.param(b"{}", "texts", id="no texts"),
     pytest.param(b'{"texts": []}', "texts is empty", id="no text"),
-    pytest.param(b'{"texts": [1]}', "$.texts[0]", id="a number"),
-    pytest.param(b'{"texts": ["a", null]}', "$.texts[1]", id="null"),
-    pytest.param(b'{"texts": "a", "normalize": "yes"}', "$.normalize", id="normalize is a string"),
-    pytest.param(b'{"texts": "a", "dimensions": 0}', "$.dimensions", id="no dimension"),
-    pytest.param(b'{"texts": "a", "input_type": "poem"}', "$.input_type", id="unknown input_type"),
-    pytest.param(b'{"texts": "a", "encoding_format": "hex"}', "$.encoding_format", id="unknown format"),
+    pytest.param(b'{"texts": [1]}', "texts[0]", id="a number"),
+    pytest.param(b'{"texts": ["a", null]}', "texts[1]", id="null"),
+    pytest.param(b'{"texts": "a", "normalize": "yes"}', "normalize", id="normalize is a string"),
+    pytest.param(b'{"texts": "a", "dimensions": 0}', "dimensions", id="no dimension"),
+    pytest.param(b'{"texts": "a", "input_type": "poem"}', "input_type", id="unknown input_type"),
+    pytest.param(b'{"texts": "a", "encoding_format": "hex"}', "encoding_format", id="unknown format"),
 ]
 
 

@@ -1,14 +1,12 @@
 """POST /embed: the service's own API."""
 
-import time
 from typing import Annotated, Any, TypedDict
 
 import msgspec
 from flask import Response
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from embedding_service import logs
-from embedding_service.engine import Embeddings
+from embedding_service.engine import Embeddings, EmbedRequest
 from embedding_service.errors import InvalidRequest
 from embedding_service.web.body import decode, read
 from embedding_service.web.embedding import (
@@ -24,8 +22,9 @@ from embedding_service.web.embedding import (
     model_name,
 )
 from embedding_service.web.operation import operation
-from embedding_service.web.protocol import Failure, Protocol, speak
+from embedding_service.web.protocol import Failure, Protocol, set_protocol
 from embedding_service.web.protocols import tei
+from embedding_service.web.request import current, current_id
 
 
 class ErrorAnswer(TypedDict):
@@ -38,11 +37,10 @@ class ErrorAnswer(TypedDict):
 
 def render(failure: Failure) -> tuple[ErrorAnswer, int]:
     """The native protocol's error."""
-    request_id = logs.request_id.get()
     return {
         "error": failure.message,
         "error_type": failure.error_type,
-        "request_id": request_id,
+        "request_id": current_id(),
     }, failure.status
 
 
@@ -94,25 +92,26 @@ _fields_decoder = msgspec.json.Decoder(Fields)
 @operation({200: EmbedAnswer}, body=_decoder, embeds=True, variant=tei.embed)
 def embed() -> Response:
     """Embed one text or many; a body of Text Embeddings Inference gets its bare vectors."""
-    began = time.monotonic()
     raw = read()
     try:
         body = decode(_decoder, raw)
     except InvalidRequest:
         if not _is_for_tei(raw):
             raise
-        speak(tei.protocol)
-        return tei.embed_raw(raw, began)
+        set_protocol(tei.protocol)
+        return tei.embed_raw(raw)
     result = ask(
-        listed(body.texts),
-        began,
-        normalize=body.normalize,
-        prompt_name=body.prompt_name,
-        input_type=body.input_type,
-        dimensions=body.dimensions,
-        truncate=body.truncate,
+        EmbedRequest(
+            texts=listed(body.texts),
+            deadline=current().deadline,
+            normalize=body.normalize,
+            prompt_name=body.prompt_name,
+            input_type=body.input_type,
+            dimensions=body.dimensions,
+            truncate=body.truncate,
+        )
     )
-    return answer_embeddings(_answer(result, body.encoding_format, began), result, began)
+    return answer_embeddings(_answer(result, body.encoding_format), result)
 
 
 def _is_for_tei(raw: bytes) -> bool:
@@ -123,7 +122,7 @@ def _is_for_tei(raw: bytes) -> bool:
     return fields.texts is UNSET and fields.inputs is not UNSET
 
 
-def _answer(result: Embeddings, encoding_format: str, began: float) -> EmbedAnswer:
+def _answer(result: Embeddings, encoding_format: str) -> EmbedAnswer:
     count, dimension = result.vectors.shape
     vectors: Any = encoded(result.vectors, encoding_format)
     return {
@@ -131,6 +130,6 @@ def _answer(result: Embeddings, encoding_format: str, began: float) -> EmbedAnsw
         "dimension": dimension,
         "model": model_name(),
         "count": count,
-        "processing_time_ms": round((time.monotonic() - began) * 1e3, 2),
+        "processing_time_ms": round(current().seconds * 1e3, 2),
         "usage": {"tokens": result.tokens, "truncated": result.truncated},
     }

@@ -1,6 +1,5 @@
 """Ollama: POST /api/embed and /api/embeddings, GET /api/tags and /api/version."""
 
-import time
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypedDict
 
@@ -9,6 +8,7 @@ from flask import Response
 from msgspec import Meta
 
 from embedding_service import __version__
+from embedding_service.engine import EmbedRequest
 from embedding_service.errors import Unavailable
 from embedding_service.web.body import answer, parse
 from embedding_service.web.context import context
@@ -23,6 +23,7 @@ from embedding_service.web.embedding import (
 )
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.request import current
 
 STARTED = datetime.now(UTC).isoformat()
 
@@ -38,7 +39,7 @@ def render(failure: Failure) -> tuple[OllamaErrorAnswer, int]:
     return {"error": failure.message}, failure.status
 
 
-protocol = Protocol("ollama", "Ollama", render, OllamaErrorAnswer, ("/api/",))
+protocol = Protocol("ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api/",), names={"texts": "input"})
 
 ModelName = Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")]
 
@@ -114,32 +115,34 @@ _embeddings_decoder = msgspec.json.Decoder(OllamaEmbeddingsBody)
 @operation({200: OllamaEmbedAnswer}, body=_embed_decoder, embeds=True)
 def embed() -> Response:
     """Embed one text or many, as vectors of length 1."""
-    began = time.monotonic()
     body = parse(_embed_decoder)
     if not body.input:
-        return answer(_answer([], 0, began))
+        return answer(_answer([], 0))
     result = ask(
-        listed(body.input),
-        began,
-        name="input",
-        dimensions=body.dimensions,
-        truncate=body.truncate is not False,
+        EmbedRequest(
+            texts=listed(body.input),
+            deadline=current().deadline,
+            dimensions=body.dimensions,
+            truncate=body.truncate is not False,
+        )
     )
-    return answer_embeddings(_answer(result.vectors, result.tokens, began), result, began)
+    return answer_embeddings(_answer(result.vectors, result.tokens), result)
 
 
 @protocol.post("/api/embeddings")
 @operation({200: OllamaEmbeddingsAnswer}, body=_embeddings_decoder, embeds=True)
 def embeddings() -> Response:
     """Embed one text; the older form, whose vector is as the model gives it, not normalised."""
-    began = time.monotonic()
     body = parse(_embeddings_decoder)
     if not body.prompt:
         empty: OllamaEmbeddingsAnswer = {"embedding": []}
         return answer(empty)
-    result = ask([body.prompt], began, name="prompt", normalize=False)
+    result = ask(
+        EmbedRequest(texts=[body.prompt], deadline=current().deadline, normalize=False),
+        lambda _index: ("prompt", None),
+    )
     found: OllamaEmbeddingsAnswer = {"embedding": result.vectors[0]}
-    return answer_embeddings(found, result, began)
+    return answer_embeddings(found, result)
 
 
 @protocol.get("/api/tags")
@@ -174,11 +177,11 @@ def version() -> Response:
     return answer(found)
 
 
-def _answer(vectors: Any, tokens: int, began: float) -> OllamaEmbedAnswer:
+def _answer(vectors: Any, tokens: int) -> OllamaEmbedAnswer:
     return {
         "model": model_name(),
         "embeddings": vectors,
-        "total_duration": round((time.monotonic() - began) * 1e9),
+        "total_duration": round(current().seconds * 1e9),
         "load_duration": 0,
         "prompt_eval_count": tokens,
     }

@@ -1,6 +1,5 @@
 """OpenAI: POST /v1/embeddings (and /embeddings), GET /v1/models and /v1/models/{id}."""
 
-import re
 import time
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -8,6 +7,7 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
+from embedding_service.engine import EmbedRequest
 from embedding_service.errors import InvalidRequest, NotFound, Unavailable
 from embedding_service.web.body import answer, decode, read
 from embedding_service.web.context import context
@@ -24,6 +24,7 @@ from embedding_service.web.embedding import (
 )
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.request import current
 
 STARTED = int(time.time())
 
@@ -56,17 +57,23 @@ class OpenAIErrorAnswer(TypedDict):
 def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
     """OpenAI's error; its SDK makes an exception class of the status, and shows the message."""
     kind = TYPES.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
-    named = _field.search(failure.message)
     error: OpenAIError = {
         "message": failure.message,
         "type": kind,
-        "param": named[1] if named else None,
+        "param": failure.field,
         "code": CODES.get(failure.error_type),
     }
     return {"error": error}, failure.status
 
 
-protocol = Protocol("openai", "OpenAI", render, OpenAIErrorAnswer, ("/v1/", "/embeddings"))
+protocol = Protocol(
+    "openai",
+    "OpenAI",
+    render,
+    OpenAIErrorAnswer,
+    paths=("/v1/", "/embeddings"),
+    names={"texts": "input"},
+)
 
 
 class OpenAIEmbedBody(msgspec.Struct, frozen=True):
@@ -129,19 +136,20 @@ class OpenAIModels(TypedDict):
 _decoder = msgspec.json.Decoder(OpenAIEmbedBody)
 _token_ids_decoder = msgspec.json.Decoder(TokenIds)
 
-# Where a message names a field: "input[0] has", "field `input`", "at `$.input[0]`".
-_field = re.compile(rf"(?:^|field `|`\$\.)({'|'.join(OpenAIEmbedBody.__struct_fields__)})\b")
-
 
 @protocol.post("/v1/embeddings")
 @protocol.post("/embeddings")
 @operation({200: OpenAIEmbedAnswer}, body=_decoder, embeds=True)
 def embeddings() -> Response:
     """Embed one text or many, as vectors of length 1."""
-    began = time.monotonic()
     body = _parse()
     result = ask(
-        listed(body.input), began, name="input", input_type=body.input_type, dimensions=body.dimensions
+        EmbedRequest(
+            texts=listed(body.input),
+            deadline=current().deadline,
+            input_type=body.input_type,
+            dimensions=body.dimensions,
+        )
     )
     vectors = encoded(result.vectors, body.encoding_format or "float")
     data: list[OpenAIEmbedding] = [
@@ -149,7 +157,7 @@ def embeddings() -> Response:
     ]
     usage: OpenAIUsage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
     found: OpenAIEmbedAnswer = {"object": "list", "data": data, "model": model_name(), "usage": usage}
-    return answer_embeddings(found, result, began)
+    return answer_embeddings(found, result)
 
 
 @protocol.get("/v1/models")
@@ -182,8 +190,9 @@ def _parse() -> OpenAIEmbedBody:
     except InvalidRequest:
         if _has_token_ids(raw):
             raise InvalidRequest(
-                "`$.input` holds token ids, which are of another model's vocabulary; send texts "
-                "(LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False)"
+                "holds token ids, which are of another model's vocabulary; send texts "
+                "(LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False)",
+                field="input",
             ) from None
         raise
 

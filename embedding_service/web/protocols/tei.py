@@ -1,14 +1,13 @@
 """Text Embeddings Inference: POST / and /embed with `inputs`, POST /tokenize and /similarity."""
 
-import time
 from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import TokenizedText, TokenizeRequest
-from embedding_service.errors import TooLarge
+from embedding_service.engine import EmbedRequest, TokenizedText, TokenizeRequest
+from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import answer, decode, parse, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
@@ -23,6 +22,7 @@ from embedding_service.web.embedding import (
 from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.request import current
 
 # A token becomes some sixty bytes of JSON, so /tokenize takes fewer characters than /embed.
 MAX_TOKENIZE_CHARACTERS = 1_000_000
@@ -51,7 +51,13 @@ def render(failure: Failure) -> tuple[TEIErrorAnswer, int]:
     return {"error": failure.message, "error_type": error_type}, STATUSES.get(failure.status, failure.status)
 
 
-protocol = Protocol("tei", "Text Embeddings Inference", render, TEIErrorAnswer)
+protocol = Protocol(
+    "tei",
+    "Text Embeddings Inference",
+    render,
+    TEIErrorAnswer,
+    names={"texts": "inputs", "truncation_side": "truncation_direction"},
+)
 
 Truncate = Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")]
 Direction = Annotated[
@@ -120,59 +126,63 @@ _similarity_decoder = msgspec.json.Decoder(SimilarityBody)
 @operation({200: Matrix}, body=_embed_decoder, embeds=True)
 def embed() -> Response:
     """Embed one text or many; the answer is the bare vectors."""
-    began = time.monotonic()
-    return embed_raw(read(), began)
+    return embed_raw(read())
 
 
-def embed_raw(raw: bytes, began: float) -> Response:
+def embed_raw(raw: bytes) -> Response:
     """The answer to a body that has been read."""
     body = decode(_embed_decoder, raw)
     result = ask(
-        listed(body.inputs),
-        began,
-        name="inputs",
-        normalize=body.normalize,
-        prompt_name=body.prompt_name,
-        dimensions=body.dimensions,
-        truncate=body.truncate is not False,
-        truncation_side=_side(body.truncation_direction),
+        EmbedRequest(
+            texts=listed(body.inputs),
+            deadline=current().deadline,
+            normalize=body.normalize,
+            prompt_name=body.prompt_name,
+            dimensions=body.dimensions,
+            truncate=body.truncate is not False,
+            truncation_side=_side(body.truncation_direction),
+        )
     )
-    return answer_embeddings(result.vectors, result, began)
+    return answer_embeddings(result.vectors, result)
 
 
 @protocol.post("/similarity")
 @operation({200: Vector}, body=_similarity_decoder, embeds=True)
 def similarity() -> Response:
     """Compare a sentence with others: their cosine similarities, in the order of the sentences."""
-    began = time.monotonic()
     body = parse(_similarity_decoder)
-    check_texts(body.inputs.sentences, "sentences")
+    if not body.inputs.sentences:
+        raise InvalidRequest("is empty; send at least one sentence", field="inputs.sentences")
     parameters = body.parameters or SimilarityParameters()
     result = ask(
-        [body.inputs.source_sentence, *body.inputs.sentences],
-        began,
-        name="inputs",
-        prompt_name=parameters.prompt_name,
-        truncate=parameters.truncate is not False,
-        truncation_side=_side(parameters.truncation_direction),
+        EmbedRequest(
+            texts=[body.inputs.source_sentence, *body.inputs.sentences],
+            deadline=current().deadline,
+            prompt_name=parameters.prompt_name,
+            truncate=parameters.truncate is not False,
+            truncation_side=_side(parameters.truncation_direction),
+        ),
+        lambda index: ("inputs.sentences", index - 1) if index else ("inputs.source_sentence", None),
     )
-    return answer_embeddings(result.vectors[1:] @ result.vectors[0], result, began)
+    return answer_embeddings(result.vectors[1:] @ result.vectors[0], result)
 
 
 @protocol.post("/tokenize")
 @operation({200: list[list[Token]]}, body=_tokenize_decoder)
 def tokenize() -> Response:
     """List the tokens of texts, however long, with the characters that each stands for."""
-    deadline = time.monotonic() + context().settings.request_timeout_seconds
     body = parse(_tokenize_decoder)
     texts = listed(body.inputs)
-    check_texts(texts, "inputs")
+    check_texts(texts)
     characters = sum(map(len, texts))
     if characters > MAX_TOKENIZE_CHARACTERS:
         raise TooLarge(
-            f"inputs have {characters} characters together; at most {MAX_TOKENIZE_CHARACTERS} are allowed"
+            f"has {characters} characters in all; at most {MAX_TOKENIZE_CHARACTERS} are allowed",
+            field="texts",
         )
-    request = TokenizeRequest(texts=texts, deadline=deadline, add_special_tokens=body.add_special_tokens)
+    request = TokenizeRequest(
+        texts=texts, deadline=current().deadline, add_special_tokens=body.add_special_tokens
+    )
     tokenized = context().tokenize(request)
     return answer([_tokens(text, tokens) for text, tokens in zip(texts, tokenized, strict=True)])
 

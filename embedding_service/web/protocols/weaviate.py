@@ -1,18 +1,19 @@
 """Weaviate's text2vec-transformers: POST /vectors, GET /meta, /.well-known/ready and /.well-known/live."""
 
-import time
 from typing import Annotated, Literal, TypedDict
 
 import msgspec
 from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
+from embedding_service.engine import EmbedRequest
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import answer, parse
 from embedding_service.web.context import context
 from embedding_service.web.embedding import Dimensions, Matrix, Vector, answer_embeddings, ask
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.request import current
 
 
 class WeaviateErrorAnswer(TypedDict):
@@ -26,7 +27,14 @@ def render(failure: Failure) -> tuple[WeaviateErrorAnswer, int]:
     return {"error": failure.message}, failure.status
 
 
-protocol = Protocol("weaviate", "Weaviate", render, WeaviateErrorAnswer, ("/vectors", "/.well-known/"))
+protocol = Protocol(
+    "weaviate",
+    "Weaviate",
+    render,
+    WeaviateErrorAnswer,
+    paths=("/vectors", "/.well-known/"),
+    names={"dimensions": "config.dimensions"},
+)
 
 # What Weaviate calls the two kinds of text.
 INPUT_TYPES: dict[str, Literal["query", "document"]] = {"query": "query", "passage": "document"}
@@ -82,21 +90,30 @@ _decoder = msgspec.json.Decoder(WeaviateBody)
 @operation({200: (WeaviateAnswer, WeaviateBatchAnswer)}, body=_decoder, embeds=True)
 def vectors() -> Response:
     """Embed one text, or many, as vectors of length 1."""
-    began = time.monotonic()
     body = parse(_decoder)
     config = body.config or WeaviateConfig()
     if isinstance(body.texts, list):
-        texts = body.texts
+        texts, place = body.texts, None
     elif isinstance(body.text, str):
-        texts = [body.text]
+        texts, place = [body.text], _place_of_one
     else:
         raise InvalidRequest("the request has neither text nor texts")
-    result = ask(texts, began, input_type=INPUT_TYPES.get(config.task_type), dimensions=config.dimensions)
+    request = EmbedRequest(
+        texts=texts,
+        deadline=current().deadline,
+        input_type=INPUT_TYPES.get(config.task_type),
+        dimensions=config.dimensions,
+    )
+    result = ask(request, place)
     dims = result.vectors.shape[1]
     found: WeaviateBatchAnswer | WeaviateAnswer = {"vectors": result.vectors, "dims": dims}
     if body.texts is UNSET:
         found = {"text": texts[0], "vector": result.vectors[0], "dim": dims, "dims": dims}
-    return answer_embeddings(found, result, began)
+    return answer_embeddings(found, result)
+
+
+def _place_of_one(_index: int) -> tuple[str, None]:
+    return "text", None
 
 
 @protocol.get("/meta")

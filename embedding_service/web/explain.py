@@ -1,0 +1,112 @@
+"""Why a JSON body is not what a view takes: the field, what was sent, and what is allowed."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from embedding_service.errors import InvalidRequest
+
+# A value longer than this is described, not quoted.
+QUOTED_CHARACTERS = 40
+
+# What JSON calls the Python types that it is decoded to.
+NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false", type(None): "null"}
+
+PLAIN: dict[type[inspect.Type], type] = {
+    inspect.StrType: str,
+    inspect.BoolType: bool,
+    inspect.NoneType: type(None),
+    inspect.ListType: list,
+    inspect.StructType: dict,
+}
+
+
+def explain(kind: type, raw: bytes) -> InvalidRequest:
+    """The error for a body that is JSON and does not fit the type."""
+    try:
+        value = msgspec.json.decode(raw)
+    except msgspec.ValidationError:
+        return InvalidRequest("the body has a number that is out of range")
+    return _fault(_type(kind), value) or InvalidRequest("the body is not as this route takes it")
+
+
+@functools.cache
+def _type(kind: type) -> inspect.Type:
+    return inspect.type_info(kind)
+
+
+def _fault(
+    kind: inspect.Type, value: Any, field: str | None = None, index: int | None = None
+) -> InvalidRequest | None:
+    """The first place where the value is not of the type."""
+    members = _members(kind)
+    for member in members:
+        if isinstance(member, inspect.StructType) and isinstance(value, dict):
+            return _fault_in_fields(member, value, field)
+        if isinstance(member, inspect.ListType) and isinstance(value, list):
+            items = (_fault(member.item_type, item, field, i) for i, item in enumerate(value))
+            return next((fault for fault in items if fault), None)
+    if any(_accepts(member, value) for member in members):
+        return None
+    allowed = _either(_allowed(member) for member in members if not isinstance(member, inspect.NoneType))
+    if field is None:
+        return InvalidRequest(f"the body must be {allowed}, not {_sent(value)}")
+    return InvalidRequest(f"must be {allowed}, not {_sent(value)}", field=field, index=index)
+
+
+def _fault_in_fields(
+    kind: inspect.StructType, value: dict[str, Any], parent: str | None
+) -> InvalidRequest | None:
+    for member in kind.fields:
+        name = member.encode_name
+        path = name if parent is None else f"{parent}.{name}"
+        if name not in value:
+            if member.required:
+                return InvalidRequest("is missing", field=path)
+        elif fault := _fault(member.type, value[name], path):
+            return fault
+    return None
+
+
+def _members(kind: inspect.Type) -> tuple[inspect.Type, ...]:
+    if isinstance(kind, inspect.Metadata):
+        return _members(kind.type)
+    if isinstance(kind, inspect.UnionType):
+        return tuple(member for part in kind.types for member in _members(part))
+    return (kind,)
+
+
+def _accepts(kind: inspect.Type, value: Any) -> bool:
+    if isinstance(kind, inspect.LiteralType):
+        return value in kind.values
+    if isinstance(kind, inspect.IntType):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            return False
+        return (kind.ge is None or value >= kind.ge) and (kind.le is None or value <= kind.le)
+    return isinstance(value, PLAIN.get(type(kind), object))
+
+
+def _allowed(kind: inspect.Type) -> str:
+    if isinstance(kind, inspect.LiteralType):
+        return _either(msgspec.json.encode(value).decode() for value in kind.values)
+    if isinstance(kind, inspect.IntType):
+        return "a whole number" if kind.ge is None else f"a whole number from {kind.ge} to {kind.le}"
+    if isinstance(kind, inspect.ListType):
+        return "an array of strings"
+    return NAMES[PLAIN[type(kind)]]
+
+
+def _sent(value: Any) -> str:
+    if isinstance(value, str | int | float):
+        quoted = msgspec.json.encode(value).decode()
+        if len(quoted) <= QUOTED_CHARACTERS:
+            return quoted
+    return NAMES.get(type(value), "a number")
+
+
+def _either(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
