@@ -5,7 +5,7 @@ import logging
 import msgspec
 from flask import Flask
 
-from embedding_service import config, logs
+from embedding_service import config, logs, preflight
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing.client import RemoteEngine
@@ -29,5 +29,7 @@ def build() -> Flask:
         KeyRing(settings.api_keys, settings.api_keys_file).check()
         if settings.is_open_at(settings.host):
             logging.getLogger("embedding_service").warning(OPEN_WARNING, settings.host)
-        engine = LocalEngine(msgspec.convert(settings, ModelSettings, from_attributes=True))
+        model = msgspec.convert(settings, ModelSettings, from_attributes=True)
+        preflight.check_model(model)
+        engine = LocalEngine(model)
     return create_app(engine, msgspec.convert(settings, WebSettings, from_attributes=True))

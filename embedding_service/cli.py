@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from embedding_service import __version__, config
+from embedding_service import __version__, config, logs
 from embedding_service.errors import StartupError
 from embedding_service.sharing.settings import EX_CONFIG
 
@@ -48,7 +48,7 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
         config.start({name.upper(): value for name, value in given.items() if value is not None})
         serving.serve()
     except StartupError as error:
-        print(error, file=sys.stderr)
+        logs.refuse(error, config.log_format())
         return EX_CONFIG
     return 0
 

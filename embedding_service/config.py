@@ -247,6 +247,11 @@ def current() -> Config:
     return _current or start({})
 
 
+def log_format() -> str:
+    """LOG_FORMAT as far as it can be told while other settings may be wrong."""
+    return "json" if os.environ.get("LOG_FORMAT", "").strip().lower() == "json" else "text"
+
+
 def notes() -> list[str]:
     """Warnings about the `.env` file that was read, each returned once."""
     noted = _notes.copy()

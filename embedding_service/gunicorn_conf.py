@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from gunicorn import glogging
+from gunicorn import glogging, systemd
 
 from embedding_service import config as service_config  # `config` is a setting of gunicorn
-from embedding_service import logs
+from embedding_service import logs, preflight
 from embedding_service.errors import StartupError
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings, socket_path
@@ -25,10 +25,11 @@ try:
     logs.setup(*msgspec.structs.astuple(logging))
     folder = service_config.make_runtime_folder()
 except StartupError as error:
-    print(error, file=sys.stderr)
+    logs.refuse(error, service_config.log_format())
     sys.exit(EX_CONFIG)
 except OSError as error:
-    print(f"No folder for the service's sockets can be made: {error}; set TMPDIR", file=sys.stderr)
+    line = f"No folder for the service's sockets can be made: {error}; set TMPDIR"
+    logs.refuse(line, service_config.log_format())
     sys.exit(EX_CONFIG)
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
@@ -53,6 +54,11 @@ class Logger(glogging.Logger):  # type: ignore[misc]
         super().setup(cfg)
         logs.setup(*msgspec.structs.astuple(logging))
 
+    def debug(self, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """Leave out gunicorn's whole configuration, a hundred lines in one record."""
+        if not str(msg).startswith("Current configuration:"):
+            super().debug(msg, *args, **kwargs)
+
 
 logger_class = Logger
 
@@ -75,14 +81,26 @@ def on_starting(server: Any) -> None:
     ]
     try:
         KeyRing(settings.api_keys, settings.api_keys_file).check()
+        preflight.check_model(model)
+        for address in _new_addresses(server):
+            preflight.check_address(*address)
         server.supervision = Supervision(folder, processes)
     except StartupError as error:
-        print(error, file=sys.stderr)
+        if server.pidfile is not None:
+            server.pidfile.unlink()
+        logs.refuse(error, settings.log_format)
         sys.exit(EX_CONFIG)
     # The addresses after gunicorn's own flags, which win over HOST; a string is a unix socket.
     for address in server.cfg.address:
         if not isinstance(address, str) and settings.is_open_at(address[0]):
             server.log.warning(OPEN_WARNING, address[0])
+
+
+def _new_addresses(server: Any) -> list[tuple[str, int]]:
+    """The addresses that are not open yet: after SIGUSR2, or from systemd, they come as open sockets."""
+    if server.master_pid or systemd.listen_fds(unset_environment=False) or server.cfg.reuse_port:
+        return []
+    return [address[:2] for address in server.cfg.address if isinstance(address, tuple) and address[1]]
 
 
 def post_fork(server: Any, worker: Any) -> None:

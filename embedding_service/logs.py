@@ -1,13 +1,16 @@
 """Logging for every process of the service: one line per event, with the request id where there is one."""
 
+import io
 import logging
 import logging.config
 import logging.handlers
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
 
 import orjson
 
@@ -30,10 +33,9 @@ class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.000Z INFO web [request id] message`, and a traceback below where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         caller = request_id()
         line = (
-            f"{stamp}.{int(record.msecs):03d}Z {record.levelname:<7} {_short(record.name)} "
+            f"{_stamp(record)} {record.levelname:<7} {_short(record.name)} "
             f"{f'[{caller}] ' if caller else ''}{record.getMessage().translate(_CONTROL)}"
         )
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -44,7 +46,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = {
-            "time": record.created,
+            "time": _stamp(record),
             "level": record.levelname.lower(),
             "logger": _short(record.name),
             "process": record.process,
@@ -61,7 +63,7 @@ class FileHandler(logging.handlers.WatchedFileHandler):
     """A log file that moves with logrotate; while it cannot be written, lines go to standard error."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(self.format(record), file=_stream())
 
 
 def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
     handler: dict[str, Any] = (
         {"class": "embedding_service.logs.FileHandler", "filename": file, "encoding": "utf-8"}
         if file
-        else {"class": "logging.StreamHandler", "stream": sys.stderr}
+        else {"class": "logging.StreamHandler", "stream": _stream()}
     )
     handler["formatter"] = "line"
     formatter = JsonFormatter if form == "json" else TextFormatter
@@ -83,6 +85,7 @@ def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
         "root": {"level": root_level, "handlers": ["out"]},
         "loggers": {
             "embedding_service": {"level": level.upper()},
+            "stdout": {"level": level.upper()},
             "gunicorn.error": {"level": level.upper(), "handlers": [], "propagate": True},
         },
     }
@@ -101,6 +104,88 @@ def setup(level: str, form: str, file: str | None) -> None:
         except OSError as error:
             raise StartupError(f"LOG_FILE={file!r} cannot be written: {error.strerror}") from None
     logging.config.dictConfig(config)
+    logging.captureWarnings(True)
+    sys.excepthook, threading.excepthook = _log_uncaught, _log_uncaught_in_thread
+    if form == "json":
+        _capture()
+
+
+def refuse(error: object, form: str) -> None:
+    """Say on standard error why the service does not start, whether or not logging is set up."""
+    record = logging.LogRecord("start", logging.CRITICAL, "", 0, "%s", (error,), None)
+    print(JsonFormatter().format(record) if form == "json" else error, file=_stream())
+
+
+def adopt_libraries() -> None:
+    """Have the libraries that are imported by now log through our handler instead of their own."""
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and not logger.name.startswith("gunicorn"):
+            for handler in logger.handlers.copy():
+                # Not its subclasses, which write to files.
+                if type(handler) is logging.StreamHandler:
+                    logger.removeHandler(handler)
+                    logger.propagate = True
+
+
+class LineLogger(io.TextIOBase):
+    """Stands in for standard output or error: what a library prints becomes a record for each line."""
+
+    def __init__(self, name: str, level: int, original: TextIO) -> None:
+        self.original = original
+        self._log, self._level = logging.getLogger(name), level
+        # For each thread the line that it has begun, and whether it is logging one.
+        self._state = threading.local()
+
+    def write(self, text: str) -> int:
+        if getattr(self._state, "busy", False):
+            return self.original.write(text)  # the log itself has failed
+        *lines, self._state.rest = (getattr(self._state, "rest", "") + text).replace("\r", "\n").split("\n")
+        self._state.busy = True
+        try:
+            for line in lines:
+                if line.strip():
+                    self._log.log(self._level, "%s", line.rstrip())
+        finally:
+            self._state.busy = False
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.original.fileno()
+
+    def flush(self) -> None:
+        self.original.flush()
+
+
+def _stream() -> TextIO:
+    """The real standard error."""
+    return sys.stderr.original if isinstance(sys.stderr, LineLogger) else sys.stderr
+
+
+def _capture() -> None:
+    """Make lines in our form of what Python and libraries print, uncaught exceptions included."""
+    for name, level in (("stdout", logging.INFO), ("stderr", logging.WARNING)):
+        stream = getattr(sys, name)
+        if not isinstance(stream, LineLogger):
+            setattr(sys, name, LineLogger(name, level, stream))
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt | SystemExit):
+        logging.getLogger("uncaught").critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_value is not None:
+        _log_uncaught(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+
+
+def _stamp(record: logging.LogRecord) -> str:
+    """ISO 8601, in UTC, with milliseconds."""
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d}Z"
 
 
 def _short(name: str) -> str:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from embedding_service import metrics
+from embedding_service import logs, metrics
 from embedding_service.engine import (
     GRACE_SECONDS,
     Embeddings,
@@ -181,4 +181,5 @@ def _load_model(settings: ModelSettings) -> Runtime:
     # Imported here: torch and sentence-transformers take seconds, and /health answers meanwhile.
     from embedding_service.inference.model import Model
 
+    logs.adopt_libraries()
     return Model(settings)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import logging
+import re
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 
 # What a model's folder may be asked for from the hub: never a pickle, never code.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 HUB_IGNORED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]
 
 
@@ -37,16 +39,31 @@ def resolve(name: str, revision: str | None) -> Source:
 
     Raises StartupError, with the way out, where they cannot be had.
     """
+    check(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Source(folder=folder.resolve(), origin="local folder")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise StartupError(f"EMBEDDING_MODEL={name!r}: there is no such folder")
     if "/" not in name:
         name = f"{ORGANIZATION}/{name}"
     if name == DEFAULT_MODEL and revision is None and (packaged := _packaged()):
         return Source(folder=packaged, origin=f"package {PACKAGE.replace('_', '-')}")
     return _from_hub(name, revision)
+
+
+def check(name: str) -> None:
+    """Raises StartupError if the name alone, or the folder that it names, shows that there is no model."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
+            raise StartupError(f"EMBEDDING_MODEL={name!r} is a folder without modules.json or config.json")
+        if next(folder.rglob("*.safetensors"), None) is None:
+            raise StartupError(
+                f"EMBEDDING_MODEL={name!r} is a folder without .safetensors; other weights are not loaded"
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise StartupError(f"EMBEDDING_MODEL={name!r}: there is no such folder")
+    elif not HUB_NAME.fullmatch(name):
+        raise StartupError(f"EMBEDDING_MODEL={name!r} is neither a folder nor a model name")
 
 
 def sha256_of_weights(folder: Path) -> str:

@@ -191,7 +191,7 @@ def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
     """Return the exit code once this process is of no use any more; until then, show that it lives."""
     engine.loaded.wait()
     if isinstance(engine.startup_error, StartupError):
-        log.error("%s", engine.startup_error)
+        settings.failure_path.write_text(str(engine.startup_error), errors="replace")
         return EX_CONFIG
     idle = threading.Event()
     last = time.monotonic()

@@ -45,6 +45,11 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.socket_path).with_suffix(".device")
 
     @property
+    def failure_path(self) -> Path:
+        """Where the process writes why its model cannot be loaded."""
+        return Path(self.socket_path).with_suffix(".failure")
+
+    @property
     def heartbeat_path(self) -> Path:
         """The file whose time the process renews for as long as its threads run."""
         return Path(self.socket_path).with_suffix(".heartbeat")

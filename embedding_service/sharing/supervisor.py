@@ -110,7 +110,7 @@ class Child:
         first = not self._deaths
         self._deaths.append(now)
         if code == EX_CONFIG and first:
-            return Verdict(EX_CONFIG, "the model cannot be loaded; the line above says why")
+            return Verdict(EX_CONFIG, self._settings.failure_path.read_text())
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         process = f"the model process ({self._settings.model.device})"
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_SECONDS:

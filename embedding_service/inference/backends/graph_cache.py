@@ -48,7 +48,7 @@ class GraphCache:
                 whole.rename(self._entry)
             self._drop_old()
         except (OSError, RuntimeError) as error:
-            log.debug("The converted model is not kept for the next start: %s", error)
+            log.warning("CACHE_FOLDER cannot be written, so every start converts the model again: %s", error)
 
     def forget(self) -> None:
         """Remove an entry that gives wrong answers."""

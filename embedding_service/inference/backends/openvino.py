@@ -1,7 +1,9 @@
 """The forward pass in OpenVINO: the whole model, from token ids to vectors, compiled for an x86 CPU."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import openvino
@@ -102,9 +104,21 @@ def _compile(graph: openvino.Model, streams: int, threads: int, int8: bool) -> o
     return openvino.Core().compile_model(graph, "CPU", settings)
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Tracing looks at every attribute, and transformers warns about those that nobody has set."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _convert(model: SentenceTransformer, inputs: dict[str, torch.Tensor], int8: bool) -> openvino.Model:
     names = list(inputs)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_transformers():
         warnings.simplefilter("ignore")
         graph = openvino.convert_model(_IdsToVectors(model, names), example_input=tuple(inputs.values()))
     for port, name in zip(graph.inputs, names, strict=True):

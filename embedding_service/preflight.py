@@ -1,0 +1,68 @@
+"""Whatever can be known to fail before the service listens, without loading a model."""
+
+import ctypes.util
+import errno
+import importlib.metadata
+import importlib.util
+import os
+import socket
+
+from embedding_service.errors import StartupError
+from embedding_service.inference import source
+from embedding_service.inference.settings import ModelSettings
+
+
+def check_model(settings: ModelSettings) -> None:
+    """Raises StartupError if the model, its device or its number format is certain to fail."""
+    source.check(settings.embedding_model)
+    if settings.dtype == "int8" and importlib.util.find_spec("nncf") is None:
+        raise StartupError("DTYPE=int8 needs nncf: pip install -r requirements-int8.txt")
+    for package, needs in (("openvino", settings.backend == "openvino" or settings.dtype == "int8"),):
+        if needs and importlib.util.find_spec(package) is None:
+            raise StartupError(f"BACKEND=openvino and DTYPE=int8 need {package}, which is for x86 CPUs")
+    devices = settings.device.split(",")
+    if not settings.cpu_fallback and any(device.startswith("cuda") for device in devices):
+        reason = _no_cuda()
+        if reason is not None:
+            raise StartupError(
+                f"DEVICE={settings.device}, but {reason}, and CPU_FALLBACK=false. "
+                "Start with --gpus all, or set DEVICE=cpu"
+            )
+
+
+def _no_cuda() -> str | None:
+    """Why there can be no CUDA device, or None if only torch can tell."""
+    build = importlib.metadata.version("torch").partition("+")[2]
+    if build == "cpu":
+        return "the installed torch is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # noqa: TID251 - CUDA's own, not a setting
+    if visible is not None and visible.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides every device"
+    if not build.startswith("rocm") and ctypes.util.find_library("cuda") is None:
+        return "the NVIDIA driver (libcuda) is not installed"
+    return None
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises StartupError if nobody can listen at this address now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        # As gunicorn does, so that connections of a former service that are still closing do not matter.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+            sock.listen(1)
+        except OSError as error:
+            raise StartupError(_why_not(host, port, error)) from None
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"PORT={port} is in use at {host}: stop what listens there, or set PORT to another"
+    if error.errno == errno.EACCES:
+        return f"PORT={port} needs a privilege, as ports below 1024 do: set PORT to another"
+    if isinstance(error, socket.gaierror):
+        return f"HOST={host!r} cannot be resolved to an address: {error.strerror}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"HOST={host!r} is no address of this machine"
+    return f"HOST={host!r}, PORT={port}: {error.strerror}"

@@ -1,0 +1,110 @@
+"""What can be known before the service listens stops the start: one line, exit 78, no open port."""
+
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from embedding_service import preflight
+from embedding_service.errors import StartupError
+from embedding_service.inference import source
+from embedding_service.inference.settings import ModelSettings
+from tests.service import free_port
+
+GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        pytest.param({"EMBEDDING_MODEL": "./nowhere"}, "there is no such folder", id="no folder"),
+        pytest.param({"EMBEDDING_MODEL": "tests"}, "a folder without modules.json", id="not a model"),
+        pytest.param({"EMBEDDING_MODEL": "what is this"}, "neither a folder nor a model", id="no name"),
+        pytest.param({"DEVICE": "cuda", "CPU_FALLBACK": "false"}, "CPU_FALLBACK=false", id="no CUDA"),
+        pytest.param({"API_KEYS_FILE": "/nowhere"}, "API_KEYS_FILE='/nowhere' cannot be read", id="no keys"),
+        pytest.param({"LOG_FILE": "/nowhere/log"}, "LOG_FILE='/nowhere/log' cannot be written", id="no log"),
+        pytest.param({"HOST": "nowhere.invalid"}, "HOST='nowhere.invalid' cannot be", id="an unknown name"),
+        pytest.param({"HOST": "192.0.2.1"}, "HOST='192.0.2.1' is no address of this", id="another's address"),
+        pytest.param({"HOST": "unix:/run/x.sock"}, "HOST='unix:/run/x.sock' is not allowed", id="unix"),
+        pytest.param({"HOST": "*"}, "0.0.0.0 for every address", id="a star"),
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_refused_before_it_listens(start, settings, words, form):
+    if settings.get("DEVICE"):
+        settings = settings | {"CUDA_VISIBLE_DEVICES": ""}
+    service = start(**settings, LOG_FORMAT=form)
+    assert service.process.wait(30) == 78
+    lines = service.log().splitlines()
+    assert words in lines[-1]
+    assert "Listening" not in service.log()
+    assert "Traceback" not in service.log()
+    if form == "json":
+        assert [json.loads(line)["time"][-1] for line in lines] == ["Z"] * len(lines)
+
+
+@pytest.mark.parametrize(
+    "command", [None, [GUNICORN, "-b", "127.0.0.1:{port}", "app:app"]], ids=["app.py", "gunicorn"]
+)
+def test_a_port_in_use_is_one_line_at_once(start, command):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        if command:
+            command = [part.replace("{port}", str(port)) for part in command]
+        service = start(command, PORT=str(port))
+        assert service.process.wait(30) == 78
+    assert service.log().splitlines()[-1].startswith(f"PORT={port} is in use at 127.0.0.1")
+    assert "ERROR" not in service.log()
+
+
+def test_a_port_whose_connections_are_still_closing_is_free():
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as server:
+        client = socket.create_connection(("127.0.0.1", port))
+        server.accept()[0].close()
+    client.close()
+    preflight.check_address("127.0.0.1", port)
+
+
+def test_int8_without_its_package(monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "nncf" else name)
+    with pytest.raises(StartupError, match="DTYPE=int8 needs nncf"):
+        preflight.check_model(ModelSettings(embedding_model=source.DEFAULT_MODEL, dtype="int8"))
+
+
+def test_a_folder_without_safetensors(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(StartupError, match=r"without \.safetensors"):
+        source.check(str(tmp_path))
+
+
+def test_what_only_the_model_process_finds_is_said_at_the_end(start, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    service = start(EMBEDDING_MODEL=str(tmp_path))
+    assert service.process.wait(60) == 78
+    assert f"The model in {tmp_path} cannot be loaded" in service.log().splitlines()[-1]
+
+
+def test_a_unix_socket_by_gunicorns_own_option(start, tmp_path):
+    path = tmp_path / "embedding.sock"
+    start([GUNICORN, "-b", f"unix:{path}", "app:app"])
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(5)
+                client.connect(str(path))
+                client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                answer = client.recv(1000)
+        except OSError:
+            continue
+        if answer:
+            break
+    assert answer.startswith(b"HTTP/1.1 200")

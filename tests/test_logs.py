@@ -1,0 +1,77 @@
+"""Every line that any process writes is of the form asked for."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.service import ROOT
+
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+PROGRAM = """
+import logging, sys, threading, warnings
+from embedding_service import logs
+logs.setup("info", sys.argv[1], None)
+library = logging.getLogger("library")
+library.addHandler(logging.StreamHandler())
+library.propagate = False
+logs.adopt_libraries()
+library.warning("a library's line")
+warnings.warn("a warning")
+print("printed")
+print("in two", "pieces", file=sys.stderr)
+sys.stderr.write("\\n\\rprogress 1\\rprogress 2\\n")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+raise RuntimeError("the end")
+"""
+
+
+def output(form: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, form], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    return (done.stdout + done.stderr).splitlines()
+
+
+def test_json_holds_what_libraries_print_and_what_nobody_caught():
+    records = [json.loads(line) for line in output("json")]
+    assert all(STAMP.fullmatch(record["time"]) for record in records)
+    assert [
+        (record["logger"], record["message"]) for record in records if record["logger"] != "py.warnings"
+    ] == [
+        ("library", "a library's line"),
+        ("stdout", "printed"),
+        ("stderr", "in two pieces"),
+        ("stderr", "progress 1"),
+        ("stderr", "progress 2"),
+        ("uncaught", "ZeroDivisionError: division by zero"),
+        ("uncaught", "RuntimeError: the end"),
+    ]
+    assert "Traceback" in records[-1]["traceback"]
+
+
+def test_text_has_a_library_in_our_form():
+    assert any(line.endswith("WARNING library a library's line") for line in output("text"))
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_every_line_of_a_service_is_json(start, tmp_path, level):
+    (tmp_path / "file").touch()
+    service = start(LOG_FORMAT="json", LOG_LEVEL=level, CACHE_FOLDER=str(tmp_path / "file" / "below"))
+    service.wait_ready()
+    service.post("/embed", {"texts": "hello"})
+    service.post("/embed", {"texts": 3})
+    assert service.stop(signal.SIGTERM) == 0
+    records = [json.loads(line) for line in service.log().splitlines()]
+    assert {"gunicorn.error", "inference.model"} <= {
+        record["logger"] for record in records
+    } or level == "info"
+    assert not [r for r in records if "loss_type" in r["message"] or "Current configuration" in r["message"]]
+    assert len([r for r in records if "CACHE_FOLDER cannot be written" in r["message"]]) == 1
