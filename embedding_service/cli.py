@@ -68,6 +68,10 @@ def download(arguments: Sequence[str]) -> int:
     try:
         config.environment()
         found = source.resolve(given.model, given.revision)
+        if damaged := source.damaged(found.folder):
+            raise StartupError(
+                f"{', '.join(damaged)} in {found.folder}: damaged; delete the folder and download it again"
+            )
     except StartupError as error:
         print(error, file=sys.stderr)
         return EX_CONFIG

@@ -226,7 +226,10 @@ def environment() -> dict[str, str]:
         for name, meant in env_file.misspelt(read, NAMES).items()
         if name != "API_KEY"
     )
-    return read | dict(os.environ)
+    found = read | dict(os.environ)
+    if "API_KEY" in read and not (found.get("API_KEYS") or found.get("API_KEYS_FILE")):
+        _notes.append(f"{file}: API_KEY is what embed_file sends; the service asks for the keys in API_KEYS")
+    return found
 
 
 # What was odd in `.env`, to be logged once there is a log.

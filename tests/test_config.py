@@ -187,11 +187,20 @@ def test_an_env_file_that_cannot_be_read_is_one_line(env_file):
     ],
 )
 def test_a_misspelt_setting_is_told_with_the_nearest(env_file, written, meant):
-    env_file.write_text(f"{written}=1\nHF_TOKEN=x\nHF_HOME=/x\nTMPDIR=/x\nAPI_KEY=x\n")
+    env_file.write_text(f"{written}=1\nHF_TOKEN=x\nHF_HOME=/x\nTMPDIR=/x\n")
     config.load()
     [note] = config.notes()
     assert f"{written} is not a setting" in note
     assert note.endswith(f"is it {meant}?")
+
+
+def test_the_clients_key_alone_is_told_to_protect_nothing(env_file):
+    env_file.write_text("API_KEY=x\n")
+    config.load()
+    assert "the service asks for the keys in API_KEYS" in config.notes()[0]
+    env_file.write_text("API_KEY=x\nAPI_KEYS=x\n")
+    config.load()
+    assert config.notes() == []
 
 
 def test_env_example_has_every_setting_with_its_default_and_sentence():

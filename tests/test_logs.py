@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import requests
 
 from tests.service import ROOT
 
@@ -75,3 +76,25 @@ def test_every_line_of_a_service_is_json(start, tmp_path, level):
     } or level == "info"
     assert not [r for r in records if "loss_type" in r["message"] or "Current configuration" in r["message"]]
     assert len([r for r in records if "CACHE_FOLDER cannot be written" in r["message"]]) == 1
+
+
+def test_what_native_code_prints_in_the_model_process_is_json(start, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'embedding_service.sharing.server' in sys.orig_argv:\n"
+        "    os.write(1, b'from C\\n')\n    os.write(2, b'{not ours\\n')\n"
+    )
+    service = start(LOG_FORMAT="json", PYTHONPATH=str(tmp_path)).wait_ready()
+    assert service.stop() == 0
+    records = [json.loads(line) for line in service.log().splitlines()]
+    assert {"from C", "{not ours"} <= {record["message"] for record in records}
+
+
+def test_a_request_leaves_no_id_behind(start):
+    service = start(LOG_FORMAT="json", LOG_LEVEL="debug").wait_ready()
+    with requests.Session() as client:
+        for name in ("first", "second"):
+            headers = {"X-Request-ID": name}
+            assert client.post(f"{service.url}/embed", json={"texts": "a"}, headers=headers).ok
+    assert service.stop() == 0
+    records = [json.loads(line) for line in service.log().splitlines()]
+    assert not [r for r in records if r["logger"] == "gunicorn.error" and "request_id" in r]

@@ -76,6 +76,31 @@ def sha256_of_weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def damaged(folder: Path) -> list[str]:
+    """The files of a hub's cache whose content is not what their names in the cache promise.
+
+    A file there links to its blob, which is named for the SHA-256 of its content, or for git's SHA-1.
+    """
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if not _is_whole(path)]
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_symlink():
+        return True
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name) is None:
+        return True
+    try:
+        with blob.open("rb") as file:
+            if len(blob.name) == 64:
+                return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+            content = file.read()
+    except OSError:
+        return False
+    header = f"blob {len(content)}\0".encode()
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == blob.name
+
+
 def _packaged() -> Path | None:
     # find_spec locates the package without running any of its code.
     spec = importlib.util.find_spec(PACKAGE)

@@ -12,9 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -30,6 +32,7 @@ from embedding_service.sharing.settings import (
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.supervisor")
+native = logging.getLogger("stderr")
 
 MAX_DEATHS, DEATHS_WITHIN_SECONDS = 5, 60.0
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0)
@@ -100,10 +103,16 @@ class Child:
             model = msgspec.structs.replace(settings.model, device=device, cpu_fallback=False)
             settings = msgspec.structs.replace(settings, model=model)
         argument = msgspec.json.encode(settings).decode()
+        output = subprocess.PIPE if settings.log.log_format == "json" else None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "embedding_service.sharing.server", argument],
             stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
         )
+        if self._process.stdout is not None:
+            # Out here, so that the last words of a process that crashes are not lost.
+            threading.Thread(target=_pass_on, args=[self._process.stdout], daemon=True).start()
 
     def _died(self, code: int) -> Verdict | None:
         now = time.monotonic()
@@ -124,6 +133,16 @@ class Child:
         log.error("%s ended %s; starting it again in %.1f s", process.capitalize(), how, wait)
         self._start_at = now + wait
         return None
+
+
+def _pass_on(output: IO[bytes]) -> None:
+    """Write down what a model process writes: its log as it is, what native code prints as a record."""
+    with output:
+        for line in output:
+            if line.startswith(b'{"time":'):
+                os.write(2, line)
+            elif line.strip():
+                native.warning("%s", line.decode(errors="replace").rstrip())
 
 
 def main(folder: Path, all_settings: list[ProcessSettings]) -> int:

@@ -1,5 +1,6 @@
 """The commands work from any folder, answer --help and --version, and refuse what they do not know."""
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -14,6 +15,12 @@ APP = [sys.executable, str(ROOT / "app.py")]
 MODULE = [sys.executable, "-m", "embedding_service"]
 GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
 CONFIG = str(ROOT / "gunicorn.conf.py")
+DOWNLOAD = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from embedding_service import cli
+sys.exit(cli.main(["download", "some/model"]))
+"""
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -117,3 +124,33 @@ def test_sigusr2_starts_the_same_command_again(start, tmp_path):
         ]
 
     wait_until(new_master, 30, "a new master")
+
+
+def hub_cache(folder: Path, weights: bytes) -> Path:
+    """A cache as huggingface_hub fills it: one model, whose weights' blob is named for `whole`."""
+    model = folder / "hub" / "models--some--model"
+    snapshot = model / "snapshots" / "0123456789012345678901234567890123456789"
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(snapshot.name)
+    (model / "blobs").mkdir()
+    blobs = {
+        "config.json": (hashlib.sha1(b"blob 2\0{}").hexdigest(), b"{}"),
+        "model.safetensors": (hashlib.sha256(b"whole").hexdigest(), weights),
+    }
+    for name, (blob, content) in blobs.items():
+        (model / "blobs" / blob).write_bytes(content)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+@pytest.mark.parametrize("weights", [b"whole", b"hole"])
+def test_download_checks_the_hashes(tmp_path, weights):
+    snapshot = hub_cache(tmp_path, weights)
+    (tmp_path / ".env").write_text(f"HF_HOME={tmp_path}\nHF_HUB_OFFLINE=1\n")
+    done = run(*APP[:1], "-c", DOWNLOAD, cwd=tmp_path)
+    if weights == b"whole":
+        assert (done.returncode, done.stdout) == (0, f"some/model is in {snapshot} (Hugging Face hub)\n")
+    else:
+        assert done.returncode == 78
+        assert done.stderr.startswith(f"model.safetensors in {snapshot}: damaged")

@@ -1,0 +1,99 @@
+"""`pip install .` makes a command that serves from any folder, with all the files that it needs."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from embedding_service import __version__
+from tests.service import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins(path: str) -> list[str]:
+    """The pinned packages of a requirements file."""
+    lines = (ROOT / path).read_text().splitlines()
+    return [re.sub(r"\s", "", line).replace('"', "'") for line in lines if "==" in line and line[0] != "#"]
+
+
+def test_depends_on_what_the_requirements_pin():
+    assert [re.sub(r"\s", "", pin) for pin in PROJECT["dependencies"]] == pins("requirements.txt")
+    for extra, pinned in PROJECT["optional-dependencies"].items():
+        assert pinned == pins(f"requirements-{extra}.txt")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(ROOT / "embedding_service", source / "embedding_service")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def command(wheel: Path) -> Iterator[str]:
+    """The console command, installed in a virtual environment that sees the dependencies of this one."""
+    environment = wheel.parent / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = str(environment / "bin" / "python")
+    pip("--python", python, "install", "--no-deps", "--no-index", str(wheel))
+    where = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (Path(where.stdout.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    yield str(environment / "bin" / "embedding-service")
+
+
+def pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel):
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "embedding_service").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == files
+
+
+def test_serves_from_an_empty_folder(command, start, tmp_path, oracle):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    service = start([command, "serve", "--port", "{port}"], cwd=empty, PORT="1").wait_ready()
+    vectors = service.post("/embed", {"texts": "hello"}).json()["embeddings"]
+    assert abs(vectors[0] - oracle.encode("hello", normalize_embeddings=True)).max() < 1e-5
+    assert "<title>" in requests.get(service.url, timeout=10).text
+    assert str(ROOT) not in " ".join(service.model_process().cmdline())
+    assert service.stop() == 0
+    assert not list(empty.iterdir())
+
+
+def test_embeds_a_file(command, tmp_path):
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    subprocess.run([command, "embed", "rows.txt", "-o", "rows.npy"], cwd=tmp_path, check=True)
+    assert (tmp_path / "rows.npy").is_file()
+
+
+def test_says_its_version(command, tmp_path):
+    done = subprocess.run([command, "--version"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout == f"embedding-service {__version__}\n"
