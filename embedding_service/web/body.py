@@ -1,47 +1,107 @@
 """Reading requests and writing answers: bytes to a validated struct, and a dict to bytes."""
 
-from typing import Any, TypeVar
+from codecs import BOM_UTF8
+from typing import Any, Generic, TypeVar, cast, get_args
 
 import msgspec
 import orjson
 from flask import Response, request
 
-from embedding_service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from embedding_service.errors import InvalidRequest, ServiceError, TooLarge, UnsupportedMediaType
 from embedding_service.web.context import context
 from embedding_service.web.explain import explain
+from embedding_service.web.fields import check_others
 
-Body = TypeVar("Body")
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
-def parse(decoder: msgspec.json.Decoder[Body]) -> Body:
-    """The request's body as the decoder's struct, whatever its Content-Type says."""
-    return decode(decoder, read())
+class BodyDecoder(Generic[Body]):
+    """Decodes bodies as a struct, and judges the fields that the struct does not have.
 
+    The first decoder takes only bodies without such fields, so that most bodies are decoded once.
+    """
 
-def decode(decoder: msgspec.json.Decoder[Body], raw: bytes) -> Body:
-    """The bytes as the decoder's struct. Raises InvalidRequest."""
-    try:
+    def __init__(self, kind: type[Body], *, near: bool = False) -> None:
+        """With `near`, fields that are nearly a known one are refused."""
+        self.type = kind
+        self._near = near
+        self._exact = msgspec.json.Decoder(_without_others(kind))
+        self._tolerant = msgspec.json.Decoder(kind)
+
+    def decode(self, raw: bytes) -> Body:
+        """The bytes as the struct. Raises InvalidRequest; UnsupportedMediaType for a form that is no JSON."""
         try:
-            return decoder.decode(raw)
+            try:
+                return self._exact.decode(raw)
+            except msgspec.ValidationError:
+                return self._decode_with_others(raw)
+        except UnicodeDecodeError as error:
+            raise _not_json(f"the body is not valid UTF-8: {error.reason}") from None
+        except msgspec.DecodeError as error:
+            raise _not_json(f"the body is not valid JSON: {error}") from None
+        except RecursionError:
+            raise InvalidRequest("the body is nested too deeply") from None
+
+    def _decode_with_others(self, raw: bytes) -> Body:
+        try:
+            self._judge(self.type, msgspec.json.decode(raw))
+            return self._tolerant.decode(raw)
         except msgspec.ValidationError:
-            # The rest of the body has not been read by now, and may be no JSON.
-            raise explain(decoder.type, raw) from None
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not valid UTF-8: {error.reason}") from None
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
+            raise explain(self.type, raw) from None
+
+    def _judge(self, kind: type, value: Any, parent: str = "") -> None:
+        if not isinstance(value, dict):
+            return
+        fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+        check_others(fields, value, parent, near=self._near)
+        for name, field in fields.items():
+            for struct in _structs(field.type):
+                self._judge(struct, value.get(name), f"{parent}{name}.")
+
+
+def _without_others(kind: type[Body]) -> type[Body]:
+    """A subclass of the struct, all the way down, that refuses fields that it does not have."""
+    overridden: list[Any] = []
+    for field in msgspec.structs.fields(kind):
+        if structs := _structs(field.type):
+            (struct,) = structs
+            inner: Any = _without_others(struct)
+            optional: Any = inner | None
+            overridden.append((field.name, inner) if field.required else (field.name, optional, None))
+    made = msgspec.defstruct(
+        kind.__name__, overridden, bases=(kind,), frozen=True, forbid_unknown_fields=True, kw_only=True
+    )
+    return cast(type[Body], made)
+
+
+def _structs(kind: Any) -> list[type[msgspec.Struct]]:
+    members = get_args(kind) or (kind,)
+    return [each for each in members if isinstance(each, type) and issubclass(each, msgspec.Struct)]
+
+
+def parse(decoder: BodyDecoder[Body]) -> Body:
+    """The request's body as the decoder's struct, whatever its Content-Type says."""
+    return decoder.decode(read())
+
+
+def _not_json(reason: str) -> ServiceError:
+    """`curl -d` labels JSON as a form, so a form is told by what it is not.
+
+    Another site's page can therefore have its visitor's browser post JSON here without asking first. It
+    gains nothing: a key is sent in a header, which such a form cannot set and no browser adds by itself,
+    the answer cannot be read across sites, and no request changes anything.
+    """
+    if request.mimetype in FORMS:
+        return UnsupportedMediaType(
+            "the body is sent as a form; add -H 'Content-Type: application/json' and send JSON"
+        )
+    return InvalidRequest(reason)
 
 
 def read() -> bytes:
     """The whole body. Raises TooLarge, UnsupportedMediaType, or InvalidRequest where it is empty."""
-    if request.mimetype in FORMS:
-        raise UnsupportedMediaType(
-            "the body is sent as a form; add -H 'Content-Type: application/json' and send JSON"
-        )
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise UnsupportedMediaType("compressed bodies are not read; send the JSON as it is")
     limit = context().settings.max_body_bytes
@@ -61,7 +121,7 @@ def read() -> bytes:
         raise InvalidRequest(f"the body ended after {len(raw)} of {length} bytes")
     if not raw:
         raise InvalidRequest("the body is empty; send a JSON object")
-    return raw
+    return raw.removeprefix(BOM_UTF8)
 
 
 def answer(body: Any, status: int = 200) -> Response:

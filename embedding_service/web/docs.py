@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from flask import Blueprint, Flask, Response, current_app, render_template, send_from_directory
+from flask import Blueprint, Flask, Response, current_app, render_template, request, send_from_directory
 
 from embedding_service.web import page
 from embedding_service.web.openapi import document
@@ -36,10 +36,17 @@ def openapi() -> Response:
 @operation({200: str}, media=("text/html",), public=True)
 def show() -> Response:
     """The same for a person, rendered by Swagger UI from files of this service."""
-    response = Response(render_template("docs.html", version=page.VERSION), mimetype="text/html")
+    response = Response(
+        render_template("docs.html", version=page.VERSION, here=_here()), mimetype="text/html"
+    )
     response.headers["Content-Security-Policy"] = SECURITY_POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
+
+
+def _here() -> str:
+    """From the page to our root; relative, since a proxy may serve us below a path that we do not know."""
+    return "../" if request.path.endswith("/") else ""
 
 
 @blueprint.get("/docs/<name>")

@@ -21,6 +21,7 @@ PLAIN: dict[type[inspect.Type], type] = {
     inspect.NoneType: type(None),
     inspect.ListType: list,
     inspect.StructType: dict,
+    inspect.DictType: dict,
 }
 
 

@@ -99,7 +99,8 @@ def info() -> Response:
         "model_type": {"embedding": {"pooling": model.pooling}},
         "max_input_length": model.max_seq_length,
         "max_client_batch_size": settings.max_texts_per_request,
-        "max_batch_tokens": model.max_batch_tokens,
+        # TEI's clients size their requests by it; larger ones are split here, so it need not be small.
+        "max_batch_tokens": max(model.max_batch_tokens, model.batch_size * model.max_seq_length),
         "max_concurrent_requests": settings.web_threads,
         "auto_truncate": True,
         "version": __version__,

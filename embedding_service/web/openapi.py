@@ -48,6 +48,8 @@ def document(app: Flask) -> dict[str, Any]:
             "version": __version__,
             "description": "Text embeddings, for the clients of several APIs, from one model and one queue.",
         },
+        # Relative to this document, which a proxy may serve below a path that we do not know.
+        "servers": [{"url": "."}],
         "paths": paths,
         "components": {
             "schemas": schemas.components,

@@ -15,6 +15,7 @@ from embedding_service.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
+from embedding_service.web.body import BodyDecoder
 
 JSON = "application/json"
 
@@ -42,7 +43,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     answers: Mapping[int, Any]
     media: tuple[str, ...]
-    body: msgspec.json.Decoder[Any] | None
+    body: BodyDecoder[Any] | None
     raises: tuple[type[ServiceError], ...]
     embeds: bool
     public: bool
@@ -58,7 +59,7 @@ def operation(
     answers: Mapping[int, Any],
     *,
     media: tuple[str, ...] = (JSON,),
-    body: msgspec.json.Decoder[Any] | None = None,
+    body: BodyDecoder[Any] | None = None,
     raises: tuple[type[ServiceError], ...] = (),
     embeds: bool = False,
     public: bool = False,

@@ -11,6 +11,7 @@ from flask import Request, current_app, has_request_context, request
 if TYPE_CHECKING:
     from embedding_service.web.protocol import Protocol
 
+SLASHES = re.compile("/{2,}")
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -21,6 +22,9 @@ class ServiceRequest(Request):
 
     def __init__(self, environ: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
+        if "//" in environ["PATH_INFO"]:
+            # A base URL that ends in a slash. A redirect would turn some clients' POST into a GET.
+            environ["PATH_INFO"] = SLASHES.sub("/", environ["PATH_INFO"])
         super().__init__(environ, *args, **kwargs)
 
     @cached_property

@@ -44,9 +44,24 @@ def test_the_asynchronous_client(service, close):
 
 
 def test_list(client, model_name):
-    (model,) = client.list().models
+    model, *aliases = client.list().models
     assert model.model == model_name
     assert model.modified_at is not None
+    assert [alias.model for alias in aliases] == [
+        "all-minilm:latest",
+        "all-minilm-l6-v2:latest",
+        "any:latest",
+    ]
+
+
+@pytest.mark.parametrize("name", ["all-minilm", "all-minilm:latest", "any"])
+def test_clients_that_check_a_name_first_find_it(client, name, model_name):
+    shown = client.show(name)
+    assert shown.capabilities == ["embedding"]
+    assert shown.modelinfo["bert.embedding_length"] == 384
+    assert client.pull(name).status == "success"
+    assert [progress.status for progress in client.pull(name, stream=True)] == ["success"]
+    assert [model.model for model in client.ps().models] == [model_name]
 
 
 def test_truncate_false_refuses_over_long_texts(client):

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from embedding_service.engine import Embeddings, EmbedRequest
 from embedding_service.errors import InvalidRequest
-from embedding_service.web.body import decode, read
+from embedding_service.web.body import BodyDecoder, read
 from embedding_service.web.embedding import (
     Dimensions,
     EncodedVectors,
@@ -51,12 +51,12 @@ class EmbedBody(msgspec.Struct, frozen=True):
     """Texts to embed."""
 
     texts: Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
-    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] = True
+    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = True
     prompt_name: PromptName | None = None
     input_type: InputType | None = None
     dimensions: Dimensions | None = None
-    truncate: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] = True
-    encoding_format: EncodingFormat = "float"
+    truncate: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = True
+    encoding_format: EncodingFormat | None = "float"
 
 
 class Usage(TypedDict):
@@ -84,7 +84,7 @@ class Fields(msgspec.Struct, frozen=True):
     inputs: Raw | UnsetType = UNSET
 
 
-_decoder = msgspec.json.Decoder(EmbedBody)
+_decoder = BodyDecoder(EmbedBody, near=True)
 _fields_decoder = msgspec.json.Decoder(Fields)
 
 
@@ -94,7 +94,7 @@ def embed() -> Response:
     """Embed one text or many; a body of Text Embeddings Inference gets its bare vectors."""
     raw = read()
     try:
-        body = decode(_decoder, raw)
+        body = _decoder.decode(raw)
     except InvalidRequest:
         if not _is_for_tei(raw):
             raise
@@ -104,14 +104,14 @@ def embed() -> Response:
         EmbedRequest(
             texts=listed(body.texts),
             deadline=current().deadline,
-            normalize=body.normalize,
+            normalize=body.normalize is not False,
             prompt_name=body.prompt_name,
             input_type=body.input_type,
             dimensions=body.dimensions,
-            truncate=body.truncate,
+            truncate=body.truncate is not False,
         )
     )
-    return answer_embeddings(_answer(result, body.encoding_format), result)
+    return answer_embeddings(_answer(result, body.encoding_format or "float"), result)
 
 
 def _is_for_tei(raw: bytes) -> bool:
@@ -119,7 +119,11 @@ def _is_for_tei(raw: bytes) -> bool:
         fields = _fields_decoder.decode(raw)
     except (msgspec.MsgspecError, RecursionError):
         return False
-    return fields.texts is UNSET and fields.inputs is not UNSET
+    return _is_left_out(fields.texts) and not _is_left_out(fields.inputs)
+
+
+def _is_left_out(field: Raw | UnsetType) -> bool:
+    return isinstance(field, UnsetType) or bytes(field) == b"null"
 
 
 def _answer(result: Embeddings, encoding_format: str) -> EmbedAnswer:

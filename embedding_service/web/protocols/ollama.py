@@ -1,4 +1,4 @@
-"""Ollama: POST /api/embed and /api/embeddings, GET /api/tags and /api/version."""
+"""Ollama: POST /api/embed and /api/embeddings, and what its clients ask of a model before they use it."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypedDict
@@ -8,9 +8,9 @@ from flask import Response
 from msgspec import Meta
 
 from embedding_service import __version__
-from embedding_service.engine import EmbedRequest
+from embedding_service.engine import EmbedRequest, ModelInfo
 from embedding_service.errors import Unavailable
-from embedding_service.web.body import answer, parse
+from embedding_service.web.body import BodyDecoder, answer, parse
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     Dimensions,
@@ -21,11 +21,25 @@ from embedding_service.web.embedding import (
     listed,
     model_name,
 )
+from embedding_service.web.fields import check_others
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.request import current
 
 STARTED = datetime.now(UTC).isoformat()
+FOREVER = "9999-12-31T23:59:59Z"
+
+# What Ollama's library calls models of the hub.
+LIBRARY_NAMES = {
+    "all-minilm-l6-v2": "all-minilm",
+    "bge-large-en-v1.5": "bge-large",
+    "bge-m3": "bge-m3",
+    "embeddinggemma-300m": "embeddinggemma",
+    "mxbai-embed-large-v1": "mxbai-embed-large",
+    "nomic-embed-text-v1.5": "nomic-embed-text",
+    "paraphrase-multilingual-minilm-l12-v2": "paraphrase-multilingual",
+    "snowflake-arctic-embed-l-v2.0": "snowflake-arctic-embed2",
+}
 
 
 class OllamaErrorAnswer(TypedDict):
@@ -44,13 +58,19 @@ protocol = Protocol("ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api/
 ModelName = Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")]
 
 
+KeepAlive = Annotated[Any, Meta(description="Not used: the model is always loaded.")]
+Options = Annotated[dict[str, Any] | None, Meta(description="Not used: they are about generating text.")]
+
+
 class OllamaEmbedBody(msgspec.Struct, frozen=True):
     """Texts to embed; none loads the model, which here is always loaded."""
 
-    model: ModelName = ""
+    model: ModelName | None = None
     input: Annotated[str | list[str], Meta(examples=[["hello", "world"]])] | None = None
     truncate: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
     dimensions: Dimensions | None = None
+    keep_alive: KeepAlive = None
+    options: Options = None
 
 
 class OllamaEmbedAnswer(TypedDict):
@@ -66,8 +86,10 @@ class OllamaEmbedAnswer(TypedDict):
 class OllamaEmbeddingsBody(msgspec.Struct, frozen=True):
     """One text to embed."""
 
-    model: ModelName = ""
-    prompt: str = ""
+    model: ModelName | None = None
+    prompt: str | None = None
+    keep_alive: KeepAlive = None
+    options: Options = None
 
 
 class OllamaEmbeddingsAnswer(TypedDict):
@@ -101,14 +123,53 @@ class OllamaTags(TypedDict):
     models: list[OllamaModel]
 
 
+class OllamaRunningModel(OllamaModel):
+    """A model that is loaded."""
+
+    expires_at: str
+    size_vram: int
+
+
+class OllamaRunning(TypedDict):
+    """All models that are loaded: the one."""
+
+    models: list[OllamaRunningModel]
+
+
+class OllamaNameBody(msgspec.Struct, frozen=True):
+    """A model; `name` is what older clients call it."""
+
+    model: ModelName | None = None
+    name: ModelName | None = None
+    stream: bool | None = None
+    verbose: bool | None = None
+    insecure: bool | None = None
+
+
+class OllamaShow(TypedDict):
+    """The model, as Ollama's clients ask before they use it."""
+
+    modified_at: str
+    details: OllamaDetails
+    model_info: dict[str, Any]
+    capabilities: list[str]
+
+
+class OllamaPull(TypedDict):
+    """How a download went."""
+
+    status: str
+
+
 class OllamaVersion(TypedDict):
     """This service's version."""
 
     version: str
 
 
-_embed_decoder = msgspec.json.Decoder(OllamaEmbedBody)
-_embeddings_decoder = msgspec.json.Decoder(OllamaEmbeddingsBody)
+_embed_decoder = BodyDecoder(OllamaEmbedBody)
+_name_decoder = BodyDecoder(OllamaNameBody)
+_embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody)
 
 
 @protocol.post("/api/embed")
@@ -116,6 +177,7 @@ _embeddings_decoder = msgspec.json.Decoder(OllamaEmbeddingsBody)
 def embed() -> Response:
     """Embed one text or many, as vectors of length 1."""
     body = parse(_embed_decoder)
+    check_others((), body.options or {}, "options.")
     if not body.input:
         return answer(_answer([], 0))
     result = ask(
@@ -134,6 +196,7 @@ def embed() -> Response:
 def embeddings() -> Response:
     """Embed one text; the older form, whose vector is as the model gives it, not normalised."""
     body = parse(_embeddings_decoder)
+    check_others((), body.options or {}, "options.")
     if not body.prompt:
         empty: OllamaEmbeddingsAnswer = {"embedding": []}
         return answer(empty)
@@ -148,24 +211,49 @@ def embeddings() -> Response:
 @protocol.get("/api/tags")
 @operation({200: OllamaTags}, raises=(Unavailable,))
 def tags() -> Response:
-    """List the one model."""
+    """List the one model, first by its own name."""
     info = context().require_info()
-    found: OllamaTags = {
-        "models": [
-            {
-                "name": info.model_name,
-                "model": info.model_name,
-                "modified_at": STARTED,
-                "size": 0,
-                "digest": info.fingerprint,
-                "details": {
-                    "format": "safetensors",
-                    "family": "sentence-transformers",
-                    "quantization_level": info.dtype,
-                },
-            }
-        ]
+    found: OllamaTags = {"models": [_model(info, name) for name in _names(info)]}
+    return answer(found)
+
+
+@protocol.get("/api/ps")
+@operation({200: OllamaRunning}, raises=(Unavailable,))
+def running() -> Response:
+    """List the one model, which is always loaded."""
+    info = context().require_info()
+    one: OllamaRunningModel = {**_model(info, info.model_name), "expires_at": FOREVER, "size_vram": 0}
+    found: OllamaRunning = {"models": [one]}
+    return answer(found)
+
+
+@protocol.post("/api/show")
+@operation({200: OllamaShow}, body=_name_decoder)
+def show() -> Response:
+    """Describe the one model, whatever name is asked for."""
+    parse(_name_decoder)
+    info = context().require_info()
+    found: OllamaShow = {
+        "modified_at": STARTED,
+        "details": _details(info),
+        "model_info": {
+            "general.architecture": "bert",
+            "general.basename": info.model_name,
+            "bert.context_length": info.max_seq_length,
+            "bert.embedding_length": info.embedding_dimension,
+        },
+        "capabilities": ["embedding"],
     }
+    return answer(found)
+
+
+@protocol.post("/api/pull")
+@operation({200: OllamaPull}, body=_name_decoder)
+def pull() -> Response:
+    """Succeed at once: the one model, which answers to any name, is loaded."""
+    parse(_name_decoder)
+    context().require_info()
+    found: OllamaPull = {"status": "success"}
     return answer(found)
 
 
@@ -175,6 +263,32 @@ def version() -> Response:
     """The version of this service."""
     found: OllamaVersion = {"version": __version__}
     return answer(found)
+
+
+def _names(info: ModelInfo) -> list[str]:
+    """The model's own name, then those by which Ollama's clients know it, and the one of the examples."""
+    short = info.model_name.rstrip("/").rpartition("/")[2].lower()
+    known = [f"{LIBRARY_NAMES[short]}:latest"] if short in LIBRARY_NAMES else []
+    return list(dict.fromkeys([info.model_name, *known, f"{short}:latest", "any:latest"]))
+
+
+def _details(info: ModelInfo) -> OllamaDetails:
+    return {
+        "format": "safetensors",
+        "family": "sentence-transformers",
+        "quantization_level": info.dtype,
+    }
+
+
+def _model(info: ModelInfo, name: str) -> OllamaModel:
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": STARTED,
+        "size": 0,
+        "digest": info.fingerprint,
+        "details": _details(info),
+    }
 
 
 def _answer(vectors: Any, tokens: int) -> OllamaEmbedAnswer:

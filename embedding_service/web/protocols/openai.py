@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from embedding_service.engine import EmbedRequest
 from embedding_service.errors import InvalidRequest, NotFound, Unavailable
-from embedding_service.web.body import answer, decode, read
+from embedding_service.web.body import BodyDecoder, answer, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     Dimensions,
@@ -80,11 +80,15 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     """Texts to embed."""
 
     input: Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
-    model: Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")] = ""
+    model: (
+        Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")] | None
+    ) = None
     encoding_format: EncodingFormat | None = None
     dimensions: Dimensions | None = None
     user: Annotated[str, Meta(description="Not used.")] | None = None
     input_type: InputType | None = None
+    output_dimension: Annotated[Dimensions, Meta(description="Voyage's name for dimensions.")] | None = None
+    truncation: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
 
 
 class TokenIds(msgspec.Struct, frozen=True):
@@ -133,7 +137,7 @@ class OpenAIModels(TypedDict):
     data: list[OpenAIModel]
 
 
-_decoder = msgspec.json.Decoder(OpenAIEmbedBody)
+_decoder = BodyDecoder(OpenAIEmbedBody)
 _token_ids_decoder = msgspec.json.Decoder(TokenIds)
 
 
@@ -148,7 +152,8 @@ def embeddings() -> Response:
             texts=listed(body.input),
             deadline=current().deadline,
             input_type=body.input_type,
-            dimensions=body.dimensions,
+            dimensions=body.output_dimension if body.dimensions is None else body.dimensions,
+            truncate=body.truncation is not False,
         )
     )
     vectors = encoded(result.vectors, body.encoding_format or "float")
@@ -186,7 +191,7 @@ def _model() -> OpenAIModel:
 def _parse() -> OpenAIEmbedBody:
     raw = read()
     try:
-        return decode(_decoder, raw)
+        return _decoder.decode(raw)
     except InvalidRequest:
         if _has_token_ids(raw):
             raise InvalidRequest(

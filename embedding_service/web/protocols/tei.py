@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from embedding_service.engine import EmbedRequest, TokenizedText, TokenizeRequest
 from embedding_service.errors import InvalidRequest, TooLarge
-from embedding_service.web.body import answer, decode, parse, read
+from embedding_service.web.body import BodyDecoder, answer, parse, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     Dimensions,
@@ -67,22 +67,28 @@ Direction = Annotated[
 Texts = Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
 
 
-class TEIEmbedBody(msgspec.Struct, frozen=True):
-    """Texts to embed."""
+class TEIParameters(msgspec.Struct, frozen=True, kw_only=True):
+    """How to embed."""
 
-    inputs: Texts
-    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] = True
+    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = None
     truncate: Truncate | None = None
     truncation_direction: Direction | None = None
     prompt_name: PromptName | None = None
     dimensions: Dimensions | None = None
 
 
+class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
+    """Texts to embed; `parameters` is where Hugging Face's pipelines have what stands beside `inputs`."""
+
+    inputs: Texts
+    parameters: TEIParameters | None = None
+
+
 class TokenizeBody(msgspec.Struct, frozen=True):
     """Texts whose tokens are asked for."""
 
     inputs: Texts
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = True
 
 
 class Token(TypedDict):
@@ -110,6 +116,12 @@ class SimilarityParameters(msgspec.Struct, frozen=True):
     prompt_name: PromptName | None = None
 
 
+class Comparison(msgspec.Struct, frozen=True):
+    """What tells a body with sentences to compare from one with texts to embed."""
+
+    inputs: dict[str, Any]
+
+
 class SimilarityBody(msgspec.Struct, frozen=True):
     """Sentences to compare."""
 
@@ -117,40 +129,20 @@ class SimilarityBody(msgspec.Struct, frozen=True):
     parameters: SimilarityParameters | None = None
 
 
-_embed_decoder = msgspec.json.Decoder(TEIEmbedBody)
-_tokenize_decoder = msgspec.json.Decoder(TokenizeBody)
-_similarity_decoder = msgspec.json.Decoder(SimilarityBody)
-
-
-@protocol.post("/")
-@operation({200: Matrix}, body=_embed_decoder, embeds=True)
-def embed() -> Response:
-    """Embed one text or many; the answer is the bare vectors."""
-    return embed_raw(read())
-
-
-def embed_raw(raw: bytes) -> Response:
-    """The answer to a body that has been read."""
-    body = decode(_embed_decoder, raw)
-    result = ask(
-        EmbedRequest(
-            texts=listed(body.inputs),
-            deadline=current().deadline,
-            normalize=body.normalize,
-            prompt_name=body.prompt_name,
-            dimensions=body.dimensions,
-            truncate=body.truncate is not False,
-            truncation_side=_side(body.truncation_direction),
-        )
-    )
-    return answer_embeddings(result.vectors, result)
+_embed_decoder = BodyDecoder(TEIEmbedBody)
+_comparison_decoder = msgspec.json.Decoder(Comparison)
+_tokenize_decoder = BodyDecoder(TokenizeBody)
+_similarity_decoder = BodyDecoder(SimilarityBody)
 
 
 @protocol.post("/similarity")
 @operation({200: Vector}, body=_similarity_decoder, embeds=True)
 def similarity() -> Response:
     """Compare a sentence with others: their cosine similarities, in the order of the sentences."""
-    body = parse(_similarity_decoder)
+    return _compare(parse(_similarity_decoder))
+
+
+def _compare(body: SimilarityBody) -> Response:
     if not body.inputs.sentences:
         raise InvalidRequest("is empty; send at least one sentence", field="inputs.sentences")
     parameters = body.parameters or SimilarityParameters()
@@ -167,6 +159,41 @@ def similarity() -> Response:
     return answer_embeddings(result.vectors[1:] @ result.vectors[0], result)
 
 
+@protocol.post("/")
+@operation({200: Matrix}, body=_embed_decoder, embeds=True, variant=similarity)
+def embed() -> Response:
+    """Embed one text or many, or compare sentences as /similarity does; the answer is the bare numbers."""
+    raw = read()
+    try:
+        _comparison_decoder.decode(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        return embed_raw(raw)
+    return _compare(_similarity_decoder.decode(raw))
+
+
+def embed_raw(raw: bytes) -> Response:
+    """The answer to a body that has been read."""
+    body = _embed_decoder.decode(raw)
+    given = body.parameters or TEIParameters()
+
+    def option(name: str) -> Any:
+        value = getattr(given, name)
+        return getattr(body, name) if value is None else value
+
+    result = ask(
+        EmbedRequest(
+            texts=listed(body.inputs),
+            deadline=current().deadline,
+            normalize=option("normalize") is not False,
+            prompt_name=option("prompt_name"),
+            dimensions=option("dimensions"),
+            truncate=option("truncate") is not False,
+            truncation_side=_side(option("truncation_direction")),
+        )
+    )
+    return answer_embeddings(result.vectors, result)
+
+
 @protocol.post("/tokenize")
 @operation({200: list[list[Token]]}, body=_tokenize_decoder)
 def tokenize() -> Response:
@@ -181,7 +208,7 @@ def tokenize() -> Response:
             field="texts",
         )
     request = TokenizeRequest(
-        texts=texts, deadline=current().deadline, add_special_tokens=body.add_special_tokens
+        texts=texts, deadline=current().deadline, add_special_tokens=body.add_special_tokens is not False
     )
     tokenized = context().tokenize(request)
     return answer([_tokens(text, tokens) for text, tokens in zip(texts, tokenized, strict=True)])

@@ -4,11 +4,11 @@ from typing import Annotated, Literal, TypedDict
 
 import msgspec
 from flask import Response
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from embedding_service.engine import EmbedRequest
 from embedding_service.errors import InvalidRequest, Unavailable
-from embedding_service.web.body import answer, parse
+from embedding_service.web.body import BodyDecoder, answer, parse
 from embedding_service.web.context import context
 from embedding_service.web.embedding import Dimensions, Matrix, Vector, answer_embeddings, ask
 from embedding_service.web.operation import operation
@@ -43,18 +43,22 @@ INPUT_TYPES: dict[str, Literal["query", "document"]] = {"query": "query", "passa
 class WeaviateConfig(msgspec.Struct, frozen=True):
     """How to embed."""
 
-    task_type: Annotated[
-        Literal["query", "passage", ""],
-        Meta(description="Use the model's own prompt for queries or documents."),
-    ] = ""
+    task_type: (
+        Annotated[
+            Literal["query", "passage", ""],
+            Meta(description="Use the model's own prompt for queries or documents."),
+        ]
+        | None
+    ) = None
     dimensions: Dimensions | None = None
+    pooling_strategy: Annotated[str, Meta(description="Not used: the model has its own.")] | None = None
 
 
 class WeaviateBody(msgspec.Struct, frozen=True):
     """One text, or many as `texts`."""
 
-    text: str | UnsetType = UNSET
-    texts: list[str] | UnsetType = UNSET
+    text: str | None = None
+    texts: list[str] | None = None
     config: WeaviateConfig | None = None
 
 
@@ -83,7 +87,7 @@ class WeaviateMeta(TypedDict):
     max_seq_length: int
 
 
-_decoder = msgspec.json.Decoder(WeaviateBody)
+_decoder = BodyDecoder(WeaviateBody)
 
 
 @protocol.post("/vectors")
@@ -101,13 +105,13 @@ def vectors() -> Response:
     request = EmbedRequest(
         texts=texts,
         deadline=current().deadline,
-        input_type=INPUT_TYPES.get(config.task_type),
+        input_type=INPUT_TYPES.get(config.task_type or ""),
         dimensions=config.dimensions,
     )
     result = ask(request, place)
     dims = result.vectors.shape[1]
     found: WeaviateBatchAnswer | WeaviateAnswer = {"vectors": result.vectors, "dims": dims}
-    if body.texts is UNSET:
+    if body.texts is None:
         found = {"text": texts[0], "vector": result.vectors[0], "dim": dims, "dims": dims}
     return answer_embeddings(found, result)
 

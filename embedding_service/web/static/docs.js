@@ -14,8 +14,10 @@ import("./service.js").then(async ({ key, authorization }) => {
     document.getElementById("ui").textContent = `The service answered ${answer.status}.`;
     return;
   }
+  // The document's own address of the service is relative to the document, which Swagger UI is not told.
+  const servers = [{ url: new URL(".", answer.url).href.replace(/\/$/, "") }];
   SwaggerUIBundle({
-    spec: await answer.json(),
+    spec: { ...(await answer.json()), servers },
     dom_id: "#ui",
     deepLinking: true,
     tryItOutEnabled: true,

@@ -1,0 +1,92 @@
+"""Fields that a route does not have: which are ignored, and which must not be.
+
+Callers send ids, names of models and the like, which change nothing. A name that elsewhere changes the
+vectors is refused instead, since its sender would get other vectors than it asked for.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from embedding_service.errors import InvalidRequest
+
+# Names that change the vectors in some API or library, with the values that ask for what we do anyway.
+VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
+    "dimension": (),
+    "dimensions": (),
+    "embedding_dimension": (),
+    "embedding_type": ("float",),
+    "embedding_types": (["float"],),
+    "encoding_format": ("float",),
+    "input_type": (),
+    "instruct": ("",),
+    "instruction": ("",),
+    "late_chunking": (False,),
+    "matryoshka_dim": (),
+    "normalize": (True,),
+    "normalize_embeddings": (True,),
+    "normalized": (True,),
+    "output_dimension": (),
+    "output_dimensionality": (),
+    "output_dimensions": (),
+    "output_dtype": ("float", "float32"),
+    "overflow": ("truncate",),
+    "pooling": (),
+    "pooling_mode": (),
+    "pooling_strategy": (),
+    "pooling_type": (),
+    "precision": ("float32",),
+    "prompt": ("",),
+    "prompt_name": (),
+    "quantization": ("none", "float32"),
+    "return_multivector": (False,),
+    "task": (),
+    "task_type": (),
+    "truncate": (True,),
+    "truncate_dim": (),
+    "truncate_prompt_tokens": (),
+    "truncation": (True,),
+    "truncation_direction": (),
+    "truncation_side": (),
+}
+
+# What else callers call the texts.
+TEXT_FIELDS = (
+    "input",
+    "prompt",
+    "sentence",
+    "sentences",
+    "content",
+    "document",
+    "documents",
+    "data",
+    "query",
+)
+
+# How alike two names are that are taken for one, from 0 to 1: `normalise` and `normalize` are 0.89.
+ALIKE = 0.8
+
+
+def check_others(
+    known: Iterable[str], sent: Mapping[str, Any], parent: str = "", *, near: bool = False
+) -> None:
+    """Raises InvalidRequest for a field that must not be ignored; with `near`, also for one misspelt."""
+    by_spelling = {_spelling(name): name for name in known}
+    for name, value in sent.items():
+        if value is None or by_spelling.get(_spelling(name)) == name:
+            continue
+        path = f"{parent}{name[:50]}"
+        if near:
+            alike = difflib.get_close_matches(_spelling(name[:50]), by_spelling, 1, ALIKE)
+            if not alike and name in TEXT_FIELDS and "texts" not in sent:
+                alike = ["texts"]
+            if alike:
+                raise InvalidRequest(f"is not a field here; use {by_spelling[alike[0]]}", field=path)
+        accepted = VECTOR_FIELDS.get(name)
+        if accepted is not None and value not in accepted:
+            raise InvalidRequest("is not supported here, and would change the vectors", field=path)
+
+
+def _spelling(name: str) -> str:
+    """The name without what snake_case, kebab-case and camelCase differ in."""
+    return name.lower().replace("_", "").replace("-", "")

@@ -1,0 +1,56 @@
+"""Below a path that a proxy strips: the pages, their files, the document and what it says of our address."""
+
+import re
+from urllib.parse import urljoin
+
+import pytest
+import requests
+
+from tests.deploy.nginx import Nginx
+
+LOCATIONS = """
+        location /emb/ { proxy_pass http://embedding_service/; }
+        location /told/ {
+            proxy_set_header X-Forwarded-Prefix /told;
+            proxy_pass http://embedding_service/;
+        }
+        location /health {"""
+
+
+@pytest.fixture(scope="module")
+def front(service, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nginx-prefix")
+    nginx = Nginx(folder, [service.port], **{"\n        location /health {": LOCATIONS})
+    yield nginx
+    nginx.stop()
+
+
+@pytest.mark.parametrize("prefix", ["/emb", "/told"])
+@pytest.mark.parametrize("page", ["/", "/docs", "/docs/"])
+def test_every_link_of_a_page_leads_somewhere(front: Nginx, prefix: str, page: str) -> None:
+    def get(url: str) -> requests.Response:
+        return requests.get(url, verify=front.certificate, timeout=10, allow_redirects=False)
+
+    address = front.url + prefix + page
+    shown = get(address)
+    assert shown.status_code == 200
+    links = re.findall(r'(?:href|src|data-document)="([^"#]+)"', shown.text)
+    assert len(links) >= 4
+    for link in links:
+        target = urljoin(address, link)
+        assert target.startswith(f"{front.url}{prefix}/"), link
+        if not target.endswith("/metrics"):
+            assert get(target).status_code == 200, target
+
+
+@pytest.mark.parametrize("prefix", ["/emb", "/told"])
+def test_the_address_in_the_document_serves(front: Nginx, prefix: str) -> None:
+    document = f"{front.url}{prefix}/openapi.json"
+    (server,) = requests.get(document, verify=front.certificate, timeout=10).json()["servers"]
+    base = urljoin(document, server["url"])
+    for path in ("embed", "/embed", "v1//embeddings"):
+        body = {"texts": "a"} if "v1" not in path else {"input": "a"}
+        answer = requests.post(
+            base + path, json=body, verify=front.certificate, timeout=10, allow_redirects=False
+        )
+        assert answer.status_code == 200, (path, answer.text)
