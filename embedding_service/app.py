@@ -8,9 +8,9 @@ from flask import Flask
 from embedding_service import config, logs, preflight
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.sharing import supervisor_handle
 from embedding_service.sharing.client import RemoteEngine
-from embedding_service.sharing.settings import LogSettings, socket_path
-from embedding_service.sharing.supervision import stop_master
+from embedding_service.sharing.settings import LogSettings
 from embedding_service.web.factory import create_app
 from embedding_service.web.keys import OPEN_WARNING, KeyRing
 from embedding_service.web.settings import WebSettings
@@ -19,11 +19,10 @@ from embedding_service.web.settings import WebSettings
 def build() -> Flask:
     """The app over the model process that the gunicorn master keeps, or over a model of its own."""
     settings = config.current()
-    folder = config.runtime_folder()
+    supervisor = supervisor_handle.inherited()
     engine: RemoteEngine | LocalEngine
-    if folder is not None:
-        paths = [socket_path(folder, index) for index in range(len(settings.devices))]
-        engine = RemoteEngine(folder, paths, lambda: stop_master(folder))
+    if supervisor is not None:
+        engine = RemoteEngine(supervisor, len(settings.devices))
     else:
         logs.setup(*msgspec.structs.astuple(msgspec.convert(settings, LogSettings, from_attributes=True)))
         KeyRing(settings.api_keys, settings.api_keys_file).check()

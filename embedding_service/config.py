@@ -1,13 +1,8 @@
 """Every setting: its name, type, default, bounds and one sentence; read from the environment and `.env`."""
 
-import atexit
-import errno
-import functools
 import ipaddress
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,9 +16,6 @@ from embedding_service.errors import ConfigError
 # Beside app.py, in a checkout.
 PROJECT = Path(__file__).parent.parent
 
-# Not a setting: how a gunicorn master tells its workers where the model processes listen.
-RUNTIME_FOLDER = "EMBEDDING_SERVICE_RUNTIME_FOLDER"
-
 DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
 
 # A name, an IPv4 or an IPv6 address; neither `*`, nor a port, nor a URL.
@@ -34,14 +26,6 @@ HOST_ALLOWED = (
     "an IPv4 or IPv6 address or a name, without a port: 0.0.0.0 for every address, 127.0.0.1 for this "
     "machine alone; gunicorn's own -b takes unix:/run/embedding.sock"
 )
-
-# Nor this: where prometheus-client is told to share the counts of all processes.
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-
-MEMORY_FOLDER = "/dev/shm"  # noqa: S108
-
-# What the metrics of 64 web workers take.
-ROOM_BYTES = 16 << 20
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,49 +146,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return not ipaddress.ip_address(host).is_loopback
         except ValueError:
             return True
-
-
-@functools.cache
-def make_runtime_folder() -> Path:
-    """The private folder of this process's model sockets and metrics, named for all that it starts.
-
-    Once in a process, however often it reads its configuration. Raises OSError.
-    """
-    folder = _make_folder_with_room()
-    atexit.register(_remove, folder, os.getpid())
-    metrics = folder / "metrics"
-    metrics.mkdir()
-    os.environ[RUNTIME_FOLDER] = str(folder)
-    os.environ[METRICS_FOLDER] = str(metrics)
-    return folder
-
-
-def _make_folder_with_room() -> Path:
-    """In TMPDIR where that is set, else in memory, where no full or slow disk is in the way."""
-    named = os.environ.get("TMPDIR")
-    reason = OSError("there is no folder for temporary files")
-    for place in [named] if named else [MEMORY_FOLDER, None]:
-        try:
-            parent = place or tempfile.gettempdir()
-            # Metrics are written through mmap: on a full disk that is no error, but a SIGBUS.
-            if shutil.disk_usage(parent).free < ROOM_BYTES:
-                raise OSError(errno.ENOSPC, f"less than {ROOM_BYTES >> 20} MiB are free", parent)
-            return Path(tempfile.mkdtemp(prefix=f"embedding-service-{os.getpid()}-", dir=parent))
-        except OSError as error:
-            reason = error
-    raise reason
-
-
-def _remove(folder: Path, owner: int) -> None:
-    # A forked worker runs what its parent registered.
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def runtime_folder() -> Path | None:
-    """The folder of the model sockets, where a gunicorn master has named one."""
-    named = os.environ.get(RUNTIME_FOLDER)
-    return Path(named) if named else None
 
 
 def environment() -> dict[str, str]:

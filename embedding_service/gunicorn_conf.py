@@ -1,8 +1,4 @@
-"""The production server: gunicorn's settings, and the model processes that its master keeps.
-
-Nothing that imports embedding_service.metrics may be imported here: the workers would inherit a module
-that was made before the folder of the metrics had its name.
-"""
+"""The production server: gunicorn's settings, and the model processes that its master keeps."""
 
 import sys
 from pathlib import Path
@@ -15,21 +11,17 @@ from embedding_service import config as service_config  # `config` is a setting 
 from embedding_service import logs, preflight
 from embedding_service.errors import StartupError
 from embedding_service.inference.settings import ModelSettings
-from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings, socket_path
-from embedding_service.sharing.supervision import Supervision
+from embedding_service.sharing import supervisor_handle
+from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings
 from embedding_service.web.keys import OPEN_WARNING, KeyRing
 
 try:
     settings = service_config.current()
     logging = msgspec.convert(settings, LogSettings, from_attributes=True)
     logs.setup(*msgspec.structs.astuple(logging))
-    folder = service_config.make_runtime_folder()
+    supervisor = supervisor_handle.prepare()
 except StartupError as error:
     logs.refuse(error, service_config.log_format())
-    sys.exit(EX_CONFIG)
-except OSError as error:
-    line = f"No folder for the service's sockets can be made: {error}; set TMPDIR"
-    logs.refuse(line, service_config.log_format())
     sys.exit(EX_CONFIG)
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
@@ -72,7 +64,8 @@ def on_starting(server: Any) -> None:
     model = msgspec.convert(settings, ModelSettings, from_attributes=True)
     processes = [
         ProcessSettings(
-            socket_path=socket_path(folder, index),
+            index=index,
+            runtime_folder=str(supervisor.folder.path),
             model=msgspec.structs.replace(model, device=device, model_processes=len(settings.devices)),
             log=logging,
             hang_seconds=2 * settings.request_timeout_seconds,
@@ -84,7 +77,7 @@ def on_starting(server: Any) -> None:
         preflight.check_model(model)
         for address in _new_addresses(server):
             preflight.check_address(*address)
-        server.supervision = Supervision(folder, processes)
+        supervisor.start(processes)
     except StartupError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()
@@ -105,11 +98,14 @@ def _new_addresses(server: Any) -> list[tuple[str, int]]:
 
 def post_fork(server: Any, worker: Any) -> None:
     """In a worker: let go of what belongs to the master."""
-    server.supervision.forget()
+    supervisor.forget()
 
 
 def post_worker_init(worker: Any) -> None:
     """In a worker with its app: tell it when it is to go, and wait for the model's first word."""
+    from embedding_service import metrics  # the app's; the master needs none
+
+    metrics.share(supervisor.folder.metrics)
     context = worker.wsgi.extensions["embedding_service"]
     context.draining = lambda: not worker.alive
     context.engine.settle(1.0)
@@ -117,7 +113,7 @@ def post_worker_init(worker: Any) -> None:
 
 def on_exit(server: Any) -> None:
     """In the master, after the workers have drained: end the model processes, and say how they fared."""
-    verdict = server.supervision.stop()
-    if verdict is not None:
-        server.log.error("The service failed: %s", verdict.reason)
-        sys.exit(verdict.code)
+    failure = supervisor.stop()
+    if failure is not None:
+        server.log.error("The service failed: %s", failure.reason)
+        sys.exit(failure.code)

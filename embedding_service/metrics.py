@@ -1,105 +1,17 @@
-"""Every metric, by name; counted by all processes of the service and read from any of them.
+"""Every metric, by name; counted by all processes of the service and read from any of them."""
 
-Where PROMETHEUS_MULTIPROC_DIR names a folder, prometheus-client keeps the values in files there. Each
-process takes the lowest free slot of the folder and locks it for its life; the files are named for
-slots, not for process ids, so whoever comes after a dead process counts on where it stopped: counters
-outlive their processes, the folder does not grow, and gauges of unlocked slots are left out.
-"""
-
-import contextlib
-import os
-from collections.abc import Iterable, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
 
-from embedding_service import __version__
+from embedding_service import __version__, multiprocess
 
-# Not a setting but prometheus-client's own protocol; config.py names the folder for a gunicorn master.
-_FOLDER = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # noqa: TID251
+# prometheus-client asks for the class of a metric's numbers here.
+values.ValueClass = multiprocess.SharedValue
 
-
-class Slot:
-    """The number under which this process counts, taken when first asked for and anew after a fork."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._number: str | None = None
-        self._lock: int | None = None
-        os.register_at_fork(after_in_child=self._forget)
-
-    def __call__(self) -> str:
-        return self._number or self._take()
-
-    def _take(self) -> str:
-        for number in map(str, count()):
-            lock = os.open(_lock_path(self._folder, number), os.O_RDWR | os.O_CREAT, 0o600)
-            if _locked_by_another(lock, exclusively=True):
-                os.close(lock)
-                continue
-            for stale in self._folder.glob(f"gauge_*_{number}.db"):
-                stale.unlink()
-            self._lock, self._number = lock, number
-            return number
-        raise AssertionError("count() does not end")
-
-    def _forget(self) -> None:
-        # The lock belongs to the parent, and must not outlive it in a child that holds it open.
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock = self._number = None
-
-
-class _AllProcesses:
-    """The values of all processes, dead ones included but for their gauges."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def collect(self) -> Iterable[Metric]:
-        merged: Iterable[Metric] = MultiProcessCollector.merge(self._files())  # type: ignore[no-untyped-call]
-        return sorted(merged, key=lambda metric: metric.name)
-
-    def _files(self) -> list[str]:
-        living: dict[str, bool] = {}
-        files = []
-        for path in self._folder.glob("*.db"):
-            kind, _, number = path.stem.rpartition("_")
-            if kind.startswith("gauge") and not living.setdefault(number, self._lives(number)):
-                continue
-            # A file is empty for the moment in which its process makes it.
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_size:
-                    files.append(str(path))
-        return files
-
-    def _lives(self, number: str) -> bool:
-        with _lock_path(self._folder, number).open() as lock:
-            return _locked_by_another(lock.fileno(), exclusively=False)
-
-
-def _lock_path(folder: Path, number: str) -> Path:
-    return folder / f"{number}.lock"
-
-
-def _locked_by_another(file: int, exclusively: bool) -> bool:
-    """Whether the lock is held elsewhere; else it is ours until the file is closed."""
-    import fcntl  # not on Windows, where no folder is named
-
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False
-
-
-if _FOLDER:
-    values.ValueClass = values.MultiProcessValue(Slot(Path(_FOLDER)))  # type: ignore[no-untyped-call]
-
-# What this process counts; without a folder that is everything there is.
+# What this process counts; if it shares no folder, that is everything there is.
 registry = CollectorRegistry()
 
 
@@ -197,11 +109,17 @@ def record_batch(lengths: Sequence[int], seconds: float) -> None:
     PADDING_TOKENS.inc(len(lengths) * max(lengths) - tokens)
 
 
+def share(folder: Path) -> None:
+    """Count together with the other processes that share this folder, what has been counted included."""
+    multiprocess.share(folder)
+
+
 def exposition(accept: str) -> tuple[bytes, str]:
-    """What a scrape gets: the values of all processes, and the content type of their form."""
+    """The answer to a scrape: the values of all processes, and the content type of their form."""
     source = registry
-    if _FOLDER:
+    folder = multiprocess.shared_folder()
+    if folder is not None:
         source = CollectorRegistry()
-        source.register(_AllProcesses(Path(_FOLDER)))
+        source.register(multiprocess.AllProcesses(folder))
     encode, content_type = choose_encoder(accept)
     return encode(source), content_type

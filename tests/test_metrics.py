@@ -14,11 +14,13 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from embedding_service import config, metrics
+from embedding_service import metrics
 from embedding_service.engine import EmbedRequest
+from embedding_service.errors import StartupError
 from embedding_service.inference import sampling
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.runtime import OutOfMemory
+from embedding_service.sharing import runtime_folder
 from tests.conftest import ROOT
 from tests.inference.fake_runtime import DIMENSION, FakeRuntime
 from tests.service import Service, wait_until
@@ -54,8 +56,8 @@ def embedded(scraped: Scraped) -> float:
 
 
 def metrics_folder(service: Service) -> Path:
-    """The folder that the service's processes share, as the model process was told."""
-    return Path(service.model_process().environ()["PROMETHEUS_MULTIPROC_DIR"])
+    """The folder that the service's processes share, as the supervisor was told."""
+    return Path(service.supervisor().cmdline()[3]) / "metrics"
 
 
 @pytest.fixture(scope="module")
@@ -230,17 +232,30 @@ def test_no_room_for_the_folder_is_one_line(start, monkeypatch, tmp_path):
 
 def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("embedding_service.config.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    with pytest.raises(OSError, match="less than 16 MiB are free"):
-        config.make_runtime_folder()
+    monkeypatch.setattr(runtime_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(StartupError, match="less than 16 MiB are free"):
+        runtime_folder.RuntimeFolder.make()
     assert not list(tmp_path.iterdir())
 
 
-def test_without_memory_for_it_the_folder_is_on_disk(monkeypatch, tmp_path):
+def test_no_memory_then_disk(monkeypatch, tmp_path):
     monkeypatch.delenv("TMPDIR", raising=False)
-    monkeypatch.setattr("embedding_service.config.MEMORY_FOLDER", str(tmp_path / "missing"))
-    monkeypatch.setattr("embedding_service.config.tempfile.gettempdir", lambda: str(tmp_path))
-    assert config._make_folder_with_room().parent == tmp_path
+    monkeypatch.setattr(runtime_folder, "MEMORY_FOLDER", str(tmp_path / "missing"))
+    monkeypatch.setattr(runtime_folder.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = runtime_folder.RuntimeFolder.make()
+    assert folder.path.parent == tmp_path
+    assert folder.metrics.is_dir()
+
+
+def test_a_path_too_long_for_a_socket_is_one_line(start, monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    running = start()
+    assert running.process.wait(30) == 78
+    assert "too long for a socket; set TMPDIR to a shorter one" in running.log()
+    assert "Traceback" not in running.log()
+    assert not list(long.iterdir())
 
 
 def _folder_or_none(service: Service) -> Path | None:
@@ -368,10 +383,11 @@ def test_no_driver_is_no_failure(driver, monkeypatch, caplog):
 
 
 COSTS = """
-import timeit
+import sys, timeit
+from pathlib import Path
 from embedding_service import metrics
 from embedding_service.web.monitoring import RequestCounter
-assert metrics.PADDING_TOKENS._value._multiprocess
+metrics.share(Path(sys.argv[1]))
 counter, lengths = RequestCounter(), list(range(1, 33))
 def request():
     metrics.record_embedding(1.2, 3.4, 8.8, 1)
@@ -385,10 +401,9 @@ for hot in (request, batch):
 
 def test_counting_costs_little(tmp_path):
     """Microseconds, the best of 30 runs: 40 for a request in a web worker, 30 for a batch of the model."""
-    environment = {"PATH": "/usr/bin:/bin", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COSTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", COSTS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert list(tmp_path.glob("counter_*.db"))
     request, batch = map(float, done.stdout.split())
     assert request < 40
     assert batch < 30

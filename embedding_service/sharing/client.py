@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from embedding_service.engine import (
 )
 from embedding_service.errors import DeadlineExceeded, ServiceError, Unavailable
 from embedding_service.sharing import wire
-from embedding_service.sharing.supervision import supervisor_gone
+from embedding_service.sharing.supervisor_handle import SupervisorHandle
 
 log = logging.getLogger(__name__)
 
@@ -179,20 +178,18 @@ class Link:
 
 
 class RemoteEngine:
-    """Embeds in the model processes whose sockets are given; requests go to the least loaded.
+    """Embeds in the model processes that the supervisor keeps; requests go to the least loaded.
 
     Survives a fork (gunicorn --preload): each process makes its own connections.
     """
 
     def __init__(
         self,
-        folder: Path,
-        socket_paths: list[str],
-        on_supervisor_lost: Callable[[], None] = lambda: None,
+        supervisor: SupervisorHandle,
+        model_processes: int,
     ) -> None:
-        self._folder = folder
-        self._socket_paths = socket_paths
-        self._on_supervisor_lost = on_supervisor_lost
+        self._supervisor = supervisor
+        self._socket_paths = [str(supervisor.folder.socket(index)) for index in range(model_processes)]
         self._gone = False
         self._connecting = threading.Lock()
         self._connect()
@@ -240,7 +237,7 @@ class RemoteEngine:
 
     def _refused(self) -> None:
         """No model process listens; that is the supervisor's business unless it is dead itself."""
-        if not self._gone and supervisor_gone(self._folder):
+        if not self._gone and self._supervisor.gone():
             self._gone = True
             log.critical("The supervisor of the model process is gone; this service must be restarted")
-            self._on_supervisor_lost()
+            self._supervisor.stop_master()

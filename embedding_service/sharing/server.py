@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from embedding_service import logs
+from embedding_service import logs, metrics
 from embedding_service.engine import Status
 from embedding_service.errors import ModelFailure, ServiceError, StartupError
 from embedding_service.inference.batcher import Job, Outcome
@@ -129,7 +129,7 @@ class ModelServer:
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(settings.socket_path)
+        self._listener.bind(str(settings.socket_path))
         self._listener.listen(128)
         self._device_path = settings.device_path
         # One thread, apart from those that bring texts to embed: listing tokens must not hold these up.
@@ -217,6 +217,7 @@ def main(argument: str) -> int:
     # that drain, and ends when the supervisor closes its standard input.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    metrics.share(settings.folder.metrics)
     threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
     _be_killed_with_parent()
     server = ModelServer(settings)

@@ -5,18 +5,13 @@ from pathlib import Path
 import msgspec
 
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.sharing.runtime_folder import RuntimeFolder
 
 # From sysexits.h: what no restart can cure, and what one may.
 EX_CONFIG, EX_SOFTWARE = 78, 70
 
-# The supervisor keeps this file of the runtime folder locked for as long as it lives.
-LOCK_NAME = "supervisor.lock"
 
-# The file of the runtime folder in which the supervisor gives up.
-VERDICT_NAME = "verdict.json"
-
-
-class Verdict(msgspec.Struct, frozen=True):
+class ExitReason(msgspec.Struct, frozen=True):
     """Why the service must end, and with which exit code."""
 
     code: int
@@ -32,29 +27,35 @@ class LogSettings(msgspec.Struct, frozen=True):
 
 
 class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """One model process: its socket, its model, and after how long a batch counts as hung."""
+    """One model process: its number and folder, its model, and after how long a batch counts as hung."""
 
-    socket_path: str
+    index: int
+    runtime_folder: str
     model: ModelSettings
     log: LogSettings
     hang_seconds: float
 
     @property
+    def folder(self) -> RuntimeFolder:
+        """Where it meets the other processes."""
+        return RuntimeFolder(Path(self.runtime_folder))
+
+    @property
+    def socket_path(self) -> Path:
+        """Where it listens."""
+        return self.folder.socket(self.index)
+
+    @property
     def device_path(self) -> Path:
-        """Where the process writes the device it runs on, so that a restart asks for that one."""
-        return Path(self.socket_path).with_suffix(".device")
+        """Where it writes the device it runs on."""
+        return self.folder.device(self.index)
 
     @property
     def failure_path(self) -> Path:
-        """Where the process writes why its model cannot be loaded."""
-        return Path(self.socket_path).with_suffix(".failure")
+        """Where it writes why its model cannot be loaded."""
+        return self.folder.failure(self.index)
 
     @property
     def heartbeat_path(self) -> Path:
-        """The file whose time the process renews for as long as its threads run."""
-        return Path(self.socket_path).with_suffix(".heartbeat")
-
-
-def socket_path(folder: Path, index: int) -> str:
-    """The socket of the model process for the device number `index`."""
-    return str(folder / f"model-{index}.sock")
+        """The file whose time it renews."""
+        return self.folder.heartbeat(self.index)

@@ -1,15 +1,16 @@
 """The supervisor: keeps one model process per device alive, and tells the master when that is of no use.
 
 Lifetimes hang on pipes, not signals: the master holds the supervisor's standard input, the supervisor
-holds each model process's. Whoever dies, and however, those below it see the end of the pipe and go.
+holds each model process's. If one of them dies, however it dies, those below it see the end of the pipe
+and go. The other way round, the master and its web workers see the end of the supervisor's report.
 """
 
-import fcntl
+import contextlib
 import logging
 import os
 import select
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,14 +22,8 @@ from typing import IO
 import msgspec
 
 from embedding_service import logs, metrics
-from embedding_service.sharing.settings import (
-    EX_CONFIG,
-    EX_SOFTWARE,
-    LOCK_NAME,
-    VERDICT_NAME,
-    ProcessSettings,
-    Verdict,
-)
+from embedding_service.sharing.runtime_folder import RuntimeFolder
+from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, ProcessSettings
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.supervisor")
@@ -52,8 +47,8 @@ class Child:
         self._heartbeat = 0
         self._heartbeat_seen = self._looked = 0.0
 
-    def keep_alive(self) -> Verdict | None:
-        """Start the process when it is time to; returns a verdict when starting again is of no use."""
+    def keep_alive(self) -> ExitReason | None:
+        """Start the process when it is time to; returns a reason if starting again is of no use."""
         if self._process is None:
             if time.monotonic() >= self._start_at:
                 self._start()
@@ -95,7 +90,7 @@ class Child:
 
     def _start(self) -> None:
         settings = self._settings
-        Path(settings.socket_path).unlink(missing_ok=True)
+        settings.socket_path.unlink(missing_ok=True)
         settings.heartbeat_path.unlink(missing_ok=True)
         if settings.device_path.exists():
             # It has run before: the same device again or none, never a silent fall to the CPU.
@@ -114,16 +109,16 @@ class Child:
             # Out here, so that the last words of a process that crashes are not lost.
             threading.Thread(target=_pass_on, args=[self._process.stdout], daemon=True).start()
 
-    def _died(self, code: int) -> Verdict | None:
+    def _died(self, code: int) -> ExitReason | None:
         now = time.monotonic()
         first = not self._deaths
         self._deaths.append(now)
         if code == EX_CONFIG and first:
-            return Verdict(EX_CONFIG, self._settings.failure_path.read_text())
+            return ExitReason(EX_CONFIG, self._settings.failure_path.read_text())
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         process = f"the model process ({self._settings.model.device})"
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_SECONDS:
-            return Verdict(
+            return ExitReason(
                 EX_SOFTWARE,
                 f"{process} ended {MAX_DEATHS} times in {DEATHS_WITHIN_SECONDS:.0f} s, at last {how}",
             )
@@ -145,38 +140,31 @@ def _pass_on(output: IO[bytes]) -> None:
                 native.warning("%s", line.decode(errors="replace").rstrip())
 
 
-def main(folder: Path, all_settings: list[ProcessSettings]) -> int:
-    """Supervise until the master goes or there is a verdict; returns the exit code."""
+def main(folder: RuntimeFolder, report: socket.socket, all_settings: list[ProcessSettings]) -> int:
+    """Supervise until the master goes or there is a reason to give up; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    metrics.share(folder.metrics)
     master = os.getppid()
-    # Locked before it has its name, so that who finds it unlocked knows that the supervisor is gone.
-    with (folder / f"{LOCK_NAME}.new").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write(str(master))
-        lock.flush()
-        (folder / f"{LOCK_NAME}.new").rename(folder / LOCK_NAME)
-        children = [Child(settings) for settings in all_settings]
-        verdict: Verdict | None = None
-        while verdict is None and not _master_gone():
-            for child in children:
-                verdict = verdict or child.keep_alive()
-        if verdict is not None:
-            log.critical("Giving up: %s", verdict.reason)
-            # Whole when it has its name: the master may look at any moment.
-            (folder / f"{VERDICT_NAME}.new").write_bytes(msgspec.json.encode(verdict))
-            (folder / f"{VERDICT_NAME}.new").rename(folder / VERDICT_NAME)
+    children = [Child(settings) for settings in all_settings]
+    reason: ExitReason | None = None
+    while reason is None and not _master_gone():
         for child in children:
-            child.stop()
-        if verdict is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            return 0
+            reason = reason or child.keep_alive()
+    if reason is not None:
+        log.critical("Giving up: %s", reason.reason)
+        with contextlib.suppress(OSError):
+            report.sendall(msgspec.json.encode(reason))
+    for child in children:
+        child.stop()
+    if reason is not None:
         if os.getppid() == master:
             os.kill(master, signal.SIGTERM)
-        # Keeps the lock until the master has drained, so that no worker takes this for a death.
+        # The workers drain while this process lives, so that none of them takes the end for a death.
         while not _master_gone():
             pass
-        return verdict.code
+    folder.remove()
+    return reason.code if reason is not None else 0
 
 
 def _master_gone() -> bool:
@@ -186,6 +174,9 @@ def _master_gone() -> bool:
 
 
 if __name__ == "__main__":
-    settings = msgspec.json.decode(sys.argv[2], type=list[ProcessSettings])
+    settings = msgspec.json.decode(sys.argv[3], type=list[ProcessSettings])
     logs.setup(settings[0].log.log_level, settings[0].log.log_format, settings[0].log.log_file)
-    sys.exit(main(Path(sys.argv[1]), settings))
+    # Closed with this process and not before; no model process may hold it.
+    report = socket.socket(fileno=int(sys.argv[2]))
+    report.set_inheritable(False)
+    sys.exit(main(RuntimeFolder(Path(sys.argv[1])), report, settings))

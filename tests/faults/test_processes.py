@@ -3,10 +3,11 @@
 import shutil
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -176,8 +177,13 @@ def test_the_master_is_killed_under_load(start):
     record("`kill -9` of the gunicorn master", "under load", 1, f"no process left after {seconds:.1f} s")
 
 
-def test_the_supervisor_is_killed(start):
-    running = start().wait_ready()
+GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
+PRELOADED = [GUNICORN, "--preload", "-b", "127.0.0.1:{port}", "app:app"]
+
+
+@pytest.mark.parametrize("command", [None, PRELOADED], ids=["as usual", "preloaded"])
+def test_the_supervisor_is_killed(start, command):
+    running = start(command).wait_ready()
     processes = running.processes()
     running.supervisor().kill()
     killed = time.monotonic()
@@ -187,6 +193,52 @@ def test_the_supervisor_is_killed(start):
     assert "the supervisor of the model process was killed" in running.log()
     wait_until(lambda: gone(processes), 5, "the end of every process")
     record("`kill -9` of the supervisor", "an idle service", 1, f"says so and exits 70 after {seconds:.1f} s")
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["as usual", "preloaded"])
+def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start, preload):
+    """The new master has a supervisor and a folder of its own, and the old one takes all of its own along."""
+    command = [GUNICORN, *preload, "-b", "127.0.0.1:{port}", "app:app"]
+    running = start(command).wait_ready()
+    old = running.processes()
+    old_folder = Path(running.supervisor().cmdline()[3])
+    running.process.send_signal(signal.SIGUSR2)
+    new_master = wait_until(lambda: _new_master(running, old), 30, "a new master")
+    try:
+        wait_until(lambda: _loaded_below(new_master), 60, "the model of the new master")
+        with load(running) as seen:
+            assert running.stop() == 0
+            wait_until(lambda: gone(old), 10, "the end of the old master's processes")
+            before = len(seen)
+            wait_until(lambda: len(seen) > before + 1, 30, "answers of the new master")
+        assert set(statuses(seen)) == {"200"}
+        assert not old_folder.exists()
+        new = [new_master, *new_master.children(recursive=True)]
+        (supervisor,) = (p for p in new if SUPERVISOR in p.cmdline())
+        new_folder = Path(supervisor.cmdline()[3])
+        assert new_folder.exists()
+    finally:
+        new_master.terminate()
+    wait_until(lambda: gone(new), 20, "the end of the new master's processes")
+    assert not new_folder.exists()
+
+
+SUPERVISOR = "embedding_service.sharing.supervisor"
+
+
+def _new_master(service: Service, old: list[psutil.Process]) -> psutil.Process | None:
+    """The old master's new child, once it has a supervisor of its own."""
+    for child in psutil.Process(service.process.pid).children():
+        with suppress(psutil.Error):  # a process may end while it is looked at
+            if child not in old and any(SUPERVISOR in p.cmdline() for p in child.children()):
+                return child
+    return None
+
+
+def _loaded_below(master: psutil.Process) -> bool:
+    """Whether the model process below this master shows that it lives, which it does once it has loaded."""
+    (supervisor,) = (p for p in master.children() if SUPERVISOR in p.cmdline())
+    return Path(supervisor.cmdline()[3], "model-0.heartbeat").exists()
 
 
 def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start):
