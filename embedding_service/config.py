@@ -193,7 +193,11 @@ def current() -> Config:
 
 def log_format() -> str:
     """LOG_FORMAT as far as it can be told while other settings may be wrong."""
-    return "json" if os.environ.get("LOG_FORMAT", "").strip().lower() == "json" else "text"
+    try:
+        found: Mapping[str, str] = environment()
+    except ConfigError:
+        found = os.environ
+    return "json" if found.get("LOG_FORMAT", "").strip().lower() == "json" else "text"
 
 
 def notes() -> list[str]:

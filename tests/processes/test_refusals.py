@@ -12,7 +12,7 @@ from embedding_service import preflight
 from embedding_service.errors import StartupError
 from embedding_service.inference import source
 from embedding_service.inference.settings import ModelSettings
-from tests.service import free_port
+from tests.service import ROOT, free_port
 
 GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
 
@@ -108,3 +108,25 @@ def test_a_unix_socket_by_gunicorns_own_option(start, tmp_path):
         if answer:
             break
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_refusal_has_the_form_that_the_env_file_asks_for(start, tmp_path):
+    (tmp_path / ".env").write_text("LOG_FORMAT=json\nBATCH_SIZE=none\n")
+    service = start([sys.executable, str(ROOT / "app.py")], cwd=tmp_path)
+    assert service.process.wait(30) == 78
+    assert json.loads(service.log())["message"].startswith("BATCH_SIZE='none' is not allowed")
+
+
+LAUNCH = """
+import os, socket, sys
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.executable, [sys.executable, "app.py"])
+"""
+
+
+def test_a_socket_from_systemd_is_no_port_in_use(start):
+    service = start([sys.executable, "-c", LAUNCH.replace("{", "{{").replace("}", "}}"), "{port}"])
+    assert service.wait_ready().post("/embed", {"texts": "hello"}).ok
