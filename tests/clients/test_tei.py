@@ -54,9 +54,10 @@ def test_truncate_false_refuses_over_long_texts(client):
     assert caught.value.response.status_code == 422
 
 
-def test_similarity(client, oracle):
+@pytest.mark.parametrize("path", ["", "/similarity"])
+def test_similarity(client, oracle, path):
     source, others = "a cat sat", ["a cat sat", "a kitten is sitting", "stock prices fell"]
-    found = client.sentence_similarity(source, others, model=f"{client.model}/similarity")
+    found = client.sentence_similarity(source, others, model=f"{client.model}{path}")
     vectors = oracle.encode([source, *others], normalize_embeddings=True)
     assert np.abs(np.array(found) - vectors[1:] @ vectors[0]).max() < 1e-5
 
