@@ -83,9 +83,9 @@ def on_starting(server: Any) -> None:
             server.pidfile.unlink()
         logs.refuse(error, settings.log_format)
         sys.exit(EX_CONFIG)
-    # The addresses after gunicorn's own flags, which win over HOST; a string is a unix socket.
+    # The addresses after gunicorn's own flags, which win over HOST; others are unix sockets and open files.
     for address in server.cfg.address:
-        if not isinstance(address, str) and settings.is_open_at(address[0]):
+        if isinstance(address, tuple) and settings.is_open_at(address[0]):
             server.log.warning(OPEN_WARNING, address[0])
 
 
