@@ -92,9 +92,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     web_concurrency: Annotated[
         int, Meta(ge=1, le=64, description="Web worker processes; they share one model.")
     ] = 1
-    web_threads: Annotated[
-        int, Meta(ge=2, le=1024, description="Threads of a web worker: the requests it can hold open.")
-    ] = 128
+    max_concurrent_requests: Annotated[
+        int,
+        Meta(ge=1, le=65536, description="Requests a web worker may have with the model; more get 429."),
+    ] = 512
     max_texts_per_request: Annotated[
         int, Meta(ge=1, le=1_000_000, description="Texts one request may carry.")
     ] = 4096
@@ -173,7 +174,7 @@ def environment() -> dict[str, str]:
     return found
 
 
-# What was odd in `.env`, to be logged once there is a log.
+# What was odd in the settings, to be logged once there is a log.
 _notes: list[str] = []
 
 _current: "Config | None" = None
@@ -201,7 +202,7 @@ def log_format() -> str:
 
 
 def notes() -> list[str]:
-    """Warnings about the `.env` file that was read, each returned once."""
+    """Warnings about what was read, each returned once."""
     noted = _notes.copy()
     _notes.clear()
     return noted
@@ -232,6 +233,11 @@ def load(environ: Mapping[str, str] | None = None) -> Config:
     for field in FIELDS:
         name = field.name.upper()
         raw = environ.get(name, "").strip()
+        if not raw and name in OLD_NAMES and (raw := environ.get(OLD_NAMES[name], "").strip()):
+            _notes.append(
+                f"{OLD_NAMES[name]} is now called {name}; the old name works until the next release"
+            )
+            name = OLD_NAMES[name]
         if raw:
             values[field.name] = _convert(name, raw, field.type)
     return Config(**values)
@@ -239,6 +245,9 @@ def load(environ: Mapping[str, str] | None = None) -> Config:
 
 FIELDS = msgspec.structs.fields(Config)
 NAMES = [field.name.upper() for field in FIELDS]
+
+# What settings were called before.
+OLD_NAMES = {"MAX_CONCURRENT_REQUESTS": "WEB_THREADS"}
 
 BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 

@@ -27,16 +27,20 @@ except StartupError as error:
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
 worker_class = "embedding_service.web.worker.Worker"
-threads = settings.web_threads
-worker_connections = 1000 + settings.web_threads
+# For -k gthread and -k sync, which becomes gthread; our own worker has greenlets.
+threads = min(128, settings.max_concurrent_requests)
+# Connections of a worker, the idle ones included; each is a greenlet.
+worker_connections = 8192
 graceful_timeout = settings.graceful_timeout_seconds
 # Longer than nginx's 60 s, so that it is never this side that closes a connection in use.
 keepalive = 75
 # The heartbeat file must not wait for a disk.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 control_socket_disable = True
-# So that every answer goes through the worker's socket, which holds headers back and bounds slow clients.
+# So that every answer goes through the worker's socket, which bounds slow clients.
 sendfile = False
+# No header of a request, whoever sent it, may set SCRIPT_NAME or PATH_INFO.
+forwarder_headers = ""
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]
@@ -61,6 +65,10 @@ def on_starting(server: Any) -> None:
     server.START_CTX["args"] = [sys.executable, *sys.orig_argv[1:]]
     for note in service_config.notes():
         server.log.warning("%s", note)
+    if server.cfg.worker_class_str != worker_class:
+        server.log.warning("-k %s: slow clients can hold up this worker", server.cfg.worker_class_str)
+    elif server.cfg.threads != threads:
+        server.log.warning("--threads has no effect: this worker has a greenlet for each connection")
     model = msgspec.convert(settings, ModelSettings, from_attributes=True)
     processes = [
         ProcessSettings(

@@ -33,6 +33,16 @@ def test_an_empty_value_counts_as_not_set():
     assert config.load({"BATCH_SIZE": " ", "DEVICE": ""}) == config.load({})
 
 
+def test_an_old_name_counts_where_the_new_one_is_not_set():
+    old = {"WEB_THREADS": "9"}
+    assert config.load(old).max_concurrent_requests == 9
+    assert config.load(old | {"MAX_CONCURRENT_REQUESTS": "8"}).max_concurrent_requests == 8
+    assert "WEB_THREADS is now called MAX_CONCURRENT_REQUESTS" in config.notes()[0]
+    with pytest.raises(config.ConfigError, match="WEB_THREADS='x'"):
+        config.load({"WEB_THREADS": "x"})
+    config.notes()
+
+
 def test_values_are_converted():
     settings = config.load(
         {"BATCH_SIZE": "8", "CPU_FALLBACK": "False", "DEVICE": "cuda:0,cuda:1", "LOG_FORMAT": "JSON"}

@@ -22,26 +22,22 @@ from embedding_service.web.settings import WebSettings
 
 KEY = "embedding_service"
 
-# Threads of a worker that no embedding may take, so that /health answers however long the queue is.
-RESERVED_THREADS = 8
-
 # What the last request weighs in the time that one is expected to take.
 RECENT = 0.1
 
 
 class Context:
-    """The engine as the web half uses it: bounded by the worker's threads, and off while it drains."""
+    """The engine as the web half uses it: bounded in number, and off while it drains."""
 
     def __init__(self, engine: Engine, settings: WebSettings) -> None:
         self.engine = engine
         self.settings = settings
         self.draining: Callable[[], bool] = lambda: False
-        most = max(1, settings.web_threads - RESERVED_THREADS)
-        self._places = threading.BoundedSemaphore(most)
+        self._places = threading.BoundedSemaphore(settings.max_concurrent_requests)
         self._seconds_per_request = 0.0
 
     def embed(self, request: EmbedRequest) -> Embeddings:
-        """Engine.embed; raises Overloaded where this worker has no thread to wait with."""
+        """Engine.embed; raises Overloaded if too many requests of this worker wait."""
         with self._place():
             result = self.engine.embed(request)
         timings = result.timings
@@ -60,7 +56,7 @@ class Context:
         if not self._places.acquire(blocking=False):
             # Half of those that wait now will have been answered in half the time a request takes.
             raise Overloaded(
-                "this web worker's threads are all waiting",
+                "this web worker has as many requests with the model as it may",
                 retry_after_seconds=max(0.05, self._seconds_per_request / 2),
             )
         began = time.monotonic()

@@ -101,7 +101,7 @@ def info() -> Response:
         "max_client_batch_size": settings.max_texts_per_request,
         # TEI's clients size their requests by it; larger ones are split here, so it need not be small.
         "max_batch_tokens": max(model.max_batch_tokens, model.batch_size * model.max_seq_length),
-        "max_concurrent_requests": settings.web_threads,
+        "max_concurrent_requests": settings.max_concurrent_requests,
         "auto_truncate": True,
         "version": __version__,
         "backend": model.backend,

@@ -10,6 +10,6 @@ class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_text_characters: int = 100_000
     max_body_bytes: int = 32 << 20
     request_timeout_seconds: float = 60.0
-    web_threads: int = 128
+    max_concurrent_requests: int = 512
     api_keys: str | None = None
     api_keys_file: str | None = None

@@ -1,196 +1,360 @@
-"""The gunicorn worker: gthread, where no client can hold a thread by being slow, and a drain loses none."""
+"""The gunicorn worker: a greenlet a connection, bounded patience with clients, a drain that loses nobody."""
 
 import contextlib
+import datetime
 import errno
 import os
-import select
-import selectors
-import socket
-import struct
 import time
-from functools import partial
+import uuid
 from typing import Any
 
-from gunicorn.workers import gthread
+import gevent
+import orjson
+from gevent import monkey
+from gevent import socket as gevent_socket
+from gevent.event import Event
+from gevent.lock import BoundedSemaphore
+from gevent.pool import Pool
+from gevent.server import StreamServer
+from gunicorn import http, util
+from gunicorn.http import errors, wsgi
+from gunicorn.sock import ssl_context
+from gunicorn.workers.ggevent import GeventWorker
 
-# A request must arrive within READ_SECONDS and a second for each SLOWEST bytes of it, and an answer be
-# taken likewise. So slow clients are cut off, and large bodies on slow lines are not.
+# A request must arrive within READ_SECONDS plus a second for each SLOWEST bytes of it; an answer must be
+# taken likewise. This cuts off slow clients, but not large bodies on slow lines.
 READ_SECONDS, WRITE_SECONDS, SLOWEST = 6.0, 10.0, 50_000
 
-# How often a thread that waits for a client looks at the clock.
-LOOK_SECONDS = 1
+# How long a worker that ends keeps idle connections, for a request that is on its way.
+LINGER_SECONDS = 2.0
 
-# How long a thread waits for its client's next request before it gives the connection back.
-LINGER_MILLISECONDS = 20
+# What requests in flight have if the master is dead and nobody else ends this process.
+ORPHAN_SECONDS = 2.0
 
-# What requests in flight have once the master is dead and nobody else ends this process.
-ORPHAN_SECONDS = 2
+# How long no connection is accepted if there is no file descriptor for one.
+PAUSE_SECONDS = 0.5
 
 MAX_BACKLOG = 2048
 
-# As much of an unread body is read to keep the connection; gunicorn gives up at twice that.
+# At most this much of an unread body is read to keep the connection.
 DRAINED = 32_768
 
+# So many bodies over this size may be in memory at once; the others wait on their clients' side.
+LARGE_BODY, LARGE_BODIES = 65_536, 128
 
-class PatientSocket(socket.socket):
-    """A client's connection whose patience has an end; to gunicorn that looks like a client that left."""
+# What the server answers without Flask, for gunicorn's own errors; any other of them is a 400.
+REFUSALS = [
+    (
+        (errors.LimitRequestHeaders, errors.LimitRequestLine),
+        431,
+        "Request Header Fields Too Large",
+        "too_large",
+    ),
+    ((errors.UnsupportedTransferCoding,), 501, "Not Implemented", "validation"),
+    ((errors.ExpectationFailed,), 417, "Expectation Failed", "validation"),
+    ((errors.ForbiddenProxyRequest,), 403, "Forbidden", "validation"),
+    (
+        (errors.InvalidResponseHeader, errors.InvalidResponseHeaderName),
+        500,
+        "Internal Server Error",
+        "internal",
+    ),
+    ((errors.ConfigurationProblem,), 500, "Internal Server Error", "internal"),
+    ((errors.ParseException,), 400, "Bad Request", "validation"),
+    ((TimeoutError,), 408, "Request Timeout", "timeout"),
+]
 
-    slow = False
-    _headers = b""
 
-    def begin(self) -> None:
-        """A request begins to arrive."""
-        self._read_by = time.monotonic() + READ_SECONDS
+class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
+    """A client's connection; what waits for the client gets a TimeoutError if that takes too long."""
 
-    def setblocking(self, flag: bool) -> None:
-        """Gunicorn sets it several times for each request; only changes cost a system call."""
-        if self.getblocking() != flag:
-            super().setblocking(flag)
+    def expect(self, seconds: float) -> None:
+        """Wait so long for the first byte of a request; from then on it has the time that requests have."""
+        self._begun = False
+        self._read_by = time.monotonic() + seconds
 
-    def flush(self) -> None:
-        """Send headers that no body has followed."""
-        if self._headers:
-            self.sendall(b"")
+    @property
+    def begun(self) -> bool:
+        """Whether something of the expected request has come."""
+        return self._begun
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        while True:
-            late = time.monotonic() > self._read_by
-            try:
-                data = super().recv(size, flags | socket.MSG_DONTWAIT if late else flags)
-            except BlockingIOError:
-                if late or self.gettimeout() == 0:
-                    self.slow = True
-                    raise ConnectionResetError(errno.ECONNRESET, "the client sends too slowly") from None
-                continue
-            self._read_by += len(data) / SLOWEST
-            return data
+        # At 0 gevent still takes what lies there.
+        self.timeout = max(0.0, self._read_by - time.monotonic())
+        try:
+            data: bytes = super().recv(size, flags)
+        except BlockingIOError:
+            raise TimeoutError("the client sends too slowly") from None
+        if not self._begun:
+            self._begun = True
+            self._read_by = time.monotonic() + READ_SECONDS
+        self._read_by += len(data) / SLOWEST
+        return data
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send all; the headers of an answer wait for its body, so that both leave in one packet."""
-        if data[:9] == b"HTTP/1.1 " and data[9:10] != b"1" and data[-4:] == b"\r\n\r\n":
-            self._headers = data
-            return
-        if self._headers:
-            data, self._headers = self._headers + data, b""
-        view = memoryview(data).cast("B")
-        write_by = time.monotonic() + WRITE_SECONDS + len(view) / SLOWEST
-        while view:
-            with contextlib.suppress(BlockingIOError):
-                view = view[self.send(view, flags) :]
-            if view and time.monotonic() > write_by:
-                self.slow = True
-                raise ConnectionResetError(errno.ECONNRESET, "the client reads too slowly")
+        """Send all; most answers need one system call."""
+        view = memoryview(data)
+        with contextlib.suppress(BlockingIOError):
+            view = view[self._sock.send(view, flags) :]
+        if view:
+            self.timeout = WRITE_SECONDS + len(view) / SLOWEST
+            super().sendall(view, flags)
 
 
-class Connection(gthread.TConn):  # type: ignore[misc]
-    """A connection that may be closed twice, and that lingers for no slow client."""
+class Listener(StreamServer):  # type: ignore[misc]
+    """Accepts connections for as long as there are file descriptors, and waits where there are none."""
 
-    def close(self, graceful: bool = False) -> None:
-        if self.sock.fileno() != -1:
-            super().close(graceful and not getattr(self.sock, "slow", False))
+    def __init__(self, worker: "Worker", sock: Any, **options: Any) -> None:
+        super().__init__(sock, handle=worker.handle_client, spawn=worker.pool, **options)
+        self._log = worker.log
+        self.name = sock.getsockname()
+        if worker.cfg.workers > 1:
+            self.max_accept = 1
 
-
-def _announce_close(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
-    """Call the application, and have an answer say so where the connection will end after it.
-
-    Gunicorn closes a connection on which much of a body lies unread, as after a refusal, but has promised
-    to keep it by then; a client that believes that loses its next request.
-    """
-
-    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        body = environ["wsgi.input"].reader
-        if getattr(body, "length", 0) > DRAINED or getattr(body, "parser", None) is not None:
-            start_response.__self__.force_close()
-        return start_response(status, headers, exc_info)
-
-    return app(environ, start)
-
-
-class Worker(gthread.ThreadWorker):  # type: ignore[misc]
-    """Connections get a thread when they have sent something, and lose it when they stall."""
-
-    def accept(self, listener: socket.socket) -> None:
-        """Accept a connection, and wait for its first bytes without a thread."""
+    def do_read(self) -> tuple[PatientSocket, Any] | None:
+        """The next connection, if one waits."""
         try:
-            accepted, address = listener.accept()
+            fd, address = self.socket._accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
-                return
-            raise
-        sock = PatientSocket(accepted.family, accepted.type, accepted.proto, accepted.detach())
-        look = struct.pack("ll", LOOK_SECONDS, 0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, look)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, look)
-        conn = Connection(self.cfg, sock, address, listener.getsockname())
-        self.nr_conns += 1
-        conn.timeout = time.monotonic() + READ_SECONDS
-        self.pending_conns.append(conn)
-        self.poller.register(sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self._log.error("No connection can be accepted: %s; trying again", error.strerror)
+            self.stop_accepting()
+            self._timer = self.loop.timer(PAUSE_SECONDS)
+            self._timer.start(self._start_accepting_if_started)
+            return None
+        client = PatientSocket(self.socket.family, self.socket.type, self.socket.proto, fileno=fd)
+        client.listener = self.name
+        client.expect(READ_SECONDS)
+        return client, address
 
-    def enqueue_req(self, conn: Any) -> None:
-        conn.data_ready = True
-        if isinstance(conn.sock, PatientSocket):
-            conn.sock.begin()
-        super().enqueue_req(conn)
+    def drain(self) -> None:
+        """Take those that are connected already, and turn later ones away at once."""
+        self.stop_accepting()
+        for _ in range(MAX_BACKLOG):
+            accepted = None if self.full() else self.do_read()
+            if accepted is None:
+                break
+            self.do_handle(*accepted)
+        self.close()
 
-    def handle(self, conn: Any) -> Any:
-        """Handle requests for as long as the client sends the next one at once.
 
-        Gunicorn would hand the connection to the thread that accepts for all, which waits for it with
-        the others and finds a thread for it again: more work than parsing the request. Where the
-        connection ends, it is closed here, since closing waits for the client.
+class Answer(wsgi.Response):  # type: ignore[misc]
+    """Gunicorn's response; the headers wait for the body, so that both leave in one packet."""
+
+    headers_sent: bool
+    _head = b""
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """Announce the connection's end if too much of the body was left unread to go on after it."""
+        body = self.req.body.reader
+        if getattr(body, "length", 0) > DRAINED or getattr(body, "parser", None) is not None:
+            self.force_close()
+        return super().start_response(status, headers, exc_info)
+
+    def send_headers(self) -> None:
+        if not self.headers_sent:
+            lines = [*self.default_headers(), *(f"{name}: {value}\r\n" for name, value in self.headers)]
+            self._head = "".join([*lines, "\r\n"]).encode("latin-1")
+            self.headers_sent = True
+
+    def _emit_body(self, data: bytes) -> None:
+        if self.chunked:
+            data = b"%X\r\n%b\r\n" % (len(data), data)
+        self.sock.sendall(self._head + data)
+        self._head = b""
+
+    def close(self) -> None:
+        self.send_headers()
+        end = self._head + (b"0\r\n\r\n" if self.chunked else b"")
+        if end:
+            self.sock.sendall(end)
+
+
+class Worker(GeventWorker):  # type: ignore[misc]
+    """Gunicorn's gevent worker, with our patience, our drain and our words for what it refuses."""
+
+    alive: bool
+    sockets: list[Any]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._graceful_seconds = float(self.cfg.graceful_timeout)
+        # What this worker does not know: HTTP/2, uwsgi and TLS are left to gunicorn's own loop.
+        self._is_stock = self.cfg.is_ssl or self.cfg.protocol != "http" or "h2" in self.cfg.http_protocols
+
+    def patch(self) -> None:
+        """In the forked worker, before the app is loaded; no other process of the service is patched.
+
+        Names are never looked up here, and processes never started.
         """
-        keep = self._handle_one(conn)
-        while keep is True and self._next_is_there(conn):
-            keep = self._handle_one(conn)
-        if not keep:
-            with contextlib.suppress(OSError):
-                conn.close(graceful=True)
-        return keep
+        monkey.patch_time()
+        monkey.patch_thread()
+        monkey.patch_select()
+        monkey.patch_socket(dns=False)
+        if self.cfg.is_ssl:
+            monkey.patch_ssl()
+        self.sockets = [
+            gevent_socket.socket(listener.FAMILY, gevent_socket.SOCK_STREAM, fileno=listener.sock.detach())
+            for listener in self.sockets
+        ]
 
-    def _handle_one(self, conn: Any) -> Any:
-        keep = super().handle(conn)
-        if isinstance(conn.sock, PatientSocket):
-            with contextlib.suppress(OSError):
-                conn.sock.flush()
-        return keep
+    def init_process(self) -> None:
+        self.pool = Pool(self.worker_connections)
+        self._idle: set[PatientSocket] = set()
+        self._large_bodies = BoundedSemaphore(LARGE_BODIES)
+        self._ended = Event()
+        super().init_process()
 
-    def _next_is_there(self, conn: Any) -> bool:
-        """Wait a moment for the next request, unless other connections wait for a thread in vain."""
-        pool = self.tpool
-        wanted = pool._work_queue.qsize() > 0 and len(pool._threads) >= pool._max_workers
-        if wanted or not self.alive or not isinstance(conn.sock, PatientSocket):
-            return False
-        if not conn.parser.unreader.buf.getvalue():
-            poll = select.poll()
-            poll.register(conn.sock, select.POLLIN)
-            if not poll.poll(LINGER_MILLISECONDS):
-                return False
-        conn.sock.begin()
-        return True
-
-    def set_accept_enabled(self, enabled: bool) -> None:
-        """At the end, take those who are connected already, and turn later ones away at once."""
-        super().set_accept_enabled(enabled)
-        if enabled or self.alive:
-            return
-        for listener in self.sockets:
-            for _ in range(MAX_BACKLOG):
-                before = self.nr_conns
-                self.accept(listener)
-                if self.nr_conns == before:
-                    break
-            listener.close()
-
-    def is_parent_alive(self) -> bool:
-        alive = bool(super().is_parent_alive())
-        if not alive:
+    def notify(self) -> None:
+        """Show the master that this worker lives; without a master, end soon."""
+        self.tmp.notify()
+        if self.alive and self.ppid != os.getppid():
+            self.log.info("Parent changed, shutting down: %s", self)
+            self._graceful_seconds = ORPHAN_SECONDS
             self.alive = False
-            self.cfg.set("graceful_timeout", ORPHAN_SECONDS)
-        return alive
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)
+        self._ended.set()
 
     def run(self) -> None:
-        self.wsgi: Any = partial(_announce_close, self.wsgi)
-        super().run()
+        options = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        listeners = [Listener(self, sock, **options) for sock in self.sockets]
+        for listener in listeners:
+            listener.start()
+        while self.alive:
+            self.notify()
+            self._ended.wait(1.0)
+        for listener in listeners:
+            listener.drain()
+        self._drain()
         if self.ppid != os.getppid():
             os._exit(0)
+
+    def _drain(self) -> None:
+        """Wait for the requests in flight, and for those that may be on their way."""
+        end = time.monotonic() + self._graceful_seconds
+        gevent.spawn_later(min(LINGER_SECONDS, self._graceful_seconds), self._hang_up)
+        while self.pool and (left := end - time.monotonic()) > 0:
+            self.notify()
+            self.pool.join(min(left, 1.0))
+        if self.pool:
+            self.log.warning("%d requests were not answered within graceful_timeout", len(self.pool))
+
+    def _hang_up(self) -> None:
+        for client in self._idle:
+            with contextlib.suppress(OSError):
+                client.shutdown(gevent_socket.SHUT_RD)
+
+    # One connection, in its greenlet
+
+    def handle_client(self, client: Any, address: Any) -> None:
+        """Serve a connection until it ends."""
+        if self._is_stock:
+            self.handle(client, client, address)
+            return
+        try:
+            self._serve(client, address)
+        except OSError as error:
+            self.log.debug("A connection ended: %s", error)
+            util.close(client)
+        else:
+            client.expect(READ_SECONDS)
+            util.close_graceful(client)
+
+    def _serve(self, client: PatientSocket, address: Any) -> None:
+        """Answer requests until one says that it is the last; raises OSError where the client has gone."""
+        parser = http.get_parser(self.cfg, client, address)
+        request = None
+        keep = True
+        try:
+            while keep:
+                request = self._next_request(parser, client)
+                keep = self._answer(request, client, address)
+                client.expect(self.cfg.keepalive if self.alive else LINGER_SECONDS)
+        except StopIteration:
+            return
+        except errors.NoMoreData:
+            self.log.debug("A client left in the middle of its request")
+        except TimeoutError as error:
+            if not client.begun:
+                return
+            self.handle_error(request, client, address, error)
+        except OSError:
+            raise
+        except Exception as error:
+            self.handle_error(request, client, address, error)
+
+    def _next_request(self, parser: Any, client: PatientSocket) -> Any:
+        self._idle.add(client)
+        try:
+            return next(parser)
+        finally:
+            self._idle.discard(client)
+
+    def _answer(self, request: Any, client: PatientSocket, address: Any) -> bool:
+        """Whether another request may follow."""
+        body = request.body.reader
+        if getattr(body, "length", LARGE_BODY) < LARGE_BODY:
+            return self._call_app(request, client, address)
+        with self._large_bodies:
+            return self._call_app(request, client, address)
+
+    def _call_app(self, request: Any, client: PatientSocket, address: Any) -> bool:
+        began = time.monotonic()
+        answer, environ = wsgi.create(
+            request, client, address, client.listener, self.cfg, response_class=Answer
+        )
+        environ["wsgi.multithread"] = True
+        self.nr += 1
+        if self.nr >= self.max_requests and self.alive:
+            self.log.info("This worker has had its %d requests, and ends", self.nr)
+            self.alive = False
+            self._ended.set()
+        if not self.alive or not self.cfg.keepalive:
+            answer.force_close()
+        try:
+            chunks = self.wsgi(environ, answer.start_response)
+            try:
+                for chunk in chunks:
+                    answer.write(chunk)
+                answer.close()
+            finally:
+                if hasattr(chunks, "close"):
+                    chunks.close()
+        except Exception:
+            if not answer.headers_sent or answer._head:
+                raise
+            # Half an answer is out; another one after it would be taken for its end.
+            self.log.exception("An answer broke off")
+            raise ConnectionAbortedError from None
+        if self.log.access_log_enabled:
+            took = datetime.timedelta(seconds=time.monotonic() - began)
+            self.log.access(answer, request, environ, took)
+        return not answer.should_close()
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Answer what never reached Flask, as the native protocol answers errors."""
+        status, reason, kind = next(
+            (refusal for kinds, *refusal in REFUSALS if isinstance(exc, kinds)),
+            (500, "Internal Server Error", "internal"),
+        )
+        if status == 500:
+            self.log.error("A request failed outside the application", exc_info=exc)
+            message = "the service failed on this request; its log says why"
+        elif status == 408:
+            message = "the request did not arrive in time"
+        else:
+            self.log.warning("Invalid request from ip=%s: %s", (addr or ("",))[0], exc)
+            message = f"the request cannot be read: {exc}"
+        request_id = uuid.uuid4().hex
+        body = orjson.dumps({"error": message, "error_type": kind, "request_id": request_id})
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):
+            client.sendall(head.encode() + body)

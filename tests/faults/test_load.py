@@ -65,8 +65,9 @@ def test_ten_times_too_much(loaded, seconds, share):
     )
 
 
-def test_more_callers_than_threads_get_429_and_health_answers(loaded):
-    """Single texts, all at once, from more connections than a worker has threads."""
+def test_more_callers_than_may_wait_get_429_and_health_answers(start):
+    """Single texts, all at once, from more connections than a worker may have requests with the model."""
+    loaded = start(MAX_CONCURRENT_REQUESTS="100").wait_ready()
     seen = []
 
     def crowd() -> None:
@@ -76,8 +77,7 @@ def test_more_callers_than_threads_get_429_and_health_answers(loaded):
     thread.start()
     while thread.is_alive():
         assert loaded.health()[0] == 200
-    assert set(seen[0].statuses) <= {"200", "429"}
-    assert seen[0].statuses["200"]
+    assert set(seen[0].statuses) == {"200", "429"}
     assert len(seen[0].waits) == seen[0].statuses["429"]
 
 
@@ -138,6 +138,6 @@ def test_memory_and_descriptors_stay_flat(loaded, count):
 
 
 def test_a_service_has_no_threads_too_many(loaded):
-    """The threads of a worker are bounded by WEB_THREADS and the few of its own."""
-    assert all(process.num_threads() < 160 for process in loaded.web_workers())
+    """A worker waits in greenlets, whatever it has seen before."""
+    assert all(process.num_threads() < 10 for process in loaded.web_workers())
     assert psutil.Process(loaded.process.pid).num_threads() < 10

@@ -29,10 +29,16 @@ def memory(service) -> int:
     [
         pytest.param([GUNICORN, "app:app"], id="gunicorn app:app"),
         pytest.param([GUNICORN, "--preload", "-b", "127.0.0.1:{port}", "app:app"], id="preload"),
+        pytest.param([GUNICORN, "-k", "gthread", "app:app"], id="gthread"),
+        pytest.param([GUNICORN, "-k", "sync", "app:app"], id="sync"),
+        pytest.param([GUNICORN, "-k", "gevent", "app:app"], id="gevent"),
+        pytest.param([GUNICORN, "--threads", "4", "app:app"], id="threads"),
     ],
 )
 def test_gunicorn_serves_the_oracles_vectors(start, oracle, command):
     running = start(command).wait_ready()
+    if "--threads" in command:
+        assert "--threads has no effect" in running.log()
     body = running.post("/embed", {"texts": ["one", "two"], "normalize": True}).json()
     expected = oracle.encode(["one", "two"], normalize_embeddings=True)
     assert np.abs(np.array(body["embeddings"]) - expected).max() < 1e-5
@@ -92,6 +98,13 @@ def test_what_cannot_start_says_why_and_ends(start, settings, words):
     assert running.process.wait(30) == 78
     assert words in running.log()
     assert "Traceback" not in running.log()
+
+
+def test_the_old_name_of_a_setting_is_accepted_with_a_line_in_the_log(start):
+    running = start(WEB_THREADS="7").wait_ready()
+    info = requests.get(f"{running.url}/info", timeout=5).json()
+    assert info["max_concurrent_requests"] == 7
+    assert "WEB_THREADS is now called MAX_CONCURRENT_REQUESTS" in running.log()
 
 
 def test_cuda_asked_for_and_missing_falls_back_loudly(start):
