@@ -1,5 +1,6 @@
 """Reading requests and writing answers: bytes to a validated struct, and a dict to bytes."""
 
+import functools
 from codecs import BOM_UTF8
 from typing import Any, Generic, TypeVar, cast, get_args
 
@@ -54,10 +55,10 @@ class BodyDecoder(Generic[Body]):
     def _judge(self, kind: type, value: Any, parent: str = "") -> None:
         if not isinstance(value, dict):
             return
-        fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+        fields = _fields(kind)
         check_others(fields, value, parent, near=self._near)
-        for name, field in fields.items():
-            for struct in _structs(field.type):
+        for name, structs in fields.items():
+            for struct in structs:
                 self._judge(struct, value.get(name), f"{parent}{name}.")
 
 
@@ -74,6 +75,12 @@ def _without_others(kind: type[Body]) -> type[Body]:
         kind.__name__, overridden, bases=(kind,), frozen=True, forbid_unknown_fields=True, kw_only=True
     )
     return cast(type[Body], made)
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, list[type[msgspec.Struct]]]:
+    """The struct's fields by name, with the structs that each may hold."""
+    return {field.encode_name: _structs(field.type) for field in msgspec.structs.fields(kind)}
 
 
 def _structs(kind: Any) -> list[type[msgspec.Struct]]:

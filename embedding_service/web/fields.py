@@ -5,6 +5,7 @@ vectors is refused instead, since its sender would get other vectors than it ask
 """
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,20 +72,29 @@ def check_others(
     known: Iterable[str], sent: Mapping[str, Any], parent: str = "", *, near: bool = False
 ) -> None:
     """Raises InvalidRequest for a field that must not be ignored; with `near`, also for one misspelt."""
-    by_spelling = {_spelling(name): name for name in known}
+    names = tuple(known)
     for name, value in sent.items():
-        if value is None or by_spelling.get(_spelling(name)) == name:
+        if value is None or name in names:
             continue
         path = f"{parent}{name[:50]}"
         if near:
-            alike = difflib.get_close_matches(_spelling(name[:50]), by_spelling, 1, ALIKE)
-            if not alike and name in TEXT_FIELDS and "texts" not in sent:
-                alike = ["texts"]
-            if alike:
-                raise InvalidRequest(f"is not a field here; use {by_spelling[alike[0]]}", field=path)
+            meant = _nearest(name[:50], names)
+            if meant is None and name in TEXT_FIELDS and "texts" not in sent:
+                meant = "texts"
+            if meant is not None:
+                raise InvalidRequest(f"is not a field here; use {meant}", field=path)
         accepted = VECTOR_FIELDS.get(name)
         if accepted is not None and value not in accepted:
             raise InvalidRequest("is not supported here, and would change the vectors", field=path)
+
+
+# Kept, since a client that sends such a field sends it with every request.
+@functools.lru_cache(maxsize=1024)
+def _nearest(name: str, known: tuple[str, ...]) -> str | None:
+    """The known name that this one is nearly."""
+    by_spelling = {_spelling(each): each for each in known}
+    alike = difflib.get_close_matches(_spelling(name), by_spelling, 1, ALIKE)
+    return by_spelling[alike[0]] if alike else None
 
 
 def _spelling(name: str) -> str:
