@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,17 +12,21 @@ import msgspec
 from tqdm import tqdm
 
 from embedding_service import config, logs
-from embedding_service.bulk import outputs, rows
+from embedding_service.bulk import outputs
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
-from embedding_service.bulk.part import Failure, Job, Part, identify
+from embedding_service.bulk.part import Failure, Job, Part
 from embedding_service.bulk.paths import errors_path, require_room
 from embedding_service.bulk.pipeline import Chunk, Patient, run
+from embedding_service.bulk.rows import Row
+from embedding_service.bulk.source import Source
 from embedding_service.errors import StartupError
 
 # Exit codes; argparse itself ends with 2.
 DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130
 
 SHOWN_FAILURES = 20
+
+GOES_ON = "\nThe same command goes on from here."
 
 DESCRIPTION = """\
 Embed every row of a file: .jsonl (objects with a text field, or bare strings), .txt (a text a line) or
@@ -60,7 +65,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 class Work(msgspec.Struct):
     """A run that is ready to begin."""
 
-    rows: Iterator[rows.Row]
+    source: Source
+    rows: Iterator[Row]
     total: int
     embedder: Patient
     part: Part
@@ -82,25 +88,24 @@ def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
         return INTERRUPTED
     try:
         return _embed(arguments, work)
-    except (Stopped, OSError) as error:
-        print(f"Stopped: {error}\nThe same command goes on from here.", file=sys.stderr)
+    except (StartupError, Stopped, OSError) as error:
+        # A StartupError now means that the input cannot be read on.
+        ending = "" if isinstance(error, StartupError) else GOES_ON
+        print(f"Stopped: {error}{ending}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr, flush=True)
+        print(f"Interrupted.{GOES_ON}", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 
 def _prepare(arguments: argparse.Namespace) -> Work:
     outputs.writer(arguments.output)
-    if not arguments.input.is_file():
-        raise StartupError(f"{arguments.input} is not a file")
-    if arguments.input.suffix.lower() not in rows.ENDINGS:
-        raise StartupError(f"{arguments.input}: the input must end in {', '.join(rows.ENDINGS)}")
-    require_room(arguments.input.stat(), arguments.output, restart=arguments.restart)
-    total = rows.count(arguments.input, arguments.field)
+    source = Source(arguments.input, arguments.field)
+    require_room(source.stat, arguments.output, restart=arguments.restart)
+    size, digest = source.identify()
+    total = source.count()
     options = Options(input_type=arguments.input_type, dimensions=arguments.dimensions)
     embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
-    size, digest = identify(arguments.input)
     job = Job(
         input_bytes=size,
         input_hash=digest,
@@ -111,7 +116,8 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         dimensions=options.dimensions,
     )
     part = Part(arguments.output, job, restart=arguments.restart)
-    return Work(rows.read(arguments.input, arguments.field, part.rows), total, embedder, part)
+    rest = dropwhile(lambda row: row.number < part.rows, source.rows())
+    return Work(source, rest, total, embedder, part)
 
 
 def _embed(arguments: argparse.Namespace, work: Work) -> int:
@@ -144,6 +150,9 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         except BaseException:
             part.close()
             raise
+    if work.source.has_changed((part.job.input_bytes, part.job.input_hash)):
+        part.close()
+        raise StartupError(f"{arguments.input} changed while it was read; --restart begins again")
     part.seal()
     outputs.finish(part, arguments.output)
     work.embedder.close()

@@ -1,6 +1,8 @@
 """embed_file: every row once, whatever happens on the way; over the real service and in one process."""
 
 import base64
+import csv
+import io
 import json
 import os
 import signal
@@ -11,13 +13,16 @@ import tracemalloc
 from pathlib import Path
 
 import httpx2
+import hypothesis
+import msgspec
 import numpy as np
 import psutil
 import pytest
+from hypothesis import strategies
 from pyarrow import parquet
 
 from embedding_service import embed_file
-from embedding_service.bulk import paths, rows
+from embedding_service.bulk import paths
 from embedding_service.bulk.embedders import (
     Description,
     Options,
@@ -28,6 +33,7 @@ from embedding_service.bulk.embedders import (
 from embedding_service.bulk.part import Job, Part
 from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
+from embedding_service.bulk.source import Source
 from embedding_service.engine import Embeddings, EmbedRequest, Timings
 from embedding_service.errors import StartupError
 from tests.fakes import FakeEngine, Served
@@ -169,7 +175,7 @@ BAD_LINES = {
     b'{"title": "x"}': "the object has no field 'text'",
     b'{"text": 7}': "'text' is not a string but int",
     b"": "the line is blank",
-    b'"\\ud800"': "not valid",
+    b'"\\ud800"': "the text is not valid Unicode",
     b'{"text": "\xff"}': "not valid",
     json.dumps(
         {"text": "x" * 100_001}
@@ -253,7 +259,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
         (["corpus.jsonl", "-o", "v.npy.errors.jsonl"], "for lists of bad rows"),
         (["corpus.jsonl", "-o", "v" * 250 + ".npy"], "name too long"),
         (["corpus.pdf", "-o", "v.npy"], "must end in .jsonl"),
-        (["table.csv", "-o", "v.npy"], "has no column 'text'; its header is a, b"),
+        (["table.csv", "-o", "v.npy"], "there is no column 'text'; the header is a, b"),
         (["corpus.jsonl", "-o", "v.npy", "--url", "localhost:1"], "cannot be used"),
         (["corpus.jsonl", "-o", "v.npy", "--url", "http://127.0.0.1:1"], "does not answer"),
     ],
@@ -406,7 +412,7 @@ def test_restart_keeps_what_there_is_until_the_run_can_begin(tmp_path, monkeypat
 def test_text_lines_are_rows_whatever_stands_in_them(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_bytes(b"\xef\xbb\xbffirst\r\n\n\xff\n  spaces  \nlast")
-    found = list(rows.read(path, "text"))
+    found = list(Source(path, "text").rows())
     assert [(row.number, row.line, row.text) for row in found if not row.error] == [
         (0, 1, "first"),
         (1, 2, ""),
@@ -414,14 +420,13 @@ def test_text_lines_are_rows_whatever_stands_in_them(tmp_path):
         (4, 5, "last"),
     ]
     assert found[2] == Row(2, 3, error="not UTF-8 at byte 0")
-    assert rows.count(path, "text") == 5
-    assert list(rows.read(path, "text", 3)) == found[3:]
+    assert Source(path, "text").count() == 5
 
 
 def test_csv_records_have_the_line_on_which_they_begin(tmp_path):
     path = tmp_path / "table.csv"
     path.write_bytes(b'id,text\n1,"a\nb"\n2\n\n3,\xff\n4,d\n')
-    found = list(rows.read(path, "text"))
+    found = list(Source(path, "text").rows())
     assert [(row.number, row.line, row.text) for row in found] == [
         (0, 2, "a\nb"),
         (1, 4, ""),
@@ -429,7 +434,146 @@ def test_csv_records_have_the_line_on_which_they_begin(tmp_path):
         (3, 7, "d"),
     ]
     assert [bool(row.error) for row in found] == [False, True, True, False]
-    assert rows.count(path, "text") == 4
+    assert Source(path, "text").count() == 4
+
+
+CSV_FAULTS = {
+    b'text,id\na,1\n"unclosed,2\nb,3\nc,4\nd,5\n': ["a", 3, "b", "c", "d"],
+    b'text,id\n"a"b,1\nc,2\n': [2, "c"],
+    b'text,id\n"a"b,1\n"unclosed,2\nb,3\n"c"d,2\nd,5\n"e': [2, 3, "b", 5, "d", 7],
+    b'id,text,z\n1,"a\nb","unclosed\n2,x,3\n': [3, "x"],
+    b'id,text,z\n1,"unclosed,3\n2,",",3\n4,5,6\n': [2, ",", "5"],
+    b'text,id\n"unclosed,1\nb,2\nc"\nd,3\n': [2, "b", 'c"', "d"],
+    b'\xef\xbb\xbftext,id\r\n"a\r\nb",1\r\n\r\n"c"x,2\r\nd,3\re,4\n\0,5': ["a\r\nb", 5, "d", "e", "\0"],
+    b'text,id\na"b,1\n"c""d",2\n': ['a"b', 'c"d'],
+    b'text,id\n"' + b"x" * (17 << 20) + b'",1\nb,2\n': [2, "b"],
+    b'text,id\n"' + (b"x" * 999 + b"\n") * (17 << 10) + b"b,2\n": [2, "b"],
+}
+
+
+@pytest.mark.parametrize("content", CSV_FAULTS, ids=lambda content: content[:40].decode("latin-1"))
+def test_faults_in_quotes_are_bad_rows_on_their_lines_and_the_rows_after_them_are_kept(tmp_path, content):
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    found = list(Source(path, "text").rows())
+    assert [row.line if row.error else row.text for row in found] == CSV_FAULTS[content]
+    assert [row.number for row in found] == list(range(len(found)))
+    assert Source(path, "text").count() == len(found)
+
+
+class Strict(msgspec.Struct):
+    """What the csv module reads before a fault: records with their lines, and where the fault is."""
+
+    records: list[tuple[int, int, list[str]]]
+    fault_lines: range
+
+    @classmethod
+    def read(cls, content: str) -> "Strict":
+        reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+        records, fault = [], range(0)
+        while True:
+            first = reader.line_num + 1
+            try:
+                record = next(reader)
+            except StopIteration:
+                return cls(records, fault)
+            except csv.Error:
+                return cls(records, range(first, reader.line_num + 1))
+            if record:
+                records.append((first, reader.line_num, record))
+
+
+@hypothesis.given(
+    table=strategies.lists(
+        strategies.lists(strategies.text('ab", \n\ré\0', max_size=6), min_size=2, max_size=2)
+    ),
+    quoting=strategies.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
+    end=strategies.sampled_from(["\n", "\r\n"]),
+    damages=strategies.lists(
+        strategies.tuples(strategies.floats(0, 1), strategies.sampled_from(["", '"', "\n"]))
+    ),
+)
+@hypothesis.settings(
+    max_examples=500,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_damaged_csv_against_the_csv_module_in_strict_mode(tmp_path, table, quoting, end, damages):
+    """Characters are deleted, and quotes and line ends inserted; three sound records come after."""
+    written = io.StringIO(newline="")
+    csv.writer(written, quoting=quoting, lineterminator=end).writerows(table)
+    damaged = written.getvalue()
+    for place, what in damages:
+        at = int(place * len(damaged))
+        damaged = damaged[:at] + (what or "") + damaged[at + (not what) :]
+    tail = ["tail 1", "tail 2", "tail 3"]
+    content = f"text,id{end}{damaged}{end}" + "".join(f"{text},0{end}" for text in tail)
+    path = tmp_path / "damaged.csv"
+    path.write_bytes(content.encode())
+    found = list(Source(path, "text").rows())
+
+    strict = Strict.read(content)
+    before = strict.records[1:]
+    # A record over several lines with too many or too few fields has taken in others.
+    swallowed = [i for i, (first, last, record) in enumerate(before) if first != last and len(record) != 2]
+    before = before[: swallowed[0]] if swallowed else before
+    assert [(row.line, row.text) for row in found[: len(before)]] == [
+        (line, record[0]) for line, _, record in before
+    ]
+    if swallowed:
+        assert found[len(before)].line == strict.records[1 + swallowed[0]][0] and found[len(before)].error
+    elif strict.fault_lines:
+        assert found[len(before)].line in strict.fault_lines and found[len(before)].error
+    else:
+        assert len(found) == len(before)
+    assert [row.text for row in found[-3:]] == tail
+    assert [row.number for row in found] == list(range(len(found)))
+    starts = [row.line for row in found]
+    assert starts == sorted(set(starts))
+
+
+def test_a_run_over_damaged_csv_goes_on_exactly_where_it_stopped(tmp_path):
+    corpus, output = tmp_path / "corpus.csv", tmp_path / "vectors.npy"
+    texts = [f"{number}" if number % 7 else '"unclosed' for number in range(1, 20_001)]
+    corpus.write_text("text,id\n" + "".join(f"{text},0\n" for text in texts))
+    served = Served(Numbers())
+    try:
+        killed = Run(corpus, "-o", output, "--url", served.url)
+        wait_until(lambda: rows_in(output, 3) >= 5000 or killed.is_over(), 300, "some rows")
+        killed.process.kill()
+        assert killed.wait() == -signal.SIGKILL, killed.said
+        finished = Run(corpus, "-o", output, "--url", served.url)
+        assert finished.wait(300) == 3, finished.said
+    finally:
+        served.stop()
+    expected = [float(text) if text.isdigit() else np.nan for text in texts]
+    assert np.array_equal(np.load(output)[:, 0], expected, equal_nan=True)
+    listed = [json.loads(line) for line in paths.errors_path(output).read_text().splitlines()]
+    assert [failure["line"] for failure in listed] == [
+        i + 2 for i, text in enumerate(texts) if not text.isdigit()
+    ]
+
+
+def test_an_input_that_changes_meanwhile_gives_no_output(tmp_path, monkeypatch, capsys):
+    corpus, output = tmp_path / "corpus.txt", tmp_path / "vectors.npy"
+    corpus.write_text("1\n2\n3\n")
+
+    class Meddling(Numbers):
+        def embed(self, request: EmbedRequest) -> Embeddings:
+            if request.texts == ["1", "2", "3"]:
+                corpus.write_text("1\n5\n3\n")
+            return super().embed(request)
+
+    served = Served(Meddling())
+    try:
+        assert main(monkeypatch, corpus, "-o", output, "--url", served.url) == 1
+        assert "changed while it was read" in capsys.readouterr().err and not output.exists()
+        assert main(monkeypatch, corpus, "-o", output, "--url", served.url) == 2
+        assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--restart") == 0
+    finally:
+        served.stop()
 
 
 def test_a_line_without_an_end_is_a_bad_row_and_does_not_fill_the_memory(tmp_path):
@@ -439,7 +583,7 @@ def test_a_line_without_an_end_is_a_bad_row_and_does_not_fill_the_memory(tmp_pat
         file.seek(0, os.SEEK_END)
         file.write(b'\n"after it"\n')
     tracemalloc.start()
-    found = list(rows.read(path, "text"))
+    found = list(Source(path, "text").rows())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [(row.text, row.error) for row in found] == [
@@ -589,8 +733,6 @@ def test_a_torn_row_and_errors_ahead_of_the_rows_are_dropped(tmp_path):
 
 
 def test_other_work_and_a_second_run_are_kept_out_of_a_part(tmp_path):
-    import msgspec
-
     output = tmp_path / "v.npy"
     part = Part(output, JOB)
     with pytest.raises(StartupError, match="another run is writing"):

@@ -1,6 +1,5 @@
 """The unfinished output: vectors that grow in place, so that a run killed at any moment can go on."""
 
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -13,8 +12,6 @@ from embedding_service.bulk.paths import errors_path, job_path, new_path, part_p
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
-
-HASHED_BYTES = 1 << 16
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +46,7 @@ class Part:
         self.path = part_path(output)
         self.job_path = job_path(output)
         self.errors_path = errors_path(output)
-        self._dimension = job.dimension
+        self.job = job
         self._file = _claim(self.path)
         try:
             if restart:
@@ -81,7 +78,7 @@ class Part:
     def seal(self) -> None:
         """Write the header that says how many rows there are, and put everything on the disk."""
         self._file.seek(0)
-        self._file.write(_header(self.rows, self._dimension))
+        self._file.write(_header(self.rows, self.job.dimension))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
@@ -111,14 +108,14 @@ class Part:
             )
 
     def _recover(self) -> int:
-        header = _header(0, self._dimension)
+        header = _header(0, self.job.dimension)
         self._file.seek(0, os.SEEK_END)
         size = self._file.tell()
         if size < len(header):
             self._file.seek(0)
             self._file.write(header)
             size = len(header)
-        row_bytes = 4 * self._dimension
+        row_bytes = 4 * self.job.dimension
         rows = (size - len(header)) // row_bytes
         self._file.truncate(len(header) + rows * row_bytes)
         self._file.seek(0, os.SEEK_END)
@@ -138,17 +135,6 @@ class Part:
         if not kept:
             self.errors_path.unlink()
         return kept
-
-
-def identify(path: Path) -> tuple[int, str]:
-    """Size of a file, and a hash of its beginning and end: enough to notice another file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        for position in (0, max(0, size - HASHED_BYTES)):
-            file.seek(position)
-            digest.update(file.read(HASHED_BYTES))
-    return size, digest.hexdigest()
 
 
 def _header(rows: int, dimension: int) -> bytes:

@@ -1,0 +1,171 @@
+"""Rows that are records, of .csv and .tsv: read strictly, and found again after a fault in their quotes."""
+
+import csv
+import io
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import TextIO
+
+import msgspec
+
+from embedding_service.bulk.rows import MAX_BYTES, TOO_LONG, BadRow, Row, encodable, make_row, shown
+from embedding_service.errors import StartupError
+
+
+def read(file: io.BufferedReader, field: str, delimiter: str) -> Iterator[Row]:
+    """A row for each record after the header. Raises StartupError if there is no such column."""
+    csv.field_size_limit(MAX_BYTES)
+    # Bytes that are not UTF-8 become surrogates here, and a bad row if they are in a text.
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+    lines = _Lines(text)
+    header = _header(lines, delimiter)
+    if field not in header:
+        raise StartupError(f"there is no column {field!r}; the header is {shown(header)}")
+    column = header.index(field)
+
+    def parse(record: list[str] | str) -> str:
+        if isinstance(record, str):
+            raise BadRow(record)
+        if column >= len(record):
+            raise BadRow(f"the record has no column {field!r}")
+        return encodable(record[column])
+
+    for number, (line, record) in enumerate(_records(lines, delimiter, len(header))):
+        yield make_row(number, line, parse, record)
+    # The file belongs to the caller.
+    text.detach()
+
+
+class _Lines:
+    """The lines of a file; those that a record has taken can be read again."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._again: deque[str] = deque()
+        self._characters = 0
+        self.taken: list[str] = []
+        self.number = 0
+
+    def begin(self) -> int:
+        """A record begins: the number of its line."""
+        self.taken, self._characters = [], 0
+        return self.number + 1
+
+    def back_to_second(self) -> None:
+        """The lines after the first that the record has taken are read again."""
+        self._again.extendleft(reversed(self.taken[1:]))
+        self.number -= len(self.taken) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else self._next()
+        if not line:
+            raise StopIteration
+        self.taken.append(line)
+        self.number += 1
+        self._characters += len(line)
+        if self._characters > MAX_BYTES:
+            raise BadRow(f"the record is {TOO_LONG}")
+        return line
+
+    def _next(self) -> str:
+        line = self._file.readline(MAX_BYTES)
+        if len(line) == MAX_BYTES and line[-1] not in "\r\n":
+            while (more := self._file.readline(MAX_BYTES)) and more[-1] not in "\r\n":
+                pass
+            # Still too long whenever it is read again.
+            line += "\n"
+        return line
+
+
+class _Fault(msgspec.Struct):
+    """A record that cannot be read, on the line where the quote at fault opens."""
+
+    first_line: int
+    line: int
+    error: str
+    last_line: int
+
+    def said(self) -> str:
+        if self.last_line == self.line:
+            return self.error
+        return f"{self.error}; what stands as far as line {self.last_line} is taken as part of it"
+
+
+def _header(lines: _Lines, delimiter: str) -> list[str]:
+    for line, record in _records(lines, delimiter, None):
+        if isinstance(record, str):
+            raise StartupError(f"the header cannot be read, line {line}: {record}")
+        return record
+    raise StartupError("there is no header: the file is empty")
+
+
+def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple[int, list[str] | str]]:
+    """Each record that is not blank, or why there is none, and its line.
+
+    After a fault, reading goes on at the next line with a record of `width` fields or with another fault.
+    """
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    fault: _Fault | None = None
+    while True:
+        first = lines.begin()
+        found = _record_or_fault(lines, reader, first, delimiter, None if fault else width)
+        if isinstance(found, _Fault):
+            lines.back_to_second()
+            # What follows the first line of a record may meet the same quote again.
+            if fault and fault.line != found.line:
+                yield fault.line, fault.said()
+            fault = fault if fault and fault.line == found.line else found
+        elif fault and found is not None and len(found) != width:
+            lines.back_to_second()
+            fault.last_line = max(fault.last_line, first if found else 0)
+        else:
+            if fault:
+                # If a record begins on that line, an earlier quote is at fault.
+                yield fault.line if fault.line < first else fault.first_line, fault.said()
+                fault = None
+            if found is None:
+                return
+            if found:
+                yield first, found
+
+
+def _record_or_fault(
+    lines: _Lines, reader: Iterator[list[str]], first: int, delimiter: str, width: int | None
+) -> list[str] | _Fault | None:
+    """The next record, or why it cannot be read; None at the end.
+
+    A record over several lines without `width` fields is a fault too: a quote that was not closed has
+    taken in the records up to the next quote.
+    """
+    try:
+        record = next(reader, None)
+    except (csv.Error, BadRow) as error:
+        return _fault(lines, first, delimiter, error)
+    if record is None or width in (None, len(record)) or len(lines.taken) == 1:
+        return record
+    over = f"{len(lines.taken)} lines are a record of {len(record)} fields, not {width}"
+    return _Fault(first, first, f"{over}; a quote may not be closed", first)
+
+
+def _fault(lines: _Lines, first: int, delimiter: str, error: Exception) -> _Fault:
+    """What is wrong with the record at hand, and where."""
+    text, d = "".join(lines.taken), re.escape(delimiter)
+    # The fields before the fault are whole: the one that comes after them is at fault.
+    whole = re.compile(rf'(?:(?:"(?:[^"]++|"")*+"|(?!")[^{d}\r\n]*+){d})*+').match(text)
+    begins = whole.end() if whole else 0
+    line = first + len(re.findall(r"\r\n|\r|\n", text[:begins]))
+    if isinstance(error, BadRow):
+        said = str(error)
+    elif "field limit" in str(error):
+        said = f"a field is {TOO_LONG}"
+    elif "end of data" in str(error):
+        said = "the quote that opens here is never closed"
+    elif line == lines.number:
+        said = "there is more in the field after its closing quote"
+    else:
+        said = f"the quote that opens here is not closed before another on line {lines.number}"
+    return _Fault(first, line, said, line)
