@@ -179,7 +179,7 @@ def _publish(info: ModelInfo) -> None:
 
 def _load_model(settings: ModelSettings) -> Runtime:
     # Imported here: torch and sentence-transformers take seconds, and /health answers meanwhile.
-    from embedding_service.inference.model import Model
+    from embedding_service.inference.loading import load
 
     logs.adopt_libraries()
-    return Model(settings)
+    return load(settings)

@@ -1,10 +1,18 @@
-"""What the batcher asks of a model, and the two failures of a device that it knows how to meet."""
+"""What the batcher asks of a loaded model, and the two device failures that it knows how to handle."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from embedding_service.engine import ModelInfo, TokenizedText, Vectors
+from embedding_service.inference.budget import BatchBudget
+
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+Side = Literal["left", "right"]
 
 
 class OutOfMemory(Exception):
@@ -12,56 +20,94 @@ class OutOfMemory(Exception):
 
 
 class DeviceLost(Exception):
-    """The device answers nothing any more in this process, whatever is asked of it."""
+    """The device no longer answers in this process, whatever it is asked."""
 
 
-@dataclass(slots=True)
-class Tokens:
-    """One text as the model will read it.
+@dataclass(slots=True, frozen=True, eq=False)
+class Prepared:
+    """Some texts of one request, in their order, as the model reads them.
 
-    `length` counts its tokens, special ones included. Only texts of the same `group` may share a
-    batch. `ids` is None where the model tokenises for itself, from `text`.
+    `lengths` counts the tokens of each text after truncation, special tokens included. Only texts of
+    equal `group` may share a batch. `content` belongs to the preprocessor that made it.
     """
 
-    ids: list[int] | None
-    length: int
-    truncated: bool
+    lengths: IntArray
+    truncated: BoolArray
     group: Hashable
-    text: str = ""
+    content: Any
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Slice:
+    """Rows of one Prepared, as part of a batch; `rows` are indices into its texts."""
+
+    texts: Prepared
+    rows: IntArray
+
+    @classmethod
+    def of(cls, texts: Prepared) -> "Slice":
+        """All of its rows."""
+        return cls(texts, np.arange(len(texts.lengths), dtype=np.int32))
+
+    @property
+    def lengths(self) -> IntArray:
+        """The tokens of each row."""
+        lengths: IntArray = self.texts.lengths[self.rows]
+        return lengths
+
+
+# All slices of a batch are of one group.
+Batch = Sequence[Slice]
+
+
+class Lane(Protocol):
+    """Runs one batch at a time, on resources that no other lane uses."""
+
+    def forward(self, batch: Batch) -> Vectors:
+        """Vectors of shape (rows, dimension), in the order of the slices and their rows.
+
+        Raises OutOfMemory or DeviceLost.
+        """
 
 
 class Runtime(Protocol):
-    """A loaded model. `tokenize` is safe from any thread, `forward` from one thread for each lane."""
+    """A loaded model. Safe from any thread, except that each lane is driven by one thread at a time.
 
-    lanes: int
+    All `lanes` may run at once. `whole`, if there is one, computes a batch on every core: for a batch
+    that nothing else runs or waits beside. No batch may hold more than `max_batch_tokens`, padding
+    included; `budget` says how many it should hold.
+    """
+
+    lanes: list[Lane]
+    whole: Lane | None
 
     max_seq_length: int
     max_batch_tokens: int
-    free_padding_tokens: int
+    budget: BatchBudget
     separate_bulk: bool
     normalized: bool
+    uses_accelerator: bool
     info: ModelInfo
 
     def prompt(self, prompt_name: str | None, input_type: Literal["query", "document"] | None) -> str | None:
         """The text to put in front of each text; raises InvalidRequest for a name the model lacks."""
 
-    def tokenize(
+    def prepare(
         self,
         texts: Sequence[str],
         prompt: str | None,
         task: str | None,
-        side: Literal["left", "right"] | None = None,
-    ) -> list[Tokens]:
-        """Texts to tokens, cut at `side`; raises InvalidRequest, with the index, for what is not Unicode."""
+        side: Side | None = None,
+        *,
+        parallel: bool = False,
+    ) -> Prepared:
+        """Tokenize texts, cut at `side`; `parallel` uses several cores.
+
+        Raises InvalidRequest, with the index, for a text that is not Unicode.
+        """
 
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         """Every token of the texts, for a person to look at; raises InvalidRequest."""
 
-    def forward(self, batch: Sequence[Tokens], lane: int = 0, alone: bool = True) -> Vectors:
-        """Vectors of shape (len(batch), dimension); raises OutOfMemory or DeviceLost.
-
-        `alone` says that no other lane runs or has anything to run.
-        """
-
-    def forward_exact(self, tokens: Tokens) -> Vectors:
+    def forward_exact(self, one: Slice) -> Vectors:
         """The vector of one text, of shape (1, dimension), computed in float32 throughout."""

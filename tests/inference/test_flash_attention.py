@@ -14,9 +14,8 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from transformers import modeling_flash_attention_utils as flash
 
-from embedding_service.inference import model as model_module
-from tests.inference.fake_runtime import request
-from tests.inference.test_model import embed, load, texts
+from embedding_service.inference import checkpoint
+from tests.inference.running import embed, load, request, texts
 
 NAME = "flash_stand_in"
 
@@ -41,7 +40,7 @@ def flattening(monkeypatch) -> None:
     """Every model loaded by the service thinks that it has flash attention."""
     transformers.AttentionInterface.register(NAME, attend)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda _name: ((None, attend), None))
-    load_model = model_module._load
+    load_model = checkpoint.load_model
 
     def load_with_flash(*arguments) -> SentenceTransformer:
         loaded = load_model(*arguments)
@@ -50,7 +49,7 @@ def flattening(monkeypatch) -> None:
         assert loaded[0].can_flatten_inputs
         return loaded
 
-    monkeypatch.setattr(model_module, "_load", load_with_flash)
+    monkeypatch.setattr(checkpoint, "load_model", load_with_flash)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta-cls", "dense", "prompt-not-pooled", "left-padding"])

@@ -6,45 +6,14 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from embedding_service.engine import Embeddings, EmbedRequest
 from embedding_service.errors import InvalidRequest, StartupError
-from embedding_service.inference.batcher import Batcher
-from embedding_service.inference.model import Model
-from embedding_service.inference.settings import ModelSettings
 from tests.inference import tiny_models
-from tests.inference.fake_runtime import Answer, request
+from tests.inference.running import embed, load, request, texts
 
 # OpenVINO has no number for a row of attention that is masked whole, as padding on the left makes them.
 TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled"]
 CASES = [(kind, "torch") for kind in tiny_models.KINDS]
 CASES += [(kind, "openvino") for kind in tiny_models.KINDS if kind not in TORCH_ONLY]
-
-
-def load(folder, **settings) -> Model:
-    """With one thread, since tiny models gain nothing by more."""
-    return Model(
-        ModelSettings(**({"embedding_model": str(folder), "device": "cpu", "model_processes": 64} | settings))
-    )
-
-
-def texts(source: random.Random, count: int) -> list[str]:
-    """From the empty text to some far beyond what the model reads, with words it does not know."""
-    words = [*tiny_models.WORDS, "unbelievable", "東京", "x1!", "👩‍👩‍👧"]
-    made = [" ".join(source.choices(words, k=int(source.lognormvariate(1.5, 1.0)))) for _ in range(count)]
-    return ["", *made]
-
-
-def embed(model: Model, requests: list[EmbedRequest]) -> list[Embeddings]:
-    """The answers to requests that are all in the queue at once."""
-    batcher = Batcher(model, max_queued_tokens=1_000_000)
-    answers = [Answer() for _ in requests]
-    for one, answer in zip(requests, answers, strict=True):
-        batcher.submit(one, answer)
-    outcomes = [answer.wait() for answer in answers]
-    batcher.close("done")
-    for outcome in outcomes:
-        assert isinstance(outcome, Embeddings), outcome
-    return outcomes
 
 
 @pytest.mark.parametrize(("kind", "backend"), CASES, ids=[f"{kind}-{backend}" for kind, backend in CASES])

@@ -11,10 +11,10 @@ multiprocessing.process.BaseProcess.start = lambda self: tried.append("a process
 socket.getaddrinfo = lambda *arguments, **_: tried.append(arguments)
 os.register_at_fork(before=lambda: tried.append("a fork"))
 
-from embedding_service.inference.model import Model
+from embedding_service.inference.loading import load
 from embedding_service.inference.settings import ModelSettings
 
-model = Model(ModelSettings(embedding_model=sys.argv[1], device="cpu", backend="openvino"))
+model = load(ModelSettings(embedding_model=sys.argv[1], device="cpu", backend="openvino"))
 assert model.info.backend == "openvino"
 assert not tried, tried
 """

@@ -14,25 +14,20 @@ from embedding_service.errors import StartupError
 from embedding_service.inference.backends import openvino as backend
 from embedding_service.inference.backends.graph_cache import KEPT
 from embedding_service.inference.model import Model
-from embedding_service.inference.runtime import Tokens
-from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.runtime import Slice
+from tests.inference import running
+from tests.inference.running import alone
 
 SENTENCES = Path(__file__).parents[2].joinpath("benchmarks", "sentences.txt").read_text().splitlines()
 
 
 def load(folder, cache, **settings) -> Model:
-    given = {
-        "embedding_model": str(folder),
-        "device": "cpu",
-        "cache_folder": str(cache),
-        "model_processes": 64,
-    }
-    return Model(ModelSettings(**given | settings))
+    return running.load(folder, cache_folder=str(cache), **settings)
 
 
 def vectors(model: Model) -> np.ndarray:
     texts = ["the quick brown fox", "", "of the river " * 30]
-    return np.concatenate([model.forward([tokens]) for tokens in model.tokenize(texts, None, None)])
+    return np.concatenate([model.lanes[0].forward([alone(model, text)]) for text in texts])
 
 
 @pytest.fixture
@@ -156,11 +151,12 @@ def test_int8_is_near_float32_on_real_sentences(model_folder, oracle, tmp_path):
     model = load(model_folder, tmp_path, dtype="int8")
     assert (model.info.dtype, model.info.backend) == ("int8", "openvino")
     batches = [SENTENCES[first : first + 32] for first in range(0, len(SENTENCES), 32)]
-    got = np.concatenate([model.forward(model.tokenize(batch, None, None)) for batch in batches])
+    got = np.concatenate(
+        [model.lanes[0].forward([Slice.of(model.prepare(batch, None, None))]) for batch in batches]
+    )
     expected = oracle.encode(SENTENCES, normalize_embeddings=True)
     cosines = (got * expected).sum(axis=1)
     assert cosines.mean() > 0.998
     assert cosines.min() > 0.99
-    one: list[Tokens] = model.tokenize(SENTENCES[:1], None, None)
-    assert np.abs(model.forward_exact(one[0]) - expected[:1]).max() < 1e-5
+    assert np.abs(model.forward_exact(alone(model, SENTENCES[0])) - expected[:1]).max() < 1e-5
     assert load(model_folder, tmp_path).info.fingerprint != model.info.fingerprint

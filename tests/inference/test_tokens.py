@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from embedding_service.engine import TokenizedText, TokenizeRequest
-from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure
-from embedding_service.inference.local import LocalEngine
-from embedding_service.inference.settings import ModelSettings
-from tests.inference.fake_runtime import request
-from tests.inference.test_model import embed, load
+from embedding_service.errors import InvalidRequest
+from tests.inference.running import embed, load, request
 
 LONG = ["the quick brown fox of the river " * 20 + "end", "fox"]
 
@@ -28,7 +24,7 @@ def test_over_long_texts_lose_the_end_that_is_asked_for(tiny, kind, side):
 
 def test_a_model_that_cuts_for_itself_refuses_the_other_end(tiny):
     with pytest.raises(InvalidRequest, match="cuts its texts itself"):
-        load(tiny("static"), backend="torch").tokenize(["fox"], None, None, "left")
+        load(tiny("static"), backend="torch").prepare(["fox"], None, None, "left")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta-cls", "left-padding", "static", "routed"])
@@ -59,40 +55,3 @@ def test_tokens_of_a_long_text_are_all_listed(tiny):
 def test_a_lone_surrogate_is_refused_with_its_index(tiny):
     with pytest.raises(InvalidRequest, match=r"texts\[1\]"):
         load(tiny("bert"), backend="torch").list_tokens(["fine", "\ud800"], True)
-
-
-class Lister:
-    """A loaded model as far as listing tokens needs one."""
-
-    info = None
-    max_batch_tokens = 1
-
-    def list_tokens(self, texts, _add_special_tokens):
-        if "broken" in texts:
-            raise RuntimeError("a bug of the tokenizer")
-        return [TokenizedText([len(text)], [0], [len(text)], {}) for text in texts]
-
-
-@pytest.fixture
-def engine():
-    engine = LocalEngine(ModelSettings(embedding_model="none"), load=lambda _settings: Lister())
-    assert engine.loaded.wait(10)
-    yield engine
-    engine.close()
-
-
-def test_many_texts_are_listed_in_their_order(engine):
-    texts = ["x" * length for length in range(200)]
-    listed = engine.tokenize(TokenizeRequest(texts=texts, deadline=float("inf")))
-    assert [text.ids for text in listed] == [[length] for length in range(200)]
-
-
-def test_listing_ends_at_the_deadline(engine):
-    with pytest.raises(DeadlineExceeded):
-        engine.tokenize(TokenizeRequest(texts=["x"], deadline=0.0))
-
-
-def test_a_bug_of_the_tokenizer_fails_the_request_alone(engine):
-    with pytest.raises(ModelFailure):
-        engine.tokenize(TokenizeRequest(texts=["broken"], deadline=float("inf")))
-    assert len(engine.tokenize(TokenizeRequest(texts=["fine"], deadline=float("inf")))) == 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -11,13 +12,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedding_service.errors import StartupError
-from embedding_service.inference import model as model_module
-from embedding_service.inference.backends.torch import TorchBackend
-from embedding_service.inference.model import Model, choose_device
-from embedding_service.inference.runtime import DeviceLost, OutOfMemory
-from embedding_service.inference.settings import ModelSettings
-from tests.inference.fake_runtime import request
-from tests.inference.test_model import embed, load, texts
+from embedding_service.inference.backends import torch as backend
+from embedding_service.inference.backends.torch import CudaSession, TorchSession, torch_backend
+from embedding_service.inference.device import choose_device, prepare_libraries
+from embedding_service.inference.runtime import DeviceLost, OutOfMemory, Prepared
+from embedding_service.inference.warm_up import fit_memory
+from tests.inference.running import alone, embed, load, request, texts
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -39,17 +39,17 @@ def test_half_precision_is_near_and_exact_on_request(model_folder, oracle, dtype
     expected = oracle.encode(some, normalize_embeddings=True)
     assert cosines(answer.vectors, expected).min() > 0.998
     assert np.abs(np.linalg.norm(answer.vectors, axis=1) - 1).max() < 1e-6
-    for tokens, vector in zip(model.tokenize(some, None, None), expected, strict=True):
-        assert np.abs(model.forward_exact(tokens) - vector).max() < 1e-5
+    for text, vector in zip(some, expected, strict=True):
+        assert np.abs(model.forward_exact(alone(model, text)) - vector).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["static", "routed"])
 def test_exact_for_models_that_tokenise_for_themselves(tiny, kind):
     oracle = SentenceTransformer(str(tiny(kind)), device="cpu")
     model = load(tiny(kind), dtype="bfloat16")
-    (tokens,) = model.tokenize(["the quick brown fox"], "query: ", "query")
+    one = alone(model, "the quick brown fox", "query: ", "query")
     expected = oracle.encode_query(["the quick brown fox"])
-    assert np.abs(model.forward_exact(tokens) - expected).max() < 1e-5
+    assert np.abs(model.forward_exact(one) - expected).max() < 1e-5
 
 
 # What errors mean
@@ -90,7 +90,7 @@ class Failing(torch.nn.Module):
 )
 def test_errors_of_the_device_are_told_apart(error, meaning):
     with pytest.raises(meaning) as caught:
-        TorchBackend(Failing(error)).forward({})
+        TorchSession(Failing(error)).run({})
     assert type(caught.value) is meaning
 
 
@@ -103,7 +103,7 @@ def test_an_out_of_memory_holds_no_tensors():
 
     model = Holding(ValueError())
     with pytest.raises(OutOfMemory) as caught:
-        TorchBackend(model).forward({})
+        TorchSession(model).run({})
     assert caught.value.__context__ is None
     assert model.held() is None
 
@@ -111,47 +111,104 @@ def test_an_out_of_memory_holds_no_tensors():
 # CUDA, as far as it can be seen without one
 
 
-def test_inputs_reach_cuda_through_pinned_memory(monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, device, non_blocking: calls.append((device, non_blocking)) or self
-    )
-    cuda = torch.device("cuda:1")
-    backend = TorchBackend(SimpleNamespace(device=cuda))
-    assert backend._place("a string") == "a string"
-    assert torch.equal(backend._place(np.arange(3)), torch.arange(3))
-    assert calls == ["pin", (cuda, True)]
+class Recorder:
+    """CUDA as it is used, in the order of its calls, with tensors that stay on the CPU."""
 
+    def __init__(self, monkeypatch) -> None:
+        self.calls: list = []
+        self.current: list = []
+        monkeypatch.setattr(torch.cuda, "device", self._within)
+        monkeypatch.setattr(torch.cuda, "stream", self._within)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: "the default stream")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self, device))
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking: Event(self, blocking))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self._say("pin", tensor))
+        monkeypatch.setattr(
+            torch.Tensor,
+            "to",
+            lambda tensor, device, non_blocking: self._say(("to", device, non_blocking), tensor),
+        )
+        empty = torch.empty
 
-def test_a_second_device_is_the_current_one_of_the_models_thread(monkeypatch):
-    entered = []
+        def empty_in_pinned_memory(*shape, pin_memory, **named):
+            assert pin_memory
+            return empty(*shape, **named)
+
+        monkeypatch.setattr(torch, "empty", empty_in_pinned_memory)
+
+    def _say(self, call, result):
+        self.calls.append(call)
+        return result
 
     @contextlib.contextmanager
-    def current(device):
-        entered.append(device)
+    def _within(self, what):
+        self.current.append(what)
         yield
+        self.current.pop()
 
-    monkeypatch.setattr(torch.cuda, "device", current)
-    vectors = torch.ones(1, 4, dtype=torch.float16)
+
+class Stream:
+    def __init__(self, recorder, device) -> None:
+        assert recorder.current == [device]
+        self._recorder = recorder
+
+    def wait_stream(self, other) -> None:
+        self._recorder.calls.append(("waits for", other))
+
+
+class Event:
+    def __init__(self, recorder, blocking) -> None:
+        assert blocking
+        self._recorder = recorder
+
+    def record(self, stream) -> None:
+        assert self._recorder.current[-1] is stream
+        self._recorder.calls.append("record")
+
+    def synchronize(self) -> None:
+        assert self._recorder.current == []
+        self._recorder.calls.append("wait")
+
+
+def test_a_cuda_session_copies_through_pinned_memory_on_its_own_stream(monkeypatch):
     cuda = torch.device("cuda:1")
+    recorder = Recorder(monkeypatch)
 
     class OnCuda:
         device = cuda
 
-        def __call__(self, _features):
-            assert entered == [cuda]
-            return {"sentence_embedding": vectors}
+        def __call__(self, features):
+            assert recorder.current[0] == cuda
+            assert isinstance(recorder.current[1], Stream)
+            recorder.calls.append("forward")
+            return {"sentence_embedding": features["input_ids"].half()}
 
-    assert TorchBackend(OnCuda()).forward({}).dtype == np.float32
-    assert entered == [cuda]
+    session = CudaSession(OnCuda())
+    vectors = session.run({"input_ids": np.arange(3)[None], "modality": "text"})
+    assert vectors.dtype == np.float32
+    assert vectors.tolist() == [[0, 1, 2]]
+    assert recorder.calls == [
+        ("waits for", "the default stream"),
+        "pin",
+        ("to", cuda, True),
+        "forward",
+        "record",
+        "wait",
+    ]
+
+
+def test_cuda_has_two_streams_and_no_session_shares_one(monkeypatch):
+    Recorder(monkeypatch)
+    sessions = torch_backend(SimpleNamespace(device=torch.device("cuda:0"))).sessions
+    assert len(sessions) == backend.CUDA_STREAMS == 2
+    assert len({id(session._stream) for session in sessions}) == 2
 
 
 def test_cuda_multiplies_float32_in_tf32(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # is set, and so set back
     before = torch.get_float32_matmul_precision()
     try:
-        model_module._prepare("cuda:1", 1)
+        prepare_libraries("cuda:1", 1)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -166,35 +223,37 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
         choose_device("cuda:2", False)
 
 
-class Small:
-    """A backend on a device that holds `most` tokens."""
+class Lanes:
+    """A device whose memory holds so many tokens, for both of its lanes together."""
 
-    name = "torch"
-    lanes = 1
-    cpu_batch_tokens = 256
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._both = threading.Barrier(2)
 
-    def __init__(self, inner: TorchBackend, most: int) -> None:
-        self._inner, self._most = inner, most
-
-    def forward(self, features, lane=0, alone=True):
-        if features["input_ids"].size > self._most:
+    def forward(self, batch):
+        tokens = sum(int(part.lengths.max()) * len(part.rows) for part in batch)
+        self._left -= tokens
+        self._both.wait(10)  # both hold their batch before either has room again
+        lacking = self._left < 0
+        self._both.wait(10)
+        self._left += tokens
+        if lacking:
             raise OutOfMemory("CUDA out of memory.")
-        return self._inner.forward(features, lane, alone)
+        return np.zeros((sum(len(part.rows) for part in batch), 4), np.float32)
 
 
-@pytest.mark.parametrize(("most", "budget"), [(10_000, 256), (200, 128), (100, 64), (48, 48)])
-def test_a_batch_size_beyond_the_memory_is_halved_at_the_start(tiny, monkeypatch, most, budget):
-    choose = Model._choose_backend
-    monkeypatch.setattr(Model, "_choose_backend", lambda *given: Small(choose(*given), most))
-    model = load(tiny("bert"), backend="torch")
-    assert model.info.max_batch_tokens == model.max_batch_tokens == budget
+def texts_of(tokens: int) -> Prepared:
+    return Prepared(np.array([tokens], np.int32), np.array([False]), None, None)
 
 
-def test_a_device_too_small_for_one_text_is_a_failed_start(tiny, monkeypatch):
-    choose = Model._choose_backend
-    monkeypatch.setattr(Model, "_choose_backend", lambda *given: Small(choose(*given), 40))
+@pytest.mark.parametrize(("most", "budget"), [(10_000, 1536), (3072, 1536), (2000, 768), (200, 96), (96, 48)])
+def test_a_batch_size_beyond_the_memory_of_all_lanes_is_halved_at_the_start(most, budget):
+    assert fit_memory([Lanes(most)] * 2, texts_of(4), texts_of(48), 32 * 48, 48) == budget
+
+
+def test_a_device_too_small_for_one_text_is_a_failed_start():
     with pytest.raises(StartupError, match="MAX_SEQ_LENGTH"):
-        load(tiny("bert"), backend="torch")
+        fit_memory([Lanes(80)] * 2, texts_of(4), texts_of(48), 32 * 48, 48)
 
 
 @pytest.mark.gpu
@@ -212,7 +271,7 @@ def test_cuda_float32_equals_encode(tiny, kind):
 @pytest.mark.gpu
 @needs_cuda
 def test_cuda_float16_is_near_encode(model_folder, oracle):
-    model = Model(ModelSettings(embedding_model=str(model_folder)))
+    model = load(model_folder, device="auto")
     assert (model.info.device, model.info.dtype) == ("cuda", "float16")
     assert model.max_batch_tokens == 32 * 256
     some = [*texts(random.Random(2), 300), "word " * 300]
@@ -223,7 +282,7 @@ def test_cuda_float16_is_near_encode(model_folder, oracle):
 @pytest.mark.gpu
 @needs_cuda
 def test_cuda_recovers_from_a_real_out_of_memory(model_folder, oracle):
-    model = Model(ModelSettings(embedding_model=str(model_folder), device="cuda", dtype="float32"))
+    model = load(model_folder, device="cuda", dtype="float32")
     some = ["word " * 200] * 500
     taken = torch.empty(torch.cuda.mem_get_info()[0] - (300 << 20), dtype=torch.uint8, device="cuda")
     model.max_batch_tokens = 256 * 500

@@ -11,69 +11,73 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedding_service.engine import Vectors
+from embedding_service.inference.backends import Backend, Session
 from embedding_service.inference.backends.graph_cache import GraphCache
-from embedding_service.inference.backends.torch import TorchBackend
+from embedding_service.inference.backends.torch import TorchSession
 
-# Activations are quantised at run time in groups of so many values; smaller groups cost time,
+# Activations are quantised at run time in groups of this many values; smaller groups cost time,
 # larger ones accuracy (docs/architecture.md, "int8").
 QUANTIZATION_GROUP = 64
 
-# What a converted graph computes; another number where that changes, so that no cache gives an older one.
+# What a converted graph computes; another number whenever that changes, so that no cache gives an older one.
 GRAPH_FORM = "ids to vectors, 2"
 
 
-class OpenVINOBackend:
-    """A SentenceTransformer that OpenVINO runs, in float32 or with int8 weights.
+def load_graph(
+    model: SentenceTransformer, example: dict[str, Any], *, dtype: str, cache: GraphCache | None
+) -> tuple[openvino.Model, bool]:
+    """The model as a graph, and whether it came from the cache; `example` is one `preprocess`ed batch.
 
-    It is compiled twice: with all cores for one batch, which is fastest for a text alone, and with
-    one core for each of several batches at once. Cores that share a batch wait for one another at
-    every layer, and wait long where a web worker takes one of them away (docs/architecture.md,
-    "Lanes").
+    Raises if the model cannot be converted: ModuleNotFoundError if int8 is asked for without nncf.
     """
+    graph = cache.load() if cache else None
+    if graph is not None:
+        return graph, True
+    graph = _convert(model, _tensors(example), dtype == "int8")
+    if cache is not None:
+        cache.save(graph)
+    return graph, False
 
-    name = "openvino"
-    # For each lane, as TorchBackend's.
-    cpu_batch_tokens = 128
+
+def openvino_backend(
+    graph: openvino.Model, model: SentenceTransformer, example: dict[str, Any], *, dtype: str, threads: int
+) -> Backend:
+    """Compile a graph twice: with all cores for one batch, and with one core for each of several.
+
+    The first is fastest for a text alone. But cores that share a batch wait for one another at every
+    layer, and wait long if a web worker takes one of them away (docs/architecture.md, "Lanes").
+    """
+    compiled = _compile(graph, 1, threads, dtype)
+    names = [port.get_any_name() for port in compiled.inputs]
+    if set(names) - set(_tensors(example)):
+        raise ValueError(f"the converted model asks for {names}")
+    without_prompt = TorchSession(model)
+
+    def open_session(compiled: openvino.CompiledModel) -> Session:
+        return OpenVINOSession(compiled.create_infer_request(), names, without_prompt)
+
+    whole = open_session(compiled)
+    if threads == 1:
+        return Backend(name="openvino", sessions=[whole])
+    apart = _compile(graph, threads, threads, dtype)
+    return Backend(name="openvino", sessions=[open_session(apart) for _ in range(threads)], whole=whole)
+
+
+class OpenVINOSession:
+    """One infer request of a compiled graph."""
 
     def __init__(
-        self,
-        model: SentenceTransformer,
-        example: dict[str, Any],
-        *,
-        threads: int,
-        int8: bool = False,
-        cache: GraphCache | None = None,
+        self, request: openvino.InferRequest, names: list[str], without_prompt: TorchSession
     ) -> None:
-        """Convert and compile; `example` is one `preprocess`ed batch. Raises where it cannot.
+        self._request = request
+        self._names = names
+        self._without_prompt = without_prompt
 
-        Raises ModuleNotFoundError where int8 is asked for and nncf is not installed.
-        """
-        inputs = {k: v for k, v in example.items() if isinstance(v, torch.Tensor)}
-        graph = cache.load() if cache else None
-        self.from_cache = graph is not None
-        if graph is None:
-            graph = _convert(model, inputs, int8)
-            if cache is not None:
-                cache.save(graph)
-        together = _compile(graph, 1, threads, int8)
-        self._names = [port.get_any_name() for port in together.inputs]
-        if set(self._names) - set(inputs):
-            raise ValueError(f"the converted model asks for {self._names}")
-        self._whole = TorchBackend(model)
-        self._alone = together.create_infer_request()
-        self._lanes = [self._alone]
-        if threads > 1:
-            apart = _compile(graph, threads, threads, int8)
-            self._lanes = [apart.create_infer_request() for _ in range(threads)]
-        self.lanes = len(self._lanes)
-
-    def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
+    def run(self, features: dict[str, Any]) -> Vectors:
         if "prompt_length" in features:
             # Pooling without the prompt is another graph; such models are few.
-            return self._whole.forward(features)
-        # At most one batch is alone at a time, so that its request is never used by two threads.
-        request = self._alone if alone else self._lanes[lane]
-        vectors: Vectors = request.infer({name: features[name] for name in self._names})[0]
+            return self._without_prompt.run(features)
+        vectors: Vectors = self._request.infer({name: features[name] for name in self._names})[0]
         return vectors
 
 
@@ -91,7 +95,11 @@ class _IdsToVectors(torch.nn.Module):
         return vectors
 
 
-def _compile(graph: openvino.Model, streams: int, threads: int, int8: bool) -> openvino.CompiledModel:
+def _tensors(example: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+
+
+def _compile(graph: openvino.Model, streams: int, threads: int, dtype: str) -> openvino.CompiledModel:
     settings = {
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
@@ -99,7 +107,7 @@ def _compile(graph: openvino.Model, streams: int, threads: int, int8: bool) -> o
         # Each of several model processes, or services, would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": "NO",
         # In float32 not a bit is given away.
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(QUANTIZATION_GROUP if int8 else 0),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(QUANTIZATION_GROUP if dtype == "int8" else 0),
     }
     return openvino.Core().compile_model(graph, "CPU", settings)
 

@@ -1,6 +1,5 @@
 """The forward pass in PyTorch, on the CPU, CUDA or MPS."""
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -8,30 +7,35 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedding_service.engine import Vectors
+from embedding_service.inference.backends import Backend
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory
 
+# While one batch computes, the next one is packed and copied, and the last one's vectors are delivered.
+CUDA_STREAMS = 2
 
-class TorchBackend:
-    """Runs the whole SentenceTransformer where it lies; one copy to the device, one copy back."""
 
-    name = "torch"
-    lanes = 1
-    # From about here on a batch takes the time of its tokens on a CPU, and wider ones only make requests
-    # wait (docs/architecture.md, "The token budget on a CPU").
-    cpu_batch_tokens = 512
+def torch_backend(model: SentenceTransformer) -> Backend:
+    """The model where it lies: on CUDA two streams, elsewhere one batch at a time on all cores."""
+    count = CUDA_STREAMS if model.device.type == "cuda" else 1
+    return Backend(name="torch", sessions=[open_session(model) for _ in range(count)])
+
+
+def open_session(model: SentenceTransformer) -> "TorchSession":
+    """A session of its own; sessions share the model's weights."""
+    return CudaSession(model) if model.device.type == "cuda" else TorchSession(model)
+
+
+class TorchSession:
+    """Runs the whole SentenceTransformer on its device; one copy there, one copy back."""
 
     def __init__(self, model: SentenceTransformer) -> None:
-        self.model = model
+        self._model = model
         self._device = model.device
 
     @torch.inference_mode()
-    def forward(self, features: dict[str, Any], lane: int = 0, alone: bool = True) -> Vectors:
-        task = {"task": features.pop("task")} if "task" in features else {}
+    def run(self, features: dict[str, Any]) -> Vectors:
         try:
-            with self._current():
-                output = self.model({k: self._place(v) for k, v in features.items()}, **task)
-                vectors: Vectors = output["sentence_embedding"].float().cpu().numpy()
-                return vectors
+            return self._compute(features)
         except RuntimeError as error:
             failure = _failure(error, self._device.type)
             if failure is None:
@@ -41,23 +45,56 @@ class TorchBackend:
             torch.cuda.empty_cache()
         raise failure
 
-    def _current(self) -> contextlib.AbstractContextManager[None]:
-        """Makes this the current CUDA device of the thread, else the first would hold pinned memory."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+    def _compute(self, features: dict[str, Any]) -> Vectors:
+        vectors: Vectors = self._embed(features).cpu().numpy()
+        return vectors
+
+    def _embed(self, features: dict[str, Any]) -> torch.Tensor:
+        task = {"task": features.pop("task")} if "task" in features else {}
+        output = self._model({name: self._place(value) for name, value in features.items()}, **task)
+        vectors: torch.Tensor = output["sentence_embedding"]
+        return vectors.float()
 
     def _place(self, value: Any) -> Any:
-        """Host arrays to the device; pinned, so that the copy runs beside the launching of kernels."""
+        """An input on the device, if it is an array or a tensor."""
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
-        if not isinstance(value, torch.Tensor) or self._device.type == "cpu":
-            return value
-        if self._device.type == "cuda":
-            return value.pin_memory().to(self._device, non_blocking=True)
-        return value.to(self._device)
+        return self._copy(value) if isinstance(value, torch.Tensor) else value
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device)
+
+
+class CudaSession(TorchSession):
+    """Computes on a CUDA stream of its own, and waits for that stream alone."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__(model)
+        # The current device of a thread is the first one, which would hold pinned memory and events.
+        with torch.cuda.device(self._device):
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            # The weights may still be on their way.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            # Blocking: the thread sleeps instead of turning in a loop on a core.
+            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def _compute(self, features: dict[str, Any]) -> Vectors:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            vectors = self._embed(features)
+            host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+            host.copy_(vectors, non_blocking=True)
+            self._done.record(self._stream)
+        self._done.synchronize()
+        # A copy, so that pinned memory is free for the next batch at once.
+        return host.numpy().copy()
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device from pinned memory, so that the copy runs beside the launching of kernels."""
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def _failure(error: RuntimeError, device: str) -> OutOfMemory | DeviceLost | None:
-    """What a RuntimeError of torch means; None where it says nothing of the device."""
+    """What a RuntimeError of torch means; None if it says nothing of the device."""
     message = str(error)
     # cuBLAS and MPS report a lack of memory as bare RuntimeErrors, CUDA itself in three spellings.
     lacking = ("out of memory", "not enough memory", "_ALLOC_FAILED", "cudaErrorMemoryAllocation")

@@ -14,11 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-MODULE = "embedding_service.inference.model"
+MODULE = "embedding_service.inference.loading"
 
 
 class Finder:
-    """Lets the module be found as usual, and spoils it once it is loaded."""
+    """Lets the module be found as usual, and spoils whatever its `load` returns."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -29,48 +29,83 @@ class Finder:
 
         def execute_and_spoil(module):
             execute(module)
-            spoil(module.Model)
+            load = module.load
+            module.load = lambda settings: spoil(load(settings))
 
         spec.loader.exec_module = execute_and_spoil
         return spec
 
 
-def spoil(model_class):
-    import numpy
+class Words:
+    """The texts with a word in them, by the Prepared that holds them; kept, so that no id comes twice."""
+
+    def __init__(self):
+        self._kept = {}
+        # Of the batch that a thread runs: what a fault inside the model goes by.
+        self.of_thread = threading.local()
+
+    def remember(self, prepared, texts):
+        if any("@@" in text for text in texts):
+            self._kept[id(prepared)] = (prepared, list(texts))
+
+    def of(self, batch):
+        """The text of each row of a batch, empty for those without a word."""
+        found = []
+        for part in batch:
+            _, texts = self._kept.get(id(part.texts), (None, None))
+            found += [texts[row] if texts and "@@" in texts[row] else "" for row in part.rows]
+        return found
+
+
+def spoil(runtime):
+    """A runtime that does what the words in its texts say."""
+    words = Words()
+    prepare, exact = runtime.prepare, runtime.forward_exact
+
+    def prepare_and_remember(texts, *others, **named):
+        prepared = prepare(texts, *others, **named)
+        words.remember(prepared, texts)
+        return prepared
+
+    def spoiled_exact(one):
+        words.of_thread.texts = []
+        vectors = exact(one)
+        return vectors * float("nan") if "@@nan-always@@" in words.of([one])[0] else vectors
+
+    runtime.prepare, runtime.forward_exact = prepare_and_remember, spoiled_exact
+    for lane in [*runtime.lanes, *([runtime.whole] if runtime.whole else [])]:
+        spoil_lane(lane, words)
+    spoil_model(words)
+    return runtime
+
+
+def spoil_lane(lane, words):
+    forward = lane.forward
+
+    def spoiled_forward(batch):
+        texts = words.of_thread.texts = words.of(batch)
+        note([text for text in texts if text])
+        vectors = forward(batch)
+        for row, text in enumerate(texts):
+            if "@@nan" in text:
+                vectors = vectors.copy()
+                vectors[row, 0] = float("nan")
+        return vectors
+
+    lane.forward = spoiled_forward
+
+
+def spoil_model(words):
+    """Faults that the backend must see are raised inside the model that it runs."""
     import torch
     from sentence_transformers import SentenceTransformer
 
-    batch_of_this_thread = threading.local()
-    tokenize, forward, exact = model_class.tokenize, model_class.forward, model_class.forward_exact
-    inner = SentenceTransformer.forward
+    forward = SentenceTransformer.forward
 
-    def tokenize_with_text(self, texts, *others):
-        found = tokenize(self, texts, *others)
-        for tokens, text in zip(found, texts, strict=True):
-            if "@@" in text:
-                tokens.text = text
-        return found
-
-    def spoiled_forward(self, batch, *others, **named):
-        words = [tokens.text for tokens in batch]
-        note([word for word in words if word])
-        batch_of_this_thread.words = words
-        vectors = forward(self, batch, *others, **named)
-        for row, word in enumerate(words):
-            if "@@nan" in word:
-                vectors = vectors.copy()
-                vectors[row, 0] = numpy.nan
-        return vectors
-
-    def spoiled_exact(self, tokens):
-        batch_of_this_thread.words = []
-        vectors = exact(self, tokens)
-        return vectors * numpy.nan if "@@nan-always@@" in tokens.text else vectors
-
-    def spoiled_inner(self, *arguments, **named):
-        words = getattr(batch_of_this_thread, "words", [])
-        every = " ".join(words)
-        if "@@oom@@" in every and len(words) > 1:
+    def spoiled_forward(self, *arguments, **named):
+        texts = getattr(words.of_thread, "texts", [])
+        every = " ".join(texts)
+        if "@@oom@@" in every and len(texts) > 1:
             raise torch.OutOfMemoryError("injected: CUDA out of memory")
         if "@@poison@@" in every:
             raise RuntimeError("injected: a text the model cannot take")
@@ -82,11 +117,9 @@ def spoil(model_class):
             time.sleep(3600)
         if "@@freeze@@" in every:
             ctypes.PyDLL(None).sleep(3600)
-        return inner(self, *arguments, **named)
+        return forward(self, *arguments, **named)
 
-    model_class.tokenize, model_class.forward = tokenize_with_text, spoiled_forward
-    model_class.forward_exact = spoiled_exact
-    SentenceTransformer.forward = spoiled_inner
+    SentenceTransformer.forward = spoiled_forward
 
 
 def note(texts):

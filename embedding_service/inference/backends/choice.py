@@ -1,0 +1,93 @@
+"""Which backend runs the model: OpenVINO if it can and agrees with torch, else torch."""
+
+import importlib.util
+import logging
+import platform
+
+import numpy as np
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+
+from embedding_service.errors import StartupError
+from embedding_service.inference.backends import Backend, Session
+from embedding_service.inference.backends.torch import TorchSession, torch_backend
+from embedding_service.inference.checkpoint import Checkpoint
+from embedding_service.inference.preprocessing import PROBES, Preprocessor
+from embedding_service.inference.runtime import Slice
+from embedding_service.inference.settings import ModelSettings
+
+log = logging.getLogger(__name__)
+
+# How far a converted model may be from torch, as a share of the largest number in the vectors.
+CONVERSION_TOLERANCE = {"float32": 1e-4, "int8": 0.3}
+
+
+def choose_backend(
+    checkpoint: Checkpoint, preprocessor: Preprocessor, settings: ModelSettings, *, threads: int
+) -> Backend:
+    """What BACKEND asks for, or the faster one. Raises StartupError for one that cannot be."""
+    wanted, int8 = settings.backend, checkpoint.dtype == "int8"
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    installed = importlib.util.find_spec("openvino") is not None
+    known = checkpoint.dtype in CONVERSION_TOLERANCE
+    possible = checkpoint.on_cpu and known and preprocessor.makes_arrays
+    if int8 and (wanted == "torch" or not (possible and installed)):
+        raise StartupError("DTYPE=int8 needs OpenVINO, DEVICE=cpu and a transformer with a fast tokenizer")
+    if wanted == "openvino" and not possible:
+        raise StartupError(
+            "BACKEND=openvino needs DEVICE=cpu, DTYPE=float32 or int8, and a transformer with a fast "
+            "tokenizer"
+        )
+    asked = wanted == "openvino" or int8
+    if not asked and (wanted == "torch" or not (possible and installed and x86)):
+        return torch_backend(checkpoint.model)
+    try:
+        return _convert(checkpoint, preprocessor, settings, threads)
+    except ModuleNotFoundError as error:
+        if int8 and error.name == "nncf":
+            raise StartupError("DTYPE=int8 needs nncf: pip install -r requirements-int8.txt") from None
+        raise StartupError(f"BACKEND=openvino: {error}; pip install -r requirements.txt") from None
+    except Exception as error:
+        if asked:
+            line = " ".join(str(error).split())[:300]
+            raise StartupError(f"OpenVINO cannot run this model: {line}") from error
+        log.warning("OpenVINO cannot run this model, using torch: %s", error)
+        return torch_backend(checkpoint.model)
+
+
+def _convert(
+    checkpoint: Checkpoint, preprocessor: Preprocessor, settings: ModelSettings, threads: int
+) -> Backend:
+    """The model in OpenVINO, from the cache if it is there. Raises if its vectors differ from torch's."""
+    import openvino
+
+    from embedding_service.inference.backends.graph_cache import GraphCache
+    from embedding_service.inference.backends.openvino import GRAPH_FORM, load_graph, openvino_backend
+
+    model, dtype, cache = checkpoint.model, checkpoint.dtype, None
+    if settings.cache_folder:
+        versions = [GRAPH_FORM, openvino.__version__, torch.__version__, transformers.__version__]
+        configs = [path.read_text() for path in sorted(checkpoint.source.folder.rglob("*.json"))]
+        attention = str(settings.attn_implementation)
+        facts = [checkpoint.weights, dtype, attention, *versions, *configs]
+        cache = GraphCache(settings.cache_folder, "\n".join(facts))
+    example = model.preprocess(PROBES[:2])
+    while True:
+        graph, cached = load_graph(model, example, dtype=dtype, cache=cache)
+        backend = openvino_backend(graph, model, example, dtype=dtype, threads=threads)
+        difference = _difference(model, preprocessor, backend.sessions[0])
+        if difference <= CONVERSION_TOLERANCE[dtype]:
+            return backend
+        if cache is None or not cached:
+            raise ValueError(f"its vectors differ from torch's by {difference:.2g}")
+        cache.forget()
+        cache = None
+
+
+def _difference(model: SentenceTransformer, preprocessor: Preprocessor, session: Session) -> float:
+    """How far a session is from torch, as a share of the largest number, on texts of all lengths."""
+    batch = [Slice.of(preprocessor.prepare(PROBES, None, None, None, parallel=False))]
+    expected = TorchSession(model).run(preprocessor.pack(batch))
+    got = session.run(preprocessor.pack(batch))
+    return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-12))

@@ -1,0 +1,158 @@
+"""A SentenceTransformer read from its folder, and what the service must know of it."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+from embedding_service.errors import StartupError
+from embedding_service.inference.device import choose_device
+from embedding_service.inference.fingerprint import fingerprint
+from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.source import Source, resolve, sha256_of_weights
+
+log = logging.getLogger(__name__)
+
+# What tokenizers write for a maximum that they do not know.
+NO_LIMIT = 1_000_000
+
+# The format in which torch holds the weights. int8 is what OpenVINO makes of float32.
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model in the memory of its device, and the files that it was read from.
+
+    `weights` is the hash of the weights, `dtype` the number format in which the service computes.
+    """
+
+    model: SentenceTransformer
+    source: Source
+    weights: str
+    device: str
+    dtype: str
+    max_seq_length: int
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model computes on the cores that everything else needs too."""
+        return self.device == "cpu"
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The model's prompts by name."""
+        return {name: text for name, text in self.model.prompts.items() if text is not None}
+
+    @property
+    def pooling(self) -> str:
+        """How the model pools, in the words of its configuration."""
+        pooling = find_pooling(self.model)
+        if pooling is None:
+            return "none"
+        mode = pooling.pooling_mode
+        return mode if isinstance(mode, str) else "+".join(mode)
+
+    @property
+    def normalized(self) -> bool:
+        """Whether vectors come out with length 1, as exactly as float32 can say it."""
+        return isinstance(list(self.model)[-1], Normalize) and self.dtype in ("float32", "int8")
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for services whose vectors are interchangeable."""
+        return fingerprint(
+            weights=self.weights,
+            dtype=self.dtype,
+            pooling=self.pooling,
+            prompts=self.prompts,
+            max_seq_length=self.max_seq_length,
+        )
+
+    def in_float32(self) -> SentenceTransformer:
+        """The model in float32.
+
+        If it must be read again, then from the files and on the CPU: the rounded weights are not the
+        model's own, the device may have no room for a second model, and flash attention knows no float32.
+        """
+        if self.model.dtype in (None, torch.float32):
+            return self.model
+        exact = load_model(self.source.folder, "cpu", "float32", None)
+        limit_length(exact, self.max_seq_length)
+        return exact
+
+
+def read_checkpoint(settings: ModelSettings) -> Checkpoint:
+    """Find the model's files and load them onto the device. Raises StartupError."""
+    source = resolve(settings.embedding_model, settings.model_revision)
+    device = choose_device(settings.device, settings.cpu_fallback)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    model = load_model(source.folder, device, dtype, settings.attn_implementation)
+    return Checkpoint(
+        model=model,
+        source=source,
+        weights=sha256_of_weights(source.folder),
+        device=device,
+        dtype=dtype,
+        max_seq_length=limit_length(model, settings.max_seq_length),
+    )
+
+
+def load_model(folder: Path, device: str, dtype: str, attn_implementation: str | None) -> SentenceTransformer:
+    """The model in a folder, ready to compute. Raises StartupError."""
+    arguments: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device=device,
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs=arguments,
+        )
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        raise StartupError(
+            f"The model in {folder} cannot be loaded ({type(error).__name__}: {line})"
+        ) from error
+    return model.to(DTYPES[dtype]).eval()
+
+
+def length_limit(model: SentenceTransformer) -> int | None:
+    """The model's own maximum of tokens a text; None if it reads texts of any length whole."""
+    own = model.max_seq_length
+    return int(own) if own is not None and own < NO_LIMIT else None
+
+
+def limit_length(model: SentenceTransformer, wanted: int) -> int:
+    """Lower the model's maximum to `wanted` tokens, or to what its positions allow, and return it."""
+    limits = [wanted]
+    own = length_limit(model)
+    if own is not None:
+        limits.append(own)
+        if wanted > own:
+            log.info("MAX_SEQ_LENGTH=%d is above the model's own limit of %d, which applies", wanted, own)
+    if isinstance(model[0], Transformer):
+        positions = getattr(model[0].config, "max_position_embeddings", None)
+        if isinstance(positions, int) and positions > 0:
+            limits.append(positions - model[0]._infer_flatten_position_offset())
+        model.max_seq_length = min(limits)
+    return min(limits)
+
+
+def find_pooling(model: SentenceTransformer) -> Pooling | None:
+    """The module that makes one vector of those of all tokens."""
+    return next((module for module in model if isinstance(module, Pooling)), None)

@@ -1,0 +1,42 @@
+"""Which device the model runs on, and what the libraries must be told for it."""
+
+import logging
+import os
+
+import torch
+import transformers
+
+from embedding_service.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(wanted: str, cpu_fallback: bool) -> str:
+    """The torch device for DEVICE. Raises StartupError if it is missing and must not be the CPU."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        index = int(wanted.partition(":")[2] or 0)
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        missing = index >= visible
+        why = f"DEVICE={wanted}, but {visible} CUDA devices are visible"
+    elif wanted == "mps":
+        missing, why = not torch.backends.mps.is_available(), "DEVICE=mps, but there is no MPS device"
+    else:
+        missing, why = False, ""
+    if not missing:
+        return wanted
+    if not cpu_fallback:
+        raise StartupError(f"{why}, and CPU_FALLBACK=false. Start with --gpus all, or set DEVICE=cpu")
+    log.warning("%s: RUNNING ON THE CPU, far slower. CPU_FALLBACK=false makes this an error", why)
+    return "cpu"
+
+
+def prepare_libraries(device: str, threads: int) -> None:
+    """Apply the settings of the libraries that hold for the whole process."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    # On a CPU the tokenizer's threads would take the cores from the model.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if device == "cpu" else "true"
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,261 @@
+"""From texts to the model's input: by the Rust tokenizer if it equals the model's own `preprocess`."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from tokenizers import Encoding, Tokenizer
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.inference.checkpoint import find_pooling, length_limit
+from embedding_service.inference.runtime import Batch, IntArray, Prepared, Side, Slice
+
+log = logging.getLogger(__name__)
+
+# Texts that show whether our tokenization equals the model's own: case, space, other scripts, emoji.
+PROBES = [
+    "Hello World",
+    "  two  spaces\tand a tab \n",
+    "",
+    "ÀÉÎ straße Ünïcödé ﬁ İstanbul",
+    "東京 한국어 مرحبا שלום 👩‍👩‍👧 \u200b\ufeff",
+    "a" * 300,
+    "one two three four five six seven eight nine ten " * 8,
+]
+
+# Handing texts to another thread costs about what tokenizing two of them does.
+TEXTS_WORTH_A_THREAD = 16
+
+Features = dict[str, Any]
+
+
+class Preprocessor(Protocol):
+    """Reads texts for one model; `makes_arrays` if `pack` gives nothing but arrays and numbers."""
+
+    makes_arrays: bool
+
+    def prepare(
+        self, texts: Sequence[str], prompt: str | None, task: str | None, side: Side | None, *, parallel: bool
+    ) -> Prepared:
+        """As Runtime.prepare."""
+
+    def pack(self, batch: Batch) -> Features:
+        """The input of a forward pass: int64 arrays of shape (rows, width), or what `preprocess` gives."""
+
+    def for_copy(self, model: SentenceTransformer) -> "Preprocessor":
+        """The preprocessor that packs what this one prepared for another copy of its model."""
+
+
+def choose_preprocessor(
+    model: SentenceTransformer, max_length: int, *, with_prompts: Iterable[str], threads: int
+) -> Preprocessor:
+    """The Rust tokenizer if, for probes with each prompt, it gives exactly what `preprocess` gives."""
+    if isinstance(model[0], Transformer) and hasattr(model.tokenizer, "backend_tokenizer"):
+        probes = [prompt + text for prompt in {"", *with_prompts} for text in PROBES]
+        try:
+            expected = {k: v for k, v in model.preprocess(probes).items() if isinstance(v, torch.Tensor)}
+            tokenizer = RustTokenizer(model, max_length, names=set(expected), threads=threads)
+            packed = tokenizer.pack([Slice.of(tokenizer.prepare(probes))])
+            if packed.keys() == expected.keys() and all(
+                np.array_equal(packed[name], expected[name].numpy()) for name in expected
+            ):
+                return tokenizer
+            log.info("The model tokenizes for itself, which is slower")
+        except Exception as error:
+            log.warning("The model tokenizes for itself, which is slower: %s", error)
+    return OwnPreprocessor(model, max_length)
+
+
+# The Rust tokenizer
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class TokenIds:
+    """The token ids of several texts, one text after another; text i is `ids[offsets[i]:offsets[i + 1]]`.
+
+    `prompt_length` counts the tokens of the prompt if the model's pooling leaves the prompt out.
+    """
+
+    ids: IntArray
+    offsets: IntArray
+    prompt_length: int | None
+
+    def of_rows(self, rows: IntArray) -> IntArray:
+        """The ids of these texts, one text after another."""
+        if len(rows) == len(self.offsets) - 1 == 1:
+            return self.ids
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+        ids: IntArray = self.ids[positions]
+        return ids
+
+
+class RustTokenizer:
+    """Tokenizes with `encode_batch_fast`, which releases the GIL, and packs with numpy."""
+
+    makes_arrays = True
+
+    def __init__(
+        self, model: SentenceTransformer, max_length: int, *, names: set[str], threads: int = 1
+    ) -> None:
+        """`names` are the model's inputs; `threads` is how many a parallel `prepare` may use."""
+        own: Any = model.tokenizer
+        # A copy, since truncation and padding are state: the default model's tokenizer.json says
+        # truncation=128 and padding=128, but the model reads 256 tokens.
+        tokenizer = Tokenizer.from_str(own.backend_tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length, direction=own.truncation_side)
+        self._max_length = max_length
+        self._by_side: dict[Side | None, Tokenizer] = {None: tokenizer, own.truncation_side: tokenizer}
+        self._pad_id: int = own.pad_token_id or 0
+        self._pads_left = own.padding_side == "left"
+        self._with_type_ids = "token_type_ids" in names
+        pooling = find_pooling(model)
+        self._prompt_length = (
+            model[0]._get_prompt_length if pooling is not None and not pooling.include_prompt else None
+        )
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+
+    def prepare(
+        self,
+        texts: Sequence[str],
+        prompt: str | None = None,
+        task: str | None = None,
+        side: Side | None = None,
+        *,
+        parallel: bool = False,
+    ) -> Prepared:
+        prompt_length = None
+        if prompt:
+            prompt_length = self._prompt_length(prompt) if self._prompt_length else None
+            texts = [prompt + text for text in texts]
+        try:
+            encodings = self._encode(texts, self._cutting(side), parallel)
+        except TypeError:
+            check_unicode(texts)
+            raise
+        lists = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, lists), np.int32, len(lists))
+        offsets = np.zeros(len(lists) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, int(offsets[-1]))
+        truncated = np.fromiter((bool(one.overflowing) for one in encodings), np.bool_, len(lists))
+        return Prepared(lengths, truncated, prompt_length, TokenIds(ids, offsets, prompt_length))
+
+    def _cutting(self, side: Side | None) -> Tokenizer:
+        """The tokenizer that cuts at this side; most requests leave it to the model's own."""
+        if side not in self._by_side:
+            other = Tokenizer.from_str(self._by_side[None].to_str())
+            other.enable_truncation(self._max_length, direction=side)
+            self._by_side[side] = other
+        return self._by_side[side]
+
+    def _encode(self, texts: Sequence[str], tokenizer: Tokenizer, parallel: bool) -> list[Encoding]:
+        shares = min(self._threads, len(texts) // TEXTS_WORTH_A_THREAD) if parallel else 1
+        if shares <= 1:
+            return tokenizer.encode_batch_fast(texts)
+        bounds = [len(texts) * share // shares for share in range(shares + 1)]
+        pieces = [texts[first:last] for first, last in pairwise(bounds)]
+        return list(chain.from_iterable(self._pool.map(tokenizer.encode_batch_fast, pieces)))
+
+    def pack(self, batch: Batch) -> Features:
+        contents: list[TokenIds] = [part.texts.content for part in batch]
+        lengths = np.concatenate([part.lengths for part in batch])
+        width = int(lengths.max())
+        columns = np.arange(width)
+        mask = columns >= (width - lengths)[:, None] if self._pads_left else columns < lengths[:, None]
+        ids = np.full(mask.shape, self._pad_id, np.int64)
+        ids[mask] = np.concatenate(
+            [content.of_rows(part.rows) for content, part in zip(contents, batch, strict=True)]
+        )
+        packed: Features = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if self._with_type_ids:
+            packed["token_type_ids"] = np.zeros_like(ids)
+        if contents[0].prompt_length is not None:
+            packed["prompt_length"] = contents[0].prompt_length
+        return packed
+
+    def for_copy(self, model: SentenceTransformer) -> "RustTokenizer":
+        return self
+
+
+# The model's own preprocess
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class PromptedTexts:
+    """Texts, and the prompt and the task with which the model will read them."""
+
+    texts: Sequence[str]
+    prompt: str | None
+    task: str | None
+
+
+class OwnPreprocessor:
+    """Leaves tokenizing to the model's `preprocess`, at the time of the forward pass: right, and slower."""
+
+    makes_arrays = False
+
+    def __init__(self, model: SentenceTransformer, max_length: int) -> None:
+        self._model = model
+        self._max_length = max_length
+        self._cuts = length_limit(model) is not None
+        self._routed = not isinstance(model[0], Transformer)
+
+    def prepare(
+        self,
+        texts: Sequence[str],
+        prompt: str | None = None,
+        task: str | None = None,
+        side: Side | None = None,
+        *,
+        parallel: bool = False,
+    ) -> Prepared:
+        if side == "left":
+            raise InvalidRequest("cannot be chosen: this model cuts its texts itself", field="truncation_side")
+        check_unicode(texts)
+        lengths = np.fromiter((self._count((prompt or "") + text) for text in texts), np.int32, len(texts))
+        truncated = lengths > self._max_length if self._cuts else np.zeros(len(texts), np.bool_)
+        lengths[truncated] = self._max_length
+        task = task if self._routed else None
+        return Prepared(lengths, truncated, (prompt, task), PromptedTexts(texts, prompt, task))
+
+    def _count(self, text: str) -> int:
+        """The tokens of a text, as well as the model's tokenizer tells them."""
+        tokenizer = getattr(self._model[0], "tokenizer", None)
+        if isinstance(tokenizer, Tokenizer):  # as StaticEmbedding has it
+            return max(1, len(tokenizer.encode(text, add_special_tokens=False).ids))
+        if tokenizer is not None and hasattr(tokenizer, "encode"):
+            return max(1, len(tokenizer.encode(text, verbose=False)))
+        return max(1, len(text) // 4)
+
+    def pack(self, batch: Batch) -> Features:
+        contents: list[PromptedTexts] = [part.texts.content for part in batch]
+        texts = [
+            content.texts[row] for content, part in zip(contents, batch, strict=True) for row in part.rows
+        ]
+        prompt, task = contents[0].prompt, contents[0].task
+        extra = {"task": task} if task else {}
+        return {**self._model.preprocess(texts, prompt=prompt, **extra), **extra}
+
+    def for_copy(self, model: SentenceTransformer) -> "OwnPreprocessor":
+        return OwnPreprocessor(model, self._max_length)
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raises InvalidRequest for the first text that is not Unicode."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("is not valid Unicode: it has a lone surrogate", index=index) from None
