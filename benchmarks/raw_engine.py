@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,9 +23,10 @@ import numpy as np
 from benchmarks.texts import Texts
 from embedding_service.engine import EmbedRequest, Vectors
 from embedding_service.inference import source
-from embedding_service.inference.batcher import Batcher, Outcome
-from embedding_service.inference.model import Model
-from embedding_service.inference.runtime import Tokens
+from embedding_service.inference.batcher import Batcher
+from embedding_service.inference.job import Outcome
+from embedding_service.inference.loading import load
+from embedding_service.inference.runtime import Batch, Lane, Runtime, Slice
 from embedding_service.inference.settings import ModelSettings
 
 Encode = Callable[[list[str]], Any]
@@ -50,7 +51,7 @@ class RawEngine:
         )
         # nncf writes to standard output, where our answers go.
         with contextlib.redirect_stdout(sys.stderr):
-            self.model = Model(settings)
+            self.model = load(settings)
 
     @property
     def name(self) -> str:
@@ -67,21 +68,21 @@ class RawEngine:
         for batch in batches[:3]:
             self._embed(batch)
         padding = self._padding(batches)
-        if batch_size == 1 or self.model.lanes == 1:
+        if batch_size == 1 or len(self.model.lanes) == 1:
             return _time(self._embed, batches, seconds, padding)
         together = _time(self._embed, batches, seconds / 2, padding)
         apart = self._side_by_side(batches, seconds / 2, padding)
         return max(together, apart, key=lambda rate: rate.texts_per_second)
 
     def _side_by_side(self, batches: list[list[str]], seconds: float, padding: float) -> Rate:
-        def run(lane: int) -> Rate:
+        def run(number: int, lane: Lane) -> Rate:
             def embed(batch: list[str]) -> Vectors:
-                return self.model.forward(self.model.tokenize(batch, None, None), lane, False)
+                return lane.forward(self._prepared(batch))
 
-            return _time(embed, batches, seconds, padding, seed=lane)
+            return _time(embed, batches, seconds, padding, seed=number)
 
-        with ThreadPoolExecutor(self.model.lanes) as lanes:
-            rates = list(lanes.map(run, range(self.model.lanes)))
+        with ThreadPoolExecutor(len(self.model.lanes)) as threads:
+            rates = list(threads.map(run, range(len(self.model.lanes)), self.model.lanes))
         return Rate(
             sum(rate.texts_per_second for rate in rates),
             max(rate.p50_ms for rate in rates),
@@ -93,7 +94,7 @@ class RawEngine:
         """The same through SentenceTransformer.encode (the transformer in torch), batch by batch."""
 
         def embed(batch: list[str]) -> Any:
-            return self.model._model.encode(
+            return self.model.sentence_transformer.encode(
                 batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
             )
 
@@ -122,34 +123,49 @@ class RawEngine:
         return 1 - recorder.real / recorder.padded
 
     def _embed(self, batch: list[str]) -> Vectors:
-        return self.model.forward(self.model.tokenize(batch, None, None))
+        return (self.model.whole or self.model.lanes[0]).forward(self._prepared(batch))
+
+    def _prepared(self, batch: list[str]) -> Batch:
+        return [Slice.of(self.model.prepare(batch, None, None))]
 
     def _padding(self, batches: list[list[str]]) -> float:
         real = padded = 0
         for batch in batches:
-            lengths = [tokens.length for tokens in self.model.tokenize(batch, None, None)]
-            real += sum(lengths)
-            padded += max(lengths) * len(lengths)
+            lengths = self.model.prepare(batch, None, None).lengths
+            real += int(lengths.sum())
+            padded += int(lengths.max()) * len(lengths)
         return 1 - real / padded
 
 
 class _Recorder:
-    """A runtime that counts the tokens and the padding that pass through it."""
+    """A runtime that counts the tokens and the padding that pass through its lanes."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._lock = threading.Lock()
+        self.lanes = [_RecordedLane(lane, self.count) for lane in runtime.lanes]
+        self.whole = _RecordedLane(runtime.whole, self.count) if runtime.whole else None
         self.real = self.padded = 0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self._runtime, name)
 
-    def forward(self, batch: Sequence[Tokens], lane: int = 0, alone: bool = True) -> Vectors:
-        lengths = [tokens.length for tokens in batch]
+    def count(self, batch: Batch) -> None:
+        lengths = np.concatenate([part.lengths for part in batch])
         with self._lock:
-            self.real += sum(lengths)
-            self.padded += max(lengths) * len(lengths)
-        return self._model.forward(batch, lane, alone)
+            self.real += int(lengths.sum())
+            self.padded += int(lengths.max()) * len(lengths)
+
+
+class _RecordedLane:
+    """A lane whose batches are counted."""
+
+    def __init__(self, lane: Lane, count: Callable[[Batch], None]) -> None:
+        self._lane, self._count = lane, count
+
+    def forward(self, batch: Batch) -> Vectors:
+        self._count(batch)
+        return self._lane.forward(batch)
 
 
 def _batches(texts: list[str], batch_size: int) -> list[list[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.raw_engine import RawEngine
 from benchmarks.texts import Texts
 from embedding_service.inference import source
-from embedding_service.inference.runtime import Tokens
+from embedding_service.inference.runtime import Batch, Slice
 
 LENGTHS = (11, 32, 64, 128, 256)
 BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 2048, 4096)
@@ -27,19 +27,19 @@ BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 2048, 4096)
 def sweep(engine: RawEngine, rounds: int) -> dict[int, dict[int, float]]:
     """Median seconds of a batch, by length of text and then by budget; only where a text fits."""
     texts = Texts(source.resolve(source.DEFAULT_MODEL, None).folder)
-    batches: dict[tuple[int, int], list[Tokens]] = {}
+    batches: dict[tuple[int, int], Batch] = {}
     for length in LENGTHS:
-        pool = engine.model.tokenize(texts.of_length(length, max(BUDGETS) // length), None, None)
+        pool = engine.model.prepare(texts.of_length(length, max(BUDGETS) // length), None, None)
         for budget in BUDGETS:
             if budget >= length:
-                batches[length, budget] = pool[: budget // length]
-    lanes = range(engine.model.lanes)
+                batches[length, budget] = [Slice(pool, np.arange(budget // length, dtype=np.int32))]
+    lanes = engine.model.lanes
     took = defaultdict(list)
     with ThreadPoolExecutor(len(lanes)) as threads:
         for number in range(rounds + 1):
             for key, batch in batches.items():
                 began = time.perf_counter()
-                runs = [threads.submit(engine.model.forward, batch, lane, len(lanes) == 1) for lane in lanes]
+                runs = [threads.submit(lane.forward, batch) for lane in lanes]
                 for run in runs:
                     run.result()
                 if number:  # the first round warms up
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     engine = RawEngine(arguments.backend, arguments.device, arguments.dtype)
     medians = sweep(engine, arguments.rounds)
-    lanes = engine.model.lanes
+    lanes = len(engine.model.lanes)
     print(f"Tokens per second, and ms per batch ({engine.name}, {lanes} at once):\n")
     print("| budget | " + " | ".join(f"{length} tokens" for length in LENGTHS) + " |")
     print("|---:|" + "---:|" * len(LENGTHS))

@@ -109,6 +109,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=1024, description="Tokens that may wait for the model before requests get 429."),
     ] = 2_000_000
+    cache_mb: Annotated[
+        int,
+        Meta(
+            ge=0, le=1_048_576, description="Memory in MiB in which a model process keeps vectors of texts."
+        ),
+    ] = 0
     request_timeout_seconds: Annotated[
         float, Meta(gt=0, le=3600, description="Seconds after which a request gets 504.")
     ] = 60.0

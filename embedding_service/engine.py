@@ -13,7 +13,7 @@ GRACE_SECONDS = 0.25
 State = Literal["loading", "healthy", "unhealthy", "draining"]
 
 
-class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds.
 
     `truncation_side` is the end that over-long texts lose, by default the one the model's tokenizer cuts.
@@ -29,7 +29,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None
 
 
-class Timings(msgspec.Struct, frozen=True):
+class Timings(msgspec.Struct, frozen=True, array_like=True):
     """Where the time of a request went, in milliseconds."""
 
     tokenization_ms: float = 0.0
@@ -41,13 +41,15 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
     """The answer: `vectors` is float32 of shape (texts, dimension), in the order of the request's texts.
 
     `tokens` counts what the model read, special tokens and prompt included;
-    `truncated` lists the indices of the texts that were cut.
+    `truncated` lists the indices of the texts that were cut; `cache_hits` counts those that a cache
+    answered, and is None if there is no cache.
     """
 
     vectors: Vectors
     tokens: int
     truncated: list[int]
     timings: Timings
+    cache_hits: int | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):

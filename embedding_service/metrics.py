@@ -64,6 +64,9 @@ NONFINITE_RECOMPUTATIONS = _counter(
     "nonfinite_recomputations", "Vectors that were not finite and were computed again in float32."
 )
 
+CACHE_HITS = _counter("cache_hits", "Texts answered from the cache of vectors (CACHE_MB).")
+CACHE_MISSES = _counter("cache_misses", "Texts that the cache of vectors did not hold.")
+
 MODEL_RESTARTS = _counter("model_restarts", "Model processes started again after one has ended.")
 MODEL_READY = _gauge("model_ready", "Model processes that are ready to embed.", "livesum")
 MODEL_INFO = _gauge(
@@ -100,13 +103,21 @@ def record_embedding(
         TRUNCATED_TEXTS.inc(truncated_texts)
 
 
-def record_batch(lengths: Sequence[int], seconds: float) -> None:
-    """Count a forward pass over texts of these lengths in tokens."""
-    tokens = sum(lengths)
-    BATCH_TEXTS.observe(len(lengths))
+def record_batch(texts: int, tokens: int, padded_tokens: int, seconds: float) -> None:
+    """Count a forward pass."""
+    BATCH_TEXTS.observe(texts)
     BATCH_TOKENS.observe(tokens)
     BATCH_SECONDS.observe(seconds)
-    PADDING_TOKENS.inc(len(lengths) * max(lengths) - tokens)
+    if padded_tokens > tokens:
+        PADDING_TOKENS.inc(padded_tokens - tokens)
+
+
+def record_cache(hits: int, misses: int) -> None:
+    """Count texts that were asked of the cache of vectors."""
+    if hits:
+        CACHE_HITS.inc(hits)
+    if misses:
+        CACHE_MISSES.inc(misses)
 
 
 def share(folder: Path) -> None:

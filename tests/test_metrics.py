@@ -97,9 +97,15 @@ def test_the_first_scrape_is_complete_before_there_is_a_model(two_workers):
 def test_every_request_of_every_worker_is_counted_once(two_workers):
     service, _ = two_workers
     before = scrape(service)
-    requests_sent, texts = 60, ["short", "a somewhat longer text " * 4]
+    requests_sent = 60
+
+    def ask(number: int):
+        # All different: identical texts that wait together are computed once.
+        texts = [f"short {number}", f"{number} is a somewhat longer text " * 4]
+        return service.post("/embed", {"texts": texts})
+
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: service.post("/embed", {"texts": texts}), range(requests_sent)))
+        answers = list(pool.map(ask, range(requests_sent)))
     tokens = sum(answer.json()["usage"]["tokens"] for answer in answers)
     service.post("/embed", {"texts": ["word " * 600, "fits", "word " * 700]})
     for _ in range(3):
@@ -185,7 +191,8 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     service.wait_ready()
 
     with ThreadPoolExecutor(1) as pool:
-        bulk = pool.submit(service.post, "/embed", {"texts": ["many words to wait for " * 60] * 4096})
+        texts = [f"{number} {'many words to wait for ' * 60}" for number in range(4096)]
+        bulk = pool.submit(service.post, "/embed", {"texts": texts})
         wait_until(lambda: scrape(service).value("embedding_queued_tokens") > 10_000, 20, "a queue")
         service.model_process().kill()
         assert bulk.result(60).status_code == 503
@@ -269,7 +276,7 @@ def test_a_preloaded_app_counts_in_each_of_its_workers(start):
     command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "2", "-b", "127.0.0.1:{port}", "app:app"]
     service = start(command).wait_ready()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: service.post("/embed", {"texts": "hello"}), range(40)))
+        list(pool.map(lambda number: service.post("/embed", {"texts": f"hello {number}"}), range(40)))
     assert {embedded(scrape(service)) for _ in range(10)} == {40}
     assert scrape(service).value("embedding_batch_texts_sum") == 40
 
@@ -388,12 +395,12 @@ from pathlib import Path
 from embedding_service import metrics
 from embedding_service.web.monitoring import RequestCounter
 metrics.share(Path(sys.argv[1]))
-counter, lengths = RequestCounter(), list(range(1, 33))
+counter = RequestCounter()
 def request():
     metrics.record_embedding(1.2, 3.4, 8.8, 1)
     counter.count("/embed", "POST", 200, 0.012)
 def batch():
-    metrics.record_batch(lengths, 0.01)
+    metrics.record_batch(32, 528, 1024, 0.01)
 for hot in (request, batch):
     print(min(timeit.repeat(hot, number=1000, repeat=30)) * 1000)
 """

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from embedding_service import logs, metrics
 from embedding_service.engine import (
@@ -17,13 +17,13 @@ from embedding_service.engine import (
 )
 from embedding_service.errors import (
     DeadlineExceeded,
-    InvalidRequest,
     ModelFailure,
     ServiceError,
     StartupError,
     Unavailable,
 )
-from embedding_service.inference.batcher import Batcher, Job, Outcome
+from embedding_service.inference.batcher import Batcher
+from embedding_service.inference.job import Job, Outcome, Receiver
 from embedding_service.inference.runtime import Runtime
 from embedding_service.inference.sampling import Sampler, find_gpu
 from embedding_service.inference.settings import ModelSettings
@@ -57,21 +57,32 @@ class LocalEngine:
         self._thread.start()
 
     def submit(self, request: EmbedRequest, on_done: Callable[[Outcome], None]) -> Job:
-        """Queue a request as Batcher.submit does, after checking it against the model."""
-        batcher, info = self._batcher, self._status.info
-        if batcher is None or info is None:
-            raise Unavailable(self._status.reason, retry_after_seconds=1)
-        dimensions = request.dimensions
-        if dimensions is not None and not 1 <= dimensions <= info.embedding_dimension:
-            raise InvalidRequest(
-                f"must be between 1 and {info.embedding_dimension}, not {dimensions}", field="dimensions"
-            )
-        return batcher.submit(request, on_done)
+        """Queue a request as Batcher.submit does."""
+        return self._loaded_batcher().submit(request, on_done)
+
+    def submit_all(self, calls: Sequence[tuple[int, EmbedRequest]], receiver: Receiver) -> None:
+        """Queue requests that came together as Batcher.submit_all does."""
+        try:
+            batcher = self._loaded_batcher()
+        except Unavailable as error:
+            receiver([(number, error) for number, _ in calls])
+            return
+        batcher.submit_all(calls, receiver)
 
     def cancel(self, job: Job) -> None:
         """Drop a request that nobody waits for any more."""
         if self._batcher is not None:
             self._batcher.cancel(job)
+
+    def cancel_all(self, receiver: Receiver) -> None:
+        """Drop all requests of a receiver that has gone."""
+        if self._batcher is not None:
+            self._batcher.cancel_all(receiver)
+
+    def _loaded_batcher(self) -> Batcher:
+        if self._batcher is None:
+            raise Unavailable(self._status.reason, retry_after_seconds=1)
+        return self._batcher
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         done = threading.Event()
@@ -133,6 +144,7 @@ class LocalEngine:
             self._batcher = Batcher(
                 runtime,
                 max_queued_tokens=self._settings.max_queued_tokens,
+                cache_bytes=self._settings.cache_mb << 20,
                 on_device_lost=self._lost,
             )
             self._sampler = Sampler(self._queued_tokens, find_gpu(runtime.info.device))

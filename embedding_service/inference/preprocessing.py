@@ -222,7 +222,9 @@ class OwnPreprocessor:
         parallel: bool = False,
     ) -> Prepared:
         if side == "left":
-            raise InvalidRequest("cannot be chosen: this model cuts its texts itself", field="truncation_side")
+            raise InvalidRequest(
+                "cannot be chosen: this model cuts its texts itself", field="truncation_side"
+            )
         check_unicode(texts)
         lengths = np.fromiter((self._count((prompt or "") + text) for text in texts), np.int32, len(texts))
         truncated = lengths > self._max_length if self._cuts else np.zeros(len(texts), np.bool_)

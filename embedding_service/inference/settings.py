@@ -17,5 +17,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = 32
     max_seq_length: int = 256
     max_queued_tokens: int = 2_000_000
+    cache_mb: int = 0
     # Model processes of this service, which share the cores among them.
     model_processes: int = 1

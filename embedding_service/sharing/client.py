@@ -9,8 +9,6 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-import numpy as np
-
 from embedding_service.engine import (
     GRACE_SECONDS,
     Embeddings,
@@ -135,18 +133,11 @@ class Link:
 
     def _receive(self, message: wire.Message, payload: bytearray) -> None:
         match message:
-            case wire.Reply():
-                waiter = self._waiters.pop(message.number, None)
-                if waiter is not None:
-                    vectors = np.frombuffer(payload, np.float32)
-                    waiter.finish(
-                        Embeddings(
-                            vectors=vectors.reshape(message.texts, message.dimension),
-                            tokens=message.tokens,
-                            truncated=message.truncated,
-                            timings=message.timings,
-                        )
-                    )
+            case wire.Replies():
+                for number, result in message.results(payload):
+                    waiter = self._waiters.pop(number, None)
+                    if waiter is not None:
+                        waiter.finish(result)
             case wire.Tokenized():
                 waiter = self._waiters.pop(message.number, None)
                 if waiter is not None:

@@ -11,15 +11,16 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 
 from embedding_service import logs, metrics
-from embedding_service.engine import Status
+from embedding_service.engine import Status, Vectors
 from embedding_service.errors import ModelFailure, ServiceError, StartupError
-from embedding_service.inference.batcher import Job, Outcome
+from embedding_service.inference.job import Outcome
 from embedding_service.inference.local import LocalEngine
 from embedding_service.sharing import wire
 from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ProcessSettings
@@ -29,6 +30,7 @@ log = logging.getLogger("embedding_service.sharing.server")
 
 WATCH_SECONDS = 0.5
 PAUSE_SECONDS = 5.0
+ACCEPT_AGAIN_SECONDS = 0.2
 
 # From linux/prctl.h.
 PR_SET_PDEATHSIG = 1
@@ -47,7 +49,6 @@ class Connection:
         self._sending = threading.Lock()
         # What the socket did not take; who puts it here leaves `_sending` locked.
         self._rest: queue.SimpleQueue[list[memoryview] | None] = queue.SimpleQueue()
-        self._jobs: dict[int, Job] = {}
         for target in (self._read_forever, self._write_forever):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
@@ -70,21 +71,23 @@ class Connection:
                         self._sending.release()
 
     def _read_forever(self) -> None:
+        engine = self._server.engine
         try:
             while True:
-                message, _ = self._channel.receive()
-                if isinstance(message, wire.Call):
-                    self._call(message)
-                elif isinstance(message, wire.Tokenize):
-                    self._server.tokenizing.submit(self._tokenize, message)
+                messages = self._channel.receive_all()
+                calls = [(m.number, m.request) for m in messages if isinstance(m, wire.Call)]
+                if calls:
+                    engine.submit_all(calls, self._answer)
+                for message in messages:
+                    if isinstance(message, wire.Tokenize):
+                        self._server.tokenizing.submit(self._tokenize, message)
         except wire.Closed:
             pass
         except Exception:
             log.exception("A message of a web worker could not be read")
         self._server.forget(self)
         self._rest.put(None)
-        for job in list(self._jobs.values()):
-            self._server.engine.cancel(job)
+        engine.cancel_all(self._answer)
         self._channel.close()
 
     def _write_forever(self) -> None:
@@ -94,32 +97,29 @@ class Connection:
                 self._sending.release()
                 self._flush()
 
-    def _call(self, call: wire.Call) -> None:
-        number = call.number
-
-        def answer(outcome: Outcome) -> None:
-            self._jobs.pop(number, None)
-            self.send(_message(number, outcome))
-
-        try:
-            job = self._server.engine.submit(call.request, answer)
-        except ServiceError as error:
-            answer(error)
-            return
-        except Exception:
-            log.exception("A request could not be queued")
-            answer(ModelFailure("the service failed on this request"))
-            return
-        self._jobs[number] = job
-        if job.finished:
-            # The answer may have gone out before the job was noted here.
-            self._jobs.pop(number, None)
+    def _answer(self, outcomes: Sequence[tuple[int, Outcome]]) -> None:
+        """Send outcomes that came together, in one system call."""
+        answers: list[wire.Answer] = []
+        vectors: list[Vectors] = []
+        for number, outcome in outcomes:
+            if isinstance(outcome, ServiceError):
+                self._outbox.append(wire.Failure.of(number, outcome))
+            else:
+                answers.append(wire.Answer.of(number, outcome))
+                vectors.append(outcome.vectors)
+        if answers:
+            self._outbox.append((wire.Replies(answers), vectors))
+        self._flush()
 
     def _tokenize(self, message: wire.Tokenize) -> None:
         try:
             self.send(wire.Tokenized(message.number, self._server.engine.tokenize(message.request)))
         except ServiceError as error:
-            self.send(_message(message.number, error))
+            self.send(wire.Failure.of(message.number, error))
+        except Exception:
+            log.exception("Listing tokens failed")
+            failure = ModelFailure("the request could not be tokenised")
+            self.send(wire.Failure.of(message.number, failure))
 
 
 class ModelServer:
@@ -143,12 +143,25 @@ class ModelServer:
             self._connections.discard(connection)
 
     def _accept_forever(self) -> None:
+        pause = threading.Event()
         while True:
-            sock, _ = self._listener.accept()
+            try:
+                self._accept()
+            except Exception as error:
+                # Too many open files, or threads: the worker waits in the listener's queue meanwhile.
+                log.error("A web worker could not be accepted, trying again: %s", error)
+                pause.wait(ACCEPT_AGAIN_SECONDS)
+
+    def _accept(self) -> None:
+        sock, _ = self._listener.accept()
+        try:
             with self._lock:
                 connection = Connection(sock, self)
                 self._connections.add(connection)
                 connection.send(wire.StatusNotice(self.engine.status()))
+        except BaseException:
+            sock.close()
+            raise
 
     def _broadcast(self, status: Status) -> None:
         if status.state == "healthy" and status.info is not None and not self._device_path.exists():
@@ -164,14 +177,6 @@ def _emptied(outbox: deque[Any]) -> list[Any]:
         while True:
             messages.append(outbox.popleft())
     return messages
-
-
-def _message(number: int, outcome: Outcome) -> Any:
-    if isinstance(outcome, ServiceError):
-        return wire.Failure.of(number, outcome)
-    texts, dimension = outcome.vectors.shape
-    reply = wire.Reply(number, texts, dimension, outcome.tokens, outcome.truncated, outcome.timings)
-    return reply, outcome.vectors
 
 
 def _exit_with_parent() -> None:

@@ -1,7 +1,7 @@
 """The messages between web workers and a model process, and their framing on a unix socket.
 
 A frame is two little-endian uint32, the sizes of what follows: a msgpack message, then raw float32
-vectors (empty but for Reply). Nothing is ever pickled.
+vectors (empty but for Replies). Nothing is ever pickled.
 """
 
 import contextlib
@@ -10,12 +10,20 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 
-from embedding_service.engine import EmbedRequest, Status, Timings, TokenizedText, TokenizeRequest
+from embedding_service.engine import (
+    Embeddings,
+    EmbedRequest,
+    Status,
+    Timings,
+    TokenizedText,
+    TokenizeRequest,
+)
 from embedding_service.errors import BY_NAME, ServiceError
 
 _SIZES = struct.Struct("<II")
@@ -30,8 +38,8 @@ class Call(msgspec.Struct, frozen=True, tag=True, array_like=True):
     request: EmbedRequest
 
 
-class Reply(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Model to web: the vectors follow, of shape (texts, dimension)."""
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """One embedded request, but for its vectors."""
 
     number: int
     texts: int
@@ -39,6 +47,39 @@ class Reply(msgspec.Struct, frozen=True, tag=True, array_like=True):
     tokens: int
     truncated: list[int]
     timings: Timings
+    cache_hits: int | None
+
+    @classmethod
+    def of(cls, number: int, result: Embeddings) -> Self:
+        """What is said of a result beside its vectors."""
+        texts, dimension = result.vectors.shape
+        return cls(
+            number, texts, dimension, result.tokens, result.truncated, result.timings, result.cache_hits
+        )
+
+
+class Replies(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Model to web: all answers of a batch; their vectors follow, those of one after those of another."""
+
+    answers: list[Answer]
+
+    def results(self, payload: Any) -> Iterator[tuple[int, Embeddings]]:
+        """The number of each request and what was sent for it; the vectors are views of the payload."""
+        numbers = np.frombuffer(payload, np.float32)
+        first = 0
+        for answer in self.answers:
+            last = first + answer.texts * answer.dimension
+            yield (
+                answer.number,
+                Embeddings(
+                    vectors=numbers[first:last].reshape(answer.texts, answer.dimension),
+                    tokens=answer.tokens,
+                    truncated=answer.truncated,
+                    timings=answer.timings,
+                    cache_hits=answer.cache_hits,
+                ),
+            )
+            first = last
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -87,7 +128,7 @@ class StatusNotice(msgspec.Struct, frozen=True, tag=True, array_like=True):
     status: Status
 
 
-Message = Call | Reply | Tokenize | Tokenized | Failure | StatusNotice
+Message = Call | Replies | Tokenize | Tokenized | Failure | StatusNotice
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -97,14 +138,19 @@ class Closed(ConnectionError):
     """The other side has gone."""
 
 
-def _framed(messages: Sequence[Message | tuple[Message, Any]]) -> list[memoryview]:
+# A message, or Replies with the vectors of its answers.
+Sendable = Message | tuple[Replies, Sequence[Any]]
+
+
+def _framed(messages: Sequence[Sendable]) -> list[memoryview]:
     views = []
     for item in messages:
-        message, vectors = item if isinstance(item, tuple) else (item, b"")
+        message, vectors = item if isinstance(item, tuple) else (item, ())
         body = _encoder.encode(message)
-        payload = memoryview(vectors).cast("B")
-        views += [memoryview(_SIZES.pack(len(body), payload.nbytes) + body), payload]
-    return [view for view in views if view.nbytes]
+        payload = [memoryview(one).cast("B") for one in vectors if one.size]
+        size = sum([view.nbytes for view in payload])
+        views += [memoryview(_SIZES.pack(len(body), size) + body), *payload]
+    return views
 
 
 class Channel:
@@ -116,8 +162,8 @@ class Channel:
         self._received = memoryview(bytearray(BUFFER_BYTES))
         self._first = self._last = 0
 
-    def send(self, *messages: Message | tuple[Message, Any], until: float | None = None) -> None:
-        """Send messages, a Reply with its vectors as a pair; one system call for all of them.
+    def send(self, *messages: Sendable, until: float | None = None) -> None:
+        """Send messages; one system call for all of them.
 
         Raises Closed; TimeoutError where the other side has not taken them `until` (time.monotonic()),
         after which the channel is good only where nothing of the messages had been sent.
@@ -130,7 +176,7 @@ class Channel:
         finally:
             self._sending.release()
 
-    def try_send(self, *messages: Message | tuple[Message, Any]) -> list[memoryview]:
+    def try_send(self, *messages: Sendable) -> list[memoryview]:
         """Send messages as far as the other side takes them at once, and return the rest, for `send_rest`.
 
         The caller sees to it that nothing else is sent until the rest is. Raises Closed.
@@ -149,6 +195,23 @@ class Channel:
         body_size, payload_size = _SIZES.unpack(self._exactly(_SIZES.size))
         message = _decoder.decode(self._exactly(body_size))
         return message, self._exactly(payload_size)
+
+    def receive_all(self) -> list[Message]:
+        """The next message, and those without a payload that came with it. Raises Closed."""
+        messages = [self.receive()[0]]
+        while (size := self._next_size()) is not None:
+            first = self._first + _SIZES.size
+            self._first = first + size
+            messages.append(_decoder.decode(self._received[first : self._first]))
+        return messages
+
+    def _next_size(self) -> int | None:
+        """The size of the next message, if all of it is here."""
+        here = self._last - self._first - _SIZES.size
+        if here < 0:
+            return None
+        body_size, payload_size = _SIZES.unpack_from(self._received, self._first)
+        return body_size if body_size <= here and not payload_size else None
 
     def close(self) -> None:
         """Close, and wake the thread that receives."""

@@ -92,4 +92,6 @@ def answer_embeddings(body: Any, result: Embeddings) -> Response:
             ("x-inference-time", str(round(timings.inference_ms))),
         ]
     )
+    if result.cache_hits is not None:
+        response.headers["x-cache-hits"] = str(result.cache_hits)
     return response

@@ -26,6 +26,7 @@ HEADERS = {
     "x-tokenization-time": "Milliseconds of tokenisation.",
     "x-queue-time": "Milliseconds in the queue.",
     "x-inference-time": "Milliseconds in the model.",
+    "x-cache-hits": "Texts answered from the cache of vectors, if CACHE_MB is set.",
 }
 ON_EVERY, ON_WAIT, ON_VECTORS = tuple(HEADERS)[:1], tuple(HEADERS)[1:3], tuple(HEADERS)[3:]
 

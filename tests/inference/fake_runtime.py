@@ -3,16 +3,47 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError
-from embedding_service.inference.runtime import Tokens
+from embedding_service.inference.budget import BatchBudget
+from embedding_service.inference.runtime import Batch, Prepared, Slice
 
 DIMENSION = 8
 LOG_NORMAL = (3.2, 0.8)  # of tokens a text: median 25, one text in a hundred over 150
+
+
+class Text(NamedTuple):
+    """One text of a batch."""
+
+    text: str
+    length: int
+    group: Hashable
+
+
+class FixedBudget(BatchBudget):
+    """A budget that does not change, and remembers what it was told."""
+
+    def __init__(self, tokens: int, overhead_tokens: int) -> None:
+        self.tokens, self.overhead_tokens = tokens, overhead_tokens
+        self.observed: list[tuple[int, float]] = []
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        self.observed.append((tokens, seconds))
+
+
+class FakeLane:
+    """Hands its batches to the runtime."""
+
+    def __init__(self, runtime: "FakeRuntime", name: object) -> None:
+        self.runtime, self.name = runtime, name
+
+    def forward(self, batch: Batch) -> Vectors:
+        return self.runtime.forward(batch, self)
 
 
 class FakeRuntime:
@@ -26,25 +57,32 @@ class FakeRuntime:
         *,
         max_batch_tokens: int = 256,
         max_seq_length: int = 256,
-        free_padding_tokens: int = 16,
+        overhead_tokens: int = 16,
         separate_bulk: bool = False,
-        on_forward: Callable[[Sequence[Tokens]], Vectors | None] = lambda _batch: None,
-        on_tokenize: Callable[[Sequence[str]], None] = lambda _texts: None,
+        on_forward: Callable[[Sequence[Text]], Vectors | None] = lambda _batch: None,
+        on_prepare: Callable[[Sequence[str]], None] = lambda _texts: None,
         seconds_per_token: float = 0.0,
         lanes: int = 1,
+        whole: bool = False,
+        normalized: bool = False,
+        uses_accelerator: bool = False,
     ) -> None:
         self.max_seq_length = max_seq_length
         self.max_batch_tokens = max_batch_tokens
-        self.free_padding_tokens = free_padding_tokens
+        self.budget = FixedBudget(max_batch_tokens, overhead_tokens)
         self.separate_bulk = separate_bulk
-        self.normalized = False
-        self.lanes = lanes
+        self.normalized = normalized
+        self.uses_accelerator = uses_accelerator
+        self.lanes = [FakeLane(self, number) for number in range(lanes)]
+        self.whole = FakeLane(self, "whole") if whole else None
         self.on_forward = on_forward
-        self.on_tokenize = on_tokenize
+        self.on_prepare = on_prepare
         self.seconds_per_token = seconds_per_token
-        self.batches: list[list[Tokens]] = []
-        self.exact: list[Tokens] = []
-        self.tokenized: list[str] = []
+        self.batches: list[list[Text]] = []
+        self.ran_on: list[object] = []
+        self.exact: list[Text] = []
+        self.prepared: list[str] = []
+        self.parallel: list[bool] = []
         self.info = ModelInfo(
             model_name="fake",
             origin="tests",
@@ -63,41 +101,71 @@ class FakeRuntime:
 
     def prompt(self, prompt_name: str | None, input_type: str | None) -> str | None:
         if prompt_name is not None:
-            raise InvalidRequest(f"prompt_name {prompt_name!r} is unknown")
+            raise InvalidRequest(f"{prompt_name!r} is unknown", field="prompt_name")
         return None
 
-    def tokenize(
-        self, texts: Sequence[str], prompt: str | None, task: str | None, side: str | None = None
-    ) -> list[Tokens]:
-        self.on_tokenize(texts)
-        self.tokenized += texts
-        wanted = [int(text.split(" ")[0]) for text in texts]
+    def prepare(
+        self,
+        texts: Sequence[str],
+        prompt: str | None,
+        task: str | None,
+        side: str | None = None,
+        *,
+        parallel: bool = False,
+    ) -> Prepared:
+        self.on_prepare(texts)
+        self.prepared += texts
+        self.parallel.append(parallel)
+        for index, text in enumerate(texts):
+            if not text.isprintable():
+                raise InvalidRequest("is not valid Unicode", index=index)
+        wanted = np.array([int(text.split(" ")[0]) for text in texts], np.int32)
         most = self.max_seq_length
-        return [
-            Tokens(ids=None, length=min(length, most), truncated=length > most, group=None, text=text)
-            for length, text in zip(wanted, texts, strict=True)
-        ]
+        return Prepared(np.minimum(wanted, most), wanted > most, task, (list(texts), side))
 
-    def forward(self, batch: Sequence[Tokens], lane: int = 0, alone: bool = True) -> Vectors:
-        self.batches.append(list(batch))
-        own = self.on_forward(batch)
+    def forward(self, batch: Batch, lane: FakeLane) -> Vectors:
+        texts = texts_of(batch)
+        self.batches.append(texts)
+        self.ran_on.append(lane.name)
+        own = self.on_forward(texts)
         if self.seconds_per_token:
-            time.sleep(self.seconds_per_token * padded(batch))
-        return own if own is not None else np.stack([vector_of(tokens.text) for tokens in batch])
+            time.sleep(self.seconds_per_token * padded(texts))
+        return own if own is not None else vectors_of(batch)
 
-    def forward_exact(self, tokens: Tokens) -> Vectors:
-        self.exact.append(tokens)
-        return vector_of(tokens.text)[None]
+    def forward_exact(self, one: Slice) -> Vectors:
+        self.exact += texts_of([one])
+        return vectors_of([one])
 
 
-def vector_of(text: str) -> Vectors:
+def texts_of(batch: Batch) -> list[Text]:
+    """The texts of a batch, in its order."""
+    return [
+        Text(one.texts.content[0][row], int(one.texts.lengths[row]), one.texts.group)
+        for one in batch
+        for row in one.rows.tolist()
+    ]
+
+
+def vectors_of(batch: Batch) -> Vectors:
+    """The vectors of a batch: of each text, task and side its own."""
+    return np.stack(
+        [
+            vector_of(one.texts.content[0][row], one.texts.group, one.texts.content[1])
+            for one in batch
+            for row in one.rows.tolist()
+        ]
+    )
+
+
+def vector_of(text: str, task: Hashable = None, side: str | None = None) -> Vectors:
     """The vector that belongs to a text and to no other."""
-    return np.random.default_rng(list(text.encode())).standard_normal(DIMENSION).astype(np.float32)
+    seed = list(f"{text}|{task}|{side}".encode())
+    return np.random.default_rng(seed).standard_normal(DIMENSION).astype(np.float32)
 
 
-def padded(batch: Sequence[Tokens]) -> int:
+def padded(batch: Sequence[Text]) -> int:
     """Tokens that a batch makes the model compute, padding included."""
-    return max(tokens.length for tokens in batch) * len(batch)
+    return max(text.length for text in batch) * len(batch)
 
 
 def text(tokens: int, name: object = "") -> str:
@@ -146,7 +214,7 @@ class Gate:
         self.entered = threading.Event()
         self._opened = threading.Event()
 
-    def __call__(self, _batch: Sequence[Tokens]) -> None:
+    def __call__(self, _batch: Sequence[Text]) -> None:
         self.entered.set()
         assert self._opened.wait(20)
 

@@ -17,9 +17,21 @@ from embedding_service.errors import (
     ServiceError,
     Unavailable,
 )
-from embedding_service.inference.batcher import WINDOW_TEXTS, Batcher, normalize
+from embedding_service.inference.batcher import Batcher
+from embedding_service.inference.fair_queue import WINDOW_TEXTS
+from embedding_service.inference.job import normalize
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory
-from tests.inference.fake_runtime import Answer, FakeRuntime, Gate, lengths, padded, request, text, vector_of
+from tests.inference.fake_runtime import (
+    Answer,
+    FakeRuntime,
+    Gate,
+    lengths,
+    padded,
+    request,
+    text,
+    vector_of,
+    vectors_of,
+)
 from tests.service import wait_until
 
 
@@ -55,10 +67,10 @@ def held(build, runtime: FakeRuntime, **arguments) -> tuple[Batcher, Gate]:
     return batcher, gate
 
 
-def expect_vectors(outcome: Embeddings | ServiceError, texts, rtol: float = 1e-5) -> None:
+def expect_vectors(outcome: Embeddings | ServiceError, texts, task: str | None = None) -> None:
     assert isinstance(outcome, Embeddings), outcome
-    expected = normalize(np.stack([vector_of(one) for one in texts]))
-    assert np.abs(outcome.vectors - expected).max() < rtol
+    expected = normalize(np.stack([vector_of(one, task) for one in texts]))
+    assert np.abs(outcome.vectors - expected).max() < 1e-5
 
 
 # 1. Batches
@@ -67,7 +79,7 @@ def expect_vectors(outcome: Embeddings | ServiceError, texts, rtol: float = 1e-5
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
 def test_no_batch_exceeds_the_token_budget(build, seed, separate_bulk):
-    runtime = FakeRuntime(max_batch_tokens=512, separate_bulk=separate_bulk, free_padding_tokens=64)
+    runtime = FakeRuntime(max_batch_tokens=512, separate_bulk=separate_bulk, overhead_tokens=64)
     batcher, gate = held(build, runtime)
     answers = []
     sizes = random.Random(seed)
@@ -87,7 +99,7 @@ def test_no_batch_exceeds_the_token_budget(build, seed, separate_bulk):
     ids=["CPU", "GPU"],
 )
 def test_padding_waste_of_a_log_normal_mix_under_load_is_small(build, budget, free, most, separate_bulk):
-    runtime = FakeRuntime(max_batch_tokens=budget, free_padding_tokens=free, separate_bulk=separate_bulk)
+    runtime = FakeRuntime(max_batch_tokens=budget, overhead_tokens=free, separate_bulk=separate_bulk)
     batcher, gate = held(build, runtime)
     answers = [
         submit(batcher, [text(n, f"{name} {i}") for i, n in enumerate(lengths(name, 16))])
@@ -118,20 +130,11 @@ def test_short_texts_ride_in_wide_batches_under_load(build):
 
 def test_only_texts_of_one_group_share_a_batch(build):
     runtime = FakeRuntime()
-    tokenize = runtime.tokenize
-
-    def grouped(texts, prompt, task, side=None):
-        found = tokenize(texts, prompt, task, side)
-        for tokens in found:
-            tokens.group = task
-        return found
-
-    runtime.tokenize = grouped
     batcher, gate = held(build, runtime)
     answers = [submit(batcher, [text(8, n)], input_type=["query", "document"][n % 2]) for n in range(40)]
     gate.open()
     for n, answer in enumerate(answers):
-        expect_vectors(answer.wait(), [text(8, n)])
+        expect_vectors(answer.wait(), [text(8, n)], task=["query", "document"][n % 2])
     assert all(len({tokens.group for tokens in batch}) == 1 for batch in runtime.batches)
 
 
@@ -189,7 +192,7 @@ def test_a_single_text_passes_a_bulk_request_after_the_batch_in_flight(build, se
             sent[number] = submit(batcher, [text(12, f"single {number}")])
 
     bulk = submit(batcher, [text(n, i) for i, n in enumerate(lengths(7, 2048))])
-    wait_until(lambda: len(runtime.tokenized) == 2049, what="all texts tokenised")
+    wait_until(lambda: len(runtime.prepared) == 2049, what="all texts tokenised")
     runtime.on_forward = at_each_batch
     gate.open()
     bulk.wait()
@@ -236,7 +239,7 @@ def test_tokenisation_of_a_bulk_request_holds_nobody_up(build):
             hung.set()
             assert release.wait(20)
 
-    batcher = build(FakeRuntime(on_tokenize=slow))
+    batcher = build(FakeRuntime(on_prepare=slow))
     bulk = submit(batcher, [text(5, i) for i in range(500)])
     assert hung.wait(5)
     expect_vectors(submit(batcher, [text(5, "single")]).wait(5), [text(5, "single")])
@@ -330,7 +333,7 @@ def test_a_vector_that_is_not_finite_is_computed_again_alone(build):
 def test_a_vector_that_stays_not_finite_fails_its_request_and_names_the_text(build, second):
     runtime = FakeRuntime(on_forward=spoiled)
 
-    def exact(tokens):
+    def exact(_one):
         if second == "error":
             raise RuntimeError("injected")
         return np.full((1, 8), np.nan, np.float32)
@@ -371,7 +374,7 @@ def test_work_whose_deadline_passed_is_not_tokenised(build):
             hung.set()
             assert release.wait(20)
 
-    runtime = FakeRuntime(on_tokenize=slow)
+    runtime = FakeRuntime(on_prepare=slow)
     batcher = build(runtime)
     first = submit(batcher, [text(5, f"slow {i}") for i in range(100)])
     assert hung.wait(5)
@@ -381,7 +384,7 @@ def test_work_whose_deadline_passed_is_not_tokenised(build):
     release.set()
     assert isinstance(late.wait(), DeadlineExceeded)
     assert isinstance(first.wait(), Embeddings)
-    assert not [one for one in runtime.tokenized if "late" in one]
+    assert not [one for one in runtime.prepared if "late" in one]
 
 
 def test_a_deadline_that_passed_already_is_refused(build):
@@ -470,7 +473,7 @@ def test_every_accepted_request_gets_one_outcome_whatever_fails(build, seed):
             return np.zeros((0, 8), np.float32)
         return None
 
-    runtime = FakeRuntime(on_forward=fail, on_tokenize=fail, seconds_per_token=2e-7)
+    runtime = FakeRuntime(on_forward=fail, on_prepare=fail, seconds_per_token=2e-7)
     lost = threading.Event()
     batcher = build(runtime, max_queued_tokens=20_000, on_device_lost=lambda _reason: lost.set())
     accepted: list[tuple[Answer, list[str]]] = []
@@ -536,10 +539,10 @@ def test_a_fault_of_the_batcher_itself_ends_the_process_instead_of_hanging_it(bu
     lost = []
     batcher = build(FakeRuntime(), on_device_lost=lost.append)
 
-    def broken(_now):
+    def broken(*_arguments):
         raise KeyError("injected")
 
-    monkeypatch.setattr(batcher, "_next_batch", broken)
+    monkeypatch.setattr(batcher._queue, "next_batch", broken)
     assert isinstance(submit(batcher, [text(9)]).wait(5), Unavailable)
     assert len(lost) == 1
 
@@ -574,9 +577,9 @@ def test_a_recomputation_counts_as_running(build):
     seen = []
     batcher = build(runtime)
 
-    def exact(tokens):
+    def exact(one):
         seen.append(batcher.running_since)
-        return vector_of(tokens.text)[None]
+        return vectors_of([one])
 
     runtime.forward_exact = exact
     submit(batcher, [text(9, "nan")]).wait()

@@ -1,0 +1,54 @@
+"""Who may wait for the model: the limit, the measured rate, and deadlines. It has no thread and no lock."""
+
+from embedding_service.errors import DeadlineExceeded, Overloaded
+
+# A request is accepted if it should be done within this share of its time: requests share the model
+# fairly, so those that wait together end together, and with a slightly wrong rate all would be late.
+ADMITTED_SHARE = 0.8
+
+# How much of what was measured before still counts after another batch.
+KEPT_SHARE = 0.9
+
+
+class Admission:
+    """Counts the tokens that are accepted and not yet answered, and how fast the model takes them."""
+
+    def __init__(self, max_queued_tokens: int) -> None:
+        self._max_queued_tokens = max_queued_tokens
+        self._tokens = self._seconds = 0.0
+        self._measured = 0.0
+        self.queued_tokens = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the last batches, each by its weight: a lone short text says little. 0 if nothing has run."""
+        return self._tokens / max(self._seconds, 1e-6)
+
+    def admit(self, tokens: int, deadline: float, now: float) -> None:
+        """Take a request in. Raises DeadlineExceeded, or Overloaded with the time to wait."""
+        left = deadline - now
+        if left <= 0:
+            raise DeadlineExceeded("the deadline passed before the request was queued")
+        queued, rate = self.queued_tokens, self.tokens_per_second
+        if queued and tokens:
+            wait = (queued + tokens) / rate if rate else 0.0
+            if queued + tokens > self._max_queued_tokens or wait > ADMITTED_SHARE * left:
+                raise Overloaded(
+                    f"{queued} tokens are waiting for the model; try again later",
+                    retry_after_seconds=max(0.05, queued / rate / 2 if rate else 0.5),
+                )
+        self.queued_tokens += tokens
+
+    def release(self, tokens: int) -> None:
+        """These tokens wait no longer."""
+        self.queued_tokens -= tokens
+
+    def begin(self, now: float) -> None:
+        """The model starts after a pause, which must not count."""
+        self._measured = now
+
+    def measure(self, tokens: int, now: float) -> None:
+        """A batch has ended."""
+        self._tokens = KEPT_SHARE * self._tokens + tokens
+        self._seconds = KEPT_SHARE * self._seconds + max(0.0, now - self._measured)
+        self._measured = now

@@ -1,0 +1,159 @@
+"""Identical texts are computed once, within a request and among those that wait or run. No lock."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from embedding_service.inference.fair_queue import FairQueue, Flow
+from embedding_service.inference.runtime import IntArray
+from embedding_service.inference.vector_cache import Cached, VectorCache
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Reduction:
+    """A request without the texts that need not be computed: repeated ones, and those that are cached.
+
+    `places` has, for each text of the request, its row in the texts to compute followed by the cached ones.
+    """
+
+    texts: list[str]
+    cached: list[Cached]
+    places: IntArray
+
+    @property
+    def hits(self) -> int:
+        """Texts of the request that the cache answers."""
+        return int(np.count_nonzero(self.places >= len(self.texts)))
+
+
+def reduce(texts: list[str], context: Hashable, cache: VectorCache | None) -> Reduction | None:
+    """What is left of a request; None if that is all of it."""
+    if cache is None and (len(texts) == 1 or len(set(texts)) == len(texts)):
+        return None
+    left: dict[str, int] = {}
+    found: dict[str, tuple[int, Cached]] = {}
+    for text in texts:
+        if text not in left and text not in found:
+            entry = cache.get(context, text) if cache is not None else None
+            if entry is None:
+                left[text] = len(left)
+            else:
+                found[text] = (len(found), entry)
+    if len(left) == len(texts):
+        return None
+    places = [left[text] if text in left else len(left) + found[text][0] for text in texts]
+    return Reduction(list(left), [entry for _, entry in found.values()], np.array(places, np.int32))
+
+
+@dataclass(slots=True, eq=False)
+class Shared:
+    """A text that several requests want. `runner` is the one in whose batch it is, once it is in one."""
+
+    takers: list[tuple["Sharer", int]]
+    runner: "Sharer | None" = None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sharer(Flow):
+    """A request that may share texts; `context` is all that changes a vector but the text."""
+
+    context: Hashable
+    shares: bool = False
+
+
+class IdenticalTexts:
+    """The texts that wait or run, and who wants them.
+
+    Each request has all its texts in the queue, and so its own turn; whoever's turn is first computes
+    a text for all, and the others' copies leave the queue.
+    """
+
+    def __init__(self, queue: FairQueue) -> None:
+        self._queue = queue
+        self._known: dict[Hashable, dict[str, Sharer | Shared]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._known.values()))
+
+    def add(self, flow: Sharer, first: int, texts: Sequence[str]) -> list[int]:
+        """Note texts that are about to be queued, all different; the rows that run already, for others."""
+        known = self._known.setdefault(flow.context, {})
+        if len(texts) == 1:
+            if known.setdefault(texts[0], flow) is flow:
+                return []
+            again = {texts[0]}
+        else:
+            again = known.keys() & texts
+            if not again:
+                known.update(dict.fromkeys(texts, flow))
+                return []
+        running = []
+        for row, text in enumerate(texts, first):
+            if text not in again:
+                known[text] = flow
+            elif self._share(known, text, flow, row).runner is not None:
+                running.append(row)
+        return running
+
+    def _share(self, known: dict[str, Sharer | Shared], text: str, flow: Sharer, row: int) -> Shared:
+        entry = known[text]
+        if not isinstance(entry, Shared):
+            other, place = entry, entry.texts.index(text)
+            other.shares = True
+            runs = place not in other.rows
+            entry = known[text] = Shared([(other, place)], other if runs else None)
+        flow.shares = True
+        entry.takers.append((flow, row))
+        return entry
+
+    def start(self, flow: Sharer, rows: IntArray) -> IntArray:
+        """These rows are about to run: nobody else need compute them. Returns those that do not run yet."""
+        if not flow.shares:
+            return rows
+        known = self._known[flow.context]
+        mine = []
+        for row in rows.tolist():
+            entry = known.get(flow.texts[row])
+            if isinstance(entry, Shared):
+                if entry.runner is not None:
+                    continue
+                entry.runner = flow
+                for other, place in entry.takers:
+                    if other is not flow:
+                        self._queue.withdraw(other, place)
+            mine.append(row)
+        return np.array(mine, np.int32)
+
+    def others(self, flow: Sharer, rows: IntArray) -> Iterator[tuple[int, Sharer, int]]:
+        """Who else waits for these rows of a batch: position in `rows`, request, and row there."""
+        if not flow.shares:
+            return
+        known = self._known[flow.context]
+        for position, row in enumerate(rows.tolist()):
+            entry = known.get(flow.texts[row])
+            if isinstance(entry, Shared) and entry.runner is flow:
+                for other, place in list(entry.takers):
+                    if other is not flow:
+                        yield position, other, place
+
+    def settle(self, flow: Sharer, rows: IntArray) -> None:
+        """These rows of a batch have been delivered."""
+        known = self._known[flow.context]
+        for row in rows.tolist():
+            text = flow.texts[row]
+            entry = known.get(text)
+            if entry is flow or (isinstance(entry, Shared) and entry.runner is flow):
+                del known[text]
+
+    def drop(self, flow: Sharer) -> None:
+        """A request has ended before its texts were delivered."""
+        known = self._known.get(flow.context, {})
+        for text in flow.texts:
+            entry = known.get(text)
+            if entry is flow:
+                del known[text]
+            elif isinstance(entry, Shared):
+                entry.takers = [(other, row) for other, row in entry.takers if other is not flow]
+                if not entry.takers:
+                    del known[text]

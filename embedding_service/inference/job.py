@@ -1,0 +1,206 @@
+"""A request on its way: what it asks, the texts to compute for it, and what has come back of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from embedding_service.engine import Embeddings, EmbedRequest, Timings, Vectors
+from embedding_service.errors import ServiceError
+from embedding_service.inference.identical import Reduction, Sharer
+from embedding_service.inference.runtime import BoolArray, IntArray, Prepared, Slice
+from embedding_service.inference.vector_cache import vectors_of
+
+Outcome = Embeddings | ServiceError
+
+# Takes the outcomes that came together, each with the number of its request.
+Receiver = Callable[[Sequence[tuple[int, Outcome]]], None]
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Piece:
+    """Texts of a job, from `first` on, which are rows of `prepared` from `offset` on."""
+
+    first: int
+    count: int
+    prepared: Prepared
+    offset: int
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """What a batch has of one job: rows of the job, and the same texts as the model reads them."""
+
+    job: "Job"
+    rows: IntArray
+    slices: list[Slice]
+
+    def cut(self, first: int, last: int) -> "Part":
+        """Some of the rows, by position."""
+        return self.job.part(self.rows[first:last])
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Job(Sharer):
+    """One accepted request. Its fields belong to the batcher's lock, or to whoever tokenises it.
+
+    `texts` are those to compute, which are all of the request unless there is a `reduction`.
+    """
+
+    request: EmbedRequest
+    receiver: Receiver
+    number: int
+    prompt: str | None
+    submitted: float
+    reduction: Reduction | None
+    characters: int
+    charge: int
+    hits: int | None = None
+    tokens: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+    tokenized: int = 0
+    remaining: int = 0
+    vectors: Vectors | None = None
+    tokenization_seconds: float = 0.0
+    started: float = 0.0
+    inference_seconds: float = 0.0
+    inferred_until: float = 0.0
+
+    @property
+    def wants_raw(self) -> bool:
+        """Whether it needs the vectors as the model gives them, to cut them or to leave them so."""
+        return self.request.dimensions is not None or not self.request.normalize
+
+    def index_of(self, row: int) -> int:
+        """The place in the request of a text to compute."""
+        return row if self.reduction is None else int(np.flatnonzero(self.reduction.places == row)[0])
+
+    def part(self, rows: IntArray) -> Part:
+        """These rows as a part of a batch."""
+        if len(self.pieces) == 1:
+            piece = self.pieces[0]
+            return Part(self, rows, [Slice(piece.prepared, rows + piece.offset if piece.offset else rows)])
+        rows = np.sort(rows)
+        cuts = [*np.searchsorted(rows, [piece.first for piece in self.pieces]).tolist(), len(rows)]
+        slices = [
+            Slice(piece.prepared, rows[low:high] - (piece.first - piece.offset))
+            for piece, low, high in zip(self.pieces, cuts, cuts[1:], strict=False)
+            if high > low
+        ]
+        return Part(self, rows, slices)
+
+    def accept(self, rows: IntArray, vectors: Vectors) -> None:
+        """Vectors of these rows have come."""
+        if len(self.texts) == 1:
+            self.vectors = vectors
+        else:
+            if self.vectors is None:
+                self.vectors = np.empty((len(self.texts), vectors.shape[1]), np.float32)
+            self.vectors[rows] = vectors
+        self.remaining -= len(vectors)
+
+    def computed(self, began: float, ended: float) -> None:
+        """Texts of it were in a batch between these times. If batches overlap, a moment counts once."""
+        self.inference_seconds += max(0.0, ended - max(began, self.inferred_until))
+        self.inferred_until = max(ended, self.inferred_until)
+        self.started = min(self.started or began, began)
+
+    def outcome(self, normalized: bool) -> Embeddings:
+        """The answer. `normalized` says that the model's vectors are of length 1."""
+        lengths, truncated = self._lengths()
+        vectors = self.vectors
+        if self.reduction is not None:
+            vectors = self._expanded(self.reduction, normalized)
+            lengths, truncated = self._expanded_lengths(self.reduction, lengths, truncated)
+        assert vectors is not None
+        request = self.request
+        if request.dimensions is not None:
+            vectors = vectors[:, : request.dimensions]
+            vectors = normalize(vectors) if request.normalize else np.ascontiguousarray(vectors)
+        return Embeddings(
+            vectors=vectors,
+            tokens=sum(lengths.tolist()),
+            truncated=np.flatnonzero(truncated).tolist() if True in truncated.tolist() else [],
+            timings=Timings(
+                tokenization_ms=self.tokenization_seconds * 1e3,
+                queue_ms=max(0.0, self.started - self.submitted - self.tokenization_seconds) * 1e3,
+                inference_ms=self.inference_seconds * 1e3,
+            ),
+            cache_hits=self.hits,
+        )
+
+    def _lengths(self) -> tuple[IntArray, BoolArray]:
+        """Of the texts computed, the tokens of each and whether it was cut."""
+        if not self.pieces:
+            return np.empty(0, np.int32), np.empty(0, np.bool_)
+        spans = [(piece.prepared, slice(piece.offset, piece.offset + piece.count)) for piece in self.pieces]
+        lengths = [prepared.lengths[span] for prepared, span in spans]
+        truncated = [prepared.truncated[span] for prepared, span in spans]
+        if len(spans) == 1:
+            return lengths[0], truncated[0]
+        return np.concatenate(lengths), np.concatenate(truncated)
+
+    def _expanded(self, reduction: Reduction, normalized: bool) -> Vectors:
+        found = [] if self.vectors is None else [self.vectors]
+        if reduction.cached:
+            cached = vectors_of(reduction.cached)
+            found.append(cached if normalized or self.wants_raw else normalize(cached))
+        expanded: Vectors = np.concatenate(found)[reduction.places]
+        return expanded
+
+    def _expanded_lengths(
+        self, reduction: Reduction, lengths: IntArray, truncated: BoolArray
+    ) -> tuple[IntArray, BoolArray]:
+        cached_lengths = np.array([entry.tokens for entry in reduction.cached], np.int32)
+        cached_truncated = np.array([entry.truncated for entry in reduction.cached], np.bool_)
+        places = reduction.places
+        return (
+            np.concatenate((lengths, cached_lengths))[places],
+            np.concatenate((truncated, cached_truncated))[places],
+        )
+
+
+def merged(batch: Sequence[Part]) -> list[Slice]:
+    """A batch as the model takes it; neighbours that were tokenised together become one slice."""
+    slices = [one for part in batch for one in part.slices]
+    if len(slices) == 1:
+        return slices
+    runs: list[tuple[Prepared, list[IntArray]]] = []
+    for one in slices:
+        if runs and runs[-1][0] is one.texts:
+            runs[-1][1].append(one.rows)
+        else:
+            runs.append((one.texts, [one.rows]))
+    return [Slice(texts, rows[0] if len(rows) == 1 else np.concatenate(rows)) for texts, rows in runs]
+
+
+def lengths_of(slices: Sequence[Slice]) -> list[int]:
+    """The tokens of each text."""
+    return [length for one in slices for length in one.texts.lengths[one.rows].tolist()]
+
+
+def truncated_of(slices: Sequence[Slice]) -> list[bool]:
+    """Whether each text was cut."""
+    return [cut for one in slices for cut in one.texts.truncated[one.rows].tolist()]
+
+
+def halves(batch: Sequence[Part], at: int) -> tuple[list[Part], list[Part]]:
+    """A batch as two, the first with `at` texts."""
+    first: list[Part] = []
+    second: list[Part] = []
+    for part in batch:
+        size = len(part.rows)
+        here = min(max(at, 0), size)
+        if here:
+            first.append(part if here == size else part.cut(0, here))
+        if here < size:
+            second.append(part if not here else part.cut(here, size))
+        at -= size
+    return first, second
+
+
+def normalize(vectors: Vectors) -> Vectors:
+    """Rows of length 1, as torch.nn.functional.normalize makes them: a zero row stays zero."""
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    result: Vectors = vectors / np.maximum(norms, 1e-12)[:, None]
+    return result
