@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-long reliability test-deploy lint format bench bench-host bench-gpu bench-peer audit docker clean
+.PHONY: serve test test-long reliability test-deploy lint format bench bench-host bench-gpu bench-peer audit bundle docker clean
 
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
@@ -51,6 +51,10 @@ audit: $(VENV)/serve.stamp  ## a bill of materials, build/sbom.json (CycloneDX),
 	build/audit-venv/bin/pip install -q --disable-pip-version-check -r requirements-audit.txt
 	build/audit-venv/bin/cyclonedx-py environment $(VENV) --output-file build/sbom.json
 	build/audit-venv/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+
+# BUNDLE_PYTHON=3.12 for another Python than this one; BUNDLE="--without torch --weights float16" for a smaller bundle.
+bundle: $(VENV)/serve.stamp  ## everything for a machine without a network, in build/bundle
+	$(BIN)/python -m bundle.build $(if $(BUNDLE_PYTHON),--python $(BUNDLE_PYTHON)) $(BUNDLE)
 
 docker:  ## build the image
 	docker build -t embedding-service .

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import config
+
 PACKAGES = (
     "torch",
     "sentence-transformers",
@@ -37,6 +39,11 @@ def describe() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "load_average_before": os.getloadavg()[0],
     }
+
+
+def model() -> str:
+    """The model that is measured: the service's own setting, so that a bundle's folder is found."""
+    return config.load().embedding_model
 
 
 def cores() -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import machine
 from benchmarks.texts import Texts
 from embedding_service.engine import EmbedRequest, Vectors
 from embedding_service.inference import source
@@ -46,9 +47,7 @@ class RawEngine:
     """One loaded model, called directly."""
 
     def __init__(self, backend: str, device: str, dtype: str = "auto") -> None:
-        settings = ModelSettings(
-            embedding_model=source.DEFAULT_MODEL, backend=backend, device=device, dtype=dtype
-        )
+        settings = ModelSettings(embedding_model=machine.model(), backend=backend, device=device, dtype=dtype)
         # nncf writes to standard output, where our answers go.
         with contextlib.redirect_stdout(sys.stderr):
             self.model = load(settings)
@@ -214,7 +213,7 @@ def main() -> None:
     if arguments.stdin:
         serve_tasks(engine)
         return
-    texts = Texts(source.resolve(source.DEFAULT_MODEL, None).folder)
+    texts = Texts(source.resolve(machine.model(), None).folder)
     pools = {"one sentence": texts.sentences(512), "mixed lengths": texts.mix(512)}
     pools |= {f"{length} tokens": texts.of_length(length, 128) for length in (64, 256)}
     print(

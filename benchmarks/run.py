@@ -71,7 +71,7 @@ class Bench:
         self._seconds: float = arguments.seconds
         self._turns: int = arguments.alternations
         self._scratch = scratch
-        self._model_folder = source.resolve(source.DEFAULT_MODEL, None).folder
+        self._model_folder = source.resolve(machine.model(), None).folder
         self._scenarios = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
         self._device: str = arguments.device
         self._dtype: str = arguments.dtype

@@ -75,6 +75,17 @@ class System:
                 time.sleep(0.05)
         raise SystemExit(f"{self.name} was not ready in {START_SECONDS} s:\n{self._log.read_text()[-2000:]}")
 
+    def log(self) -> str:
+        """What it has printed."""
+        return self._log.read_text(errors="replace")
+
+    def memory_mib(self) -> float:
+        """The memory of all its processes; shared pages count in each."""
+        import psutil
+
+        parent = psutil.Process(self._process.pid)
+        return sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 2**20
+
     def stop(self) -> None:
         """End it and all that it started."""
         self._process.terminate()

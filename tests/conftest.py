@@ -16,10 +16,10 @@ from tests.service import Service  # noqa: E402
 
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
-    """The folder of the packaged default model."""
+    """The folder of the default model: the packaged one, or TEST_MODEL if that package is not installed."""
     from embedding_service.inference import source
 
-    return source.resolve(source.DEFAULT_MODEL, None).folder
+    return source.resolve(os.environ.get("TEST_MODEL", source.DEFAULT_MODEL), None).folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,497 @@
+"""Everything that only a GPU can show, in one run of at most nine minutes: `bundle/prove-gpu.sh OUTPUT`.
+
+Each step is a process of its own, with a limit of time, so that none can spoil or starve the next. What it
+finds is in OUTPUT/results.json as soon as it is found; beside it are log.txt and, at the end, plot.svg.
+"""
+
+import argparse
+import base64
+import contextlib
+import http.client
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import load, machine
+from benchmarks.run import Scenario
+from benchmarks.systems import ROOT, Baseline, Raw, Service, System
+from benchmarks.texts import Texts
+from embedding_service.inference import source
+
+MOST_SECONDS = 530.0
+
+# The number formats: settings of the service, and what they are called. float32 is TF32 unless forbidden.
+FORMATS = {
+    "float32": {"DTYPE": "float32", "NVIDIA_TF32_OVERRIDE": "0"},
+    "TF32": {"DTYPE": "float32"},
+    "float16": {"DTYPE": "float16"},
+    "bfloat16": {"DTYPE": "bfloat16"},
+}
+
+
+class Step:
+    """What the steps share: how long and on what to measure, the texts, and where findings go."""
+
+    def __init__(self, dry: bool, scratch: Path) -> None:
+        self.dry = dry
+        self.scratch = scratch
+        self.device = "cpu" if dry else "cuda"
+        self.seconds = 0.5 if dry else 2.0
+        self.many = 64 if dry else 4096
+        self.model_folder = source.resolve(machine.model(), None).folder
+        texts = Texts(self.model_folder)
+        self.pools = {
+            "sentence": texts.sentences(4096),
+            "mix": texts.mix(64 if dry else 512),
+            "64": texts.of_length(64, 64 if dry else 512),
+            "256": texts.of_length(256, 16 if dry else 512),
+        }
+
+    def tell(self, name: str, value: Any) -> None:
+        """One finding, for the process that collects them."""
+        print(json.dumps({name: value}), flush=True)
+
+    @contextlib.contextmanager
+    def service(self, **settings: str) -> Iterator[Service]:
+        """A ready service."""
+        running = Service(self.scratch, self.device, CPU_FALLBACK="false", **settings)
+        try:
+            running.wait_ready()
+            yield running
+        finally:
+            running.stop()
+
+    def scenarios(self) -> list[Scenario]:
+        """The loads of the service and of plain Flask."""
+        return [
+            Scenario("one", "one sentence, 1 client", "sentence"),
+            Scenario("one-32", "one sentence, 32 clients", "sentence", clients=32),
+            Scenario("one-256", "one sentence, 256 clients", "sentence", clients=256),
+            Scenario("one-32-base64", "one sentence, 32 clients, base64", "sentence", 1, 32, "base64"),
+            Scenario("32", "32 sentences, 1 client", "sentence", 32),
+            Scenario("32-8", "32 sentences, 8 clients", "sentence", 32, 8),
+            Scenario("64-tokens", "64 tokens, 32 clients", "64", clients=32),
+            Scenario("256-tokens", "256 tokens, 32 clients", "256", clients=32),
+            Scenario("many", f"{self.many} sentences in one request", "sentence", self.many),
+            Scenario("many-base64", f"{self.many} sentences, base64", "sentence", self.many, 1, "base64"),
+        ]
+
+    def measure(self, server: System, scenario: Scenario, seconds: float | None = None) -> dict[str, Any]:
+        """One load, and how busy the device was meanwhile."""
+        pool, size = self.pools[scenario.kind], scenario.texts
+        bodies = self.scratch / f"{scenario.name}-{server.name}.txt"
+        if not bodies.exists():
+            requests = [pool[first : first + size] for first in range(0, len(pool), size)]
+            bodies.write_bytes(b"\n".join(server.body(texts, scenario.encoding) for texts in requests))
+        # Half of the cores, so that the generator does not take what the service needs.
+        processes = max(1, machine.cores() // 2)
+        with Gpu(self.dry) as gpu:
+            result: dict[str, Any] = load.measure(
+                server.url, bodies, scenario.clients, seconds or self.seconds, processes
+            )
+        result["texts_per_second"] = result["requests"] * scenario.texts / result["seconds"]
+        result |= gpu.seen()
+        return {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
+
+
+class Gpu:
+    """Watches the device through NVML while a load runs; sees nothing in a dry run."""
+
+    def __init__(self, dry: bool) -> None:
+        self._stop = threading.Event()
+        self._busy: list[int] = []
+        self._memory: list[int] = []
+        self._thread = None if dry else threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Gpu":
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def seen(self) -> dict[str, float]:
+        """The median share of the time in which a kernel ran, and the most memory in use, in MiB."""
+        if not self._busy:
+            return {}
+        return {
+            "device_busy": statistics.median(self._busy) / 100,
+            "device_memory_mib": max(self._memory) / 2**20,
+        }
+
+    def _watch(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # The first that CUDA may use; by its number, as systems with one GPU have it.
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        while not self._stop.wait(0.1):
+            self._busy.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            self._memory.append(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def ask(server: System, texts: list[str], timeout: float = 60) -> tuple[int, np.ndarray | None]:
+    """The status of a request and its vectors."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
+    try:
+        connection.request("POST", server.path, server.body(texts, "base64"))
+        response = connection.getresponse()
+        answer = response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        return response.status, None
+    vectors = [base64.b64decode(one) for one in json.loads(answer)["embeddings"]]
+    return 200, np.array([np.frombuffer(vector, "<f4") for vector in vectors])
+
+
+def reference(step: Step, texts: list[str]) -> np.ndarray:
+    """What sentence-transformers gives in float32 on the CPU."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(step.model_folder), device="cpu", model_kwargs={"dtype": "float32"})
+    vectors: np.ndarray = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    return vectors
+
+
+def distance(got: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """How far vectors of length 1 are from others."""
+    cosines = (got * expected).sum(axis=1)
+    return {
+        "mean_cosine": float(cosines.mean()),
+        "lowest_cosine": float(cosines.min()),
+        "largest_difference": float(np.abs(got - expected).max()),
+    }
+
+
+# The steps
+
+
+def describe(step: Step) -> None:
+    from bundle import found
+
+    step.tell("found", found.describe())
+    step.tell("machine", machine.describe())
+    step.tell("commit", machine.commit())
+
+
+def tests(step: Step) -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-o", "filterwarnings="]
+    done = subprocess.run(
+        [*command, "-rs", "tests/inference"],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"TEST_MODEL": machine.model()},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout, done.stderr, file=sys.stderr)
+    step.tell("exit_code", done.returncode)
+    step.tell("summary", done.stdout.strip().rpartition("\n")[2])
+
+
+def vectors(step: Step) -> None:
+    texts = step.pools["mix"]
+    expected = reference(step, texts)
+    for name, settings in FORMATS.items():
+        with step.service(**settings) as service:
+            status, got = ask(service, texts)
+        assert got is not None, f"{name}: {status}"
+        step.tell(name, distance(got, expected))
+
+
+def engine(step: Step) -> None:
+    raw = Raw("auto", step.device, "auto")
+    try:
+        step.tell("backend", raw.wait_ready())
+        for kind in ("sentence", "64", "256"):
+            for batch in (1, 32, 256):
+                texts = step.pools[kind][: max(batch, 512)]
+                rate = raw.ask("run", texts=texts, batch_size=batch, seconds=step.seconds / 2)
+                step.tell(f"{kind}, batches of {batch}", rate)
+        rate = raw.ask("encode", texts=step.pools["sentence"][:512], batch_size=32, seconds=step.seconds / 2)
+        step.tell("encode(), sentence, batches of 32", rate)
+    finally:
+        raw.stop()
+
+
+def _serve(step: Step, server: System) -> None:
+    """Every load that the server can answer, after one that warms it up."""
+    scenarios = [scenario for scenario in step.scenarios() if scenario.encoding in server.formats]
+    step.measure(server, scenarios[1], step.seconds / 2)
+    for scenario in scenarios:
+        step.tell(scenario.title, step.measure(server, scenario))
+
+
+def service(step: Step, workers: int) -> None:
+    with step.service(WEB_CONCURRENCY=str(workers)) as running:
+        _serve(step, running)
+
+
+def flask(step: Step) -> None:
+    baseline = Baseline(step.scratch, step.device, step.model_folder)
+    try:
+        baseline.wait_ready()
+        _serve(step, baseline)
+    finally:
+        baseline.stop()
+
+
+def memory(step: Step) -> None:
+    for size in (16, 32) if step.dry else (16, 32, 64, 128, 256, 512):
+        scenario = Scenario(f"memory-{size}", "", "256", texts=min(size, len(step.pools["256"])))
+        with step.service(BATCH_SIZE=str(size)) as running:
+            step.tell(f"BATCH_SIZE={size}", step.measure(running, scenario))
+
+
+def out_of_memory(step: Step) -> None:
+    """The rest of the memory is taken, so that a batch cannot fit: it must be halved, and answered."""
+    texts = step.pools["256"][:64]
+    expected = reference(step, texts)
+    taken = None
+    if not step.dry:
+        import torch
+
+        left = 2 << 30
+        taken = torch.empty(torch.cuda.mem_get_info()[0] - left, dtype=torch.uint8, device="cuda")
+        step.tell("memory_left_mib", left >> 20)
+    with step.service(BATCH_SIZE="32" if step.dry else "4096") as running:
+        status, got = ask(running, texts)
+        step.tell("status", status)
+        if got is not None:
+            step.tell("vectors", distance(got, expected))
+        step.tell("info", _get(running, "/info"))
+    step.tell("log", [line for line in running.log().splitlines() if "memory" in line])
+    del taken
+
+
+def lost_device(step: Step) -> None:
+    """An illegal access in the model process: no wrong vector, and the service comes back by itself."""
+    sign = step.scratch / "lose"
+    texts = step.pools["sentence"][:4]
+    folder = str(ROOT / "benchmarks" / "lost_device")
+    with step.service(PYTHONPATH=folder, LOSE_DEVICE=str(sign)) as running:
+        _, expected = ask(running, texts)
+        assert expected is not None
+        sign.touch()
+        began = time.monotonic()
+        statuses: dict[int, int] = {}
+        lost = back = None
+        wrong = 0
+        while back is None and time.monotonic() - began < 25:
+            status, got = ask(running, texts)
+            statuses[status] = statuses.get(status, 0) + 1
+            if got is None:
+                lost = lost or time.monotonic() - began
+            else:
+                wrong += int(np.abs(got - expected).max() > 1e-3)
+                back = time.monotonic() - began if lost else None
+            time.sleep(0.01)
+        step.tell("statuses", statuses)
+        step.tell("wrong_vectors", wrong)
+        step.tell("lost_after_seconds", lost)
+        step.tell("back_after_seconds", back)
+        step.tell("health", _get(running, "/health"))
+    step.tell("log", running.log().splitlines()[-20:])
+
+
+def soak(step: Step) -> None:
+    """A mixture of lengths from 64 clients for a minute, in slices."""
+    slices, seconds = (3, 1.0) if step.dry else (6, 10.0)
+    scenario = Scenario("soak", "", "mix", clients=64)
+    with step.service(WEB_CONCURRENCY="2") as running:
+        step.measure(running, scenario, seconds / 2)
+        for number in range(slices):
+            result = step.measure(running, scenario, seconds)
+            step.tell(f"{(number + 1) * seconds:.0f} s", result | {"host_memory_mib": running.memory_mib()})
+        step.tell("health", _get(running, "/health"))
+
+
+def _get(server: System, path: str) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.request("GET", path)
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer
+
+
+# Each with its limit in seconds. What tells most comes first, since what is late may be cut.
+STEPS: dict[str, tuple[Callable[[Step], None], float]] = {
+    "machine": (describe, 30),
+    "tests": (tests, 75),
+    "vectors": (vectors, 70),
+    "engine": (engine, 40),
+    "service, 1 web worker": (lambda step: service(step, 1), 45),
+    "plain Flask": (flask, 45),
+    "service, 4 web workers": (lambda step: service(step, 4), 45),
+    "lost device": (lost_device, 45),
+    "out of memory": (out_of_memory, 45),
+    "memory": (memory, 75),
+    "service, 2 web workers": (lambda step: service(step, 2), 45),
+    "service, 8 web workers": (lambda step: service(step, 8), 45),
+    "soak": (soak, 85),
+}
+
+
+# Running them
+
+
+class Results:
+    """results.json, written whole after every finding, so that a cut leaves what was found."""
+
+    def __init__(self, folder: Path, dry: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "results.json"
+        self.content: dict[str, Any] = {"dry_run": dry, "steps": {}}
+
+    def add(self, step: str, finding: dict[str, Any]) -> None:
+        self.content["steps"].setdefault(step, {}).update(finding)
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(self.content, indent=1) + "\n")
+        new.replace(self._path)
+
+
+def run_step(name: str, seconds: float, results: Results, log: Path, dry: bool) -> None:
+    """One step in a process group of its own, all of which ends with it or with its time."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.prove_gpu", "--step", name]
+    with log.open("a") as errors:
+        errors.write(f"\n== {name}\n")
+        errors.flush()
+        process = subprocess.Popen(
+            command + ["--dry-run"] * dry,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+    assert process.stdout
+    # SIGTERM lets it end what it started; the services are in sessions of their own.
+    ending = threading.Timer(seconds, process.terminate)
+    killing = threading.Timer(seconds + 15, os.killpg, [process.pid, signal.SIGKILL])
+    for timer in (ending, killing):
+        timer.daemon = True
+        timer.start()
+    for line in process.stdout:
+        with contextlib.suppress(json.JSONDecodeError):
+            results.add(name, json.loads(line))
+    code = process.wait()
+    took = time.monotonic() - began
+    for timer in (ending, killing):
+        timer.cancel()
+    ended = "done" if code == 0 else f"cut after {seconds:.0f} s" if took >= seconds else f"failed ({code})"
+    results.add(name, {"ended": ended, "took_seconds": round(took, 1)})
+    print(f"{name}: {ended}, {took:.1f} s", flush=True)
+
+
+def perform(name: str, dry: bool) -> None:
+    """What a step's process does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory() as scratch:
+        STEPS[name][0](Step(dry, Path(scratch)))
+
+
+def verdicts(steps: dict[str, Any]) -> Iterator[str]:
+    """Each bar with the figure beside it, as far as it was measured."""
+
+    def figure(step: str, title: str, key: str) -> float:
+        value = steps.get(step, {}).get(title, {}).get(key)
+        return float("nan") if value is None else float(value)
+
+    one = "service, 1 web worker"
+    best = max(
+        (figure(step, "one sentence, 32 clients", "texts_per_second") for step in steps if "worker" in step),
+        default=float("nan"),
+    )
+    plain = figure("plain Flask", "one sentence, 32 clients", "texts_per_second")
+    bars = [
+        ("one sentence alone, p50 in ms", figure(one, "one sentence, 1 client", "p50_ms"), "<=", 3),
+        ("32 sentences alone, p50 in ms", figure(one, "32 sentences, 1 client", "p50_ms"), "<=", 8),
+        ("times plain Flask, 32 clients", best / plain, ">=", 3),
+        ("device busy, 256 clients", figure(one, "one sentence, 256 clients", "device_busy"), ">=", 0.8),
+    ]
+    for title, value, relation, bar in bars:
+        if math.isnan(value):
+            yield f"not measured  {title}"
+            continue
+        reached = value <= bar if relation == "<=" else value >= bar
+        yield f"{'reached' if reached else 'NOT REACHED':>12}  {title}: {value:.2f}, bar {bar}"
+
+
+def plot(steps: dict[str, Any], path: Path) -> None:
+    """Texts a second of the service by its web workers, beside plain Flask."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    servers = [name for name in ("plain Flask", *sorted(steps)) if name in steps and "Flask" in name]
+    servers += sorted(name for name in steps if name.startswith("service"))
+    titles = [t for t, found in steps[servers[-1]].items() if isinstance(found, dict)] if servers else []
+    figure, axes = pyplot.subplots(figsize=(9, 0.7 * len(titles) + 1.2))
+    height = 0.8 / max(1, len(servers))
+    for offset, server in enumerate(servers):
+        rates = [steps[server].get(title, {}).get("texts_per_second", 0) for title in titles]
+        places = [place + (offset - (len(servers) - 1) / 2) * height for place in range(len(titles))]
+        bars = axes.barh(places, rates, height, label=server)
+        axes.bar_label(bars, [f"{rate:.0f}" if rate else "" for rate in rates], padding=2, fontsize=6)
+    axes.set_yticks(range(len(titles)), titles, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("texts per second", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, nargs="?", default=ROOT / "build" / "gpu")
+    parser.add_argument("--dry-run", action="store_true", help="every step on the CPU, in short")
+    parser.add_argument("--only", nargs="*", choices=list(STEPS), help="these steps")
+    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        perform(arguments.step, arguments.dry_run)
+        return
+    began = time.monotonic()
+    results = Results(arguments.output, arguments.dry_run)
+    log = arguments.output / "log.txt"
+    log.unlink(missing_ok=True)
+    for name in arguments.only or STEPS:
+        left = MOST_SECONDS - (time.monotonic() - began)
+        if left > 20:
+            run_step(name, min(STEPS[name][1], left - 15), results, log, arguments.dry_run)
+        else:
+            results.add(name, {"ended": "no time was left"})
+    steps = results.content["steps"]
+    results.content["took_seconds"] = round(time.monotonic() - began, 1)
+    results.add("verdicts", {"lines": list(verdicts(steps))})
+    plot(steps, arguments.output / "plot.svg")
+    print(*steps["verdicts"]["lines"], sep="\n")
+    print(f"{results.content['took_seconds']} s; {arguments.output}")
+    if any(step.get("ended", "done") != "done" for step in steps.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

