@@ -416,6 +416,35 @@ def test_counting_costs_little(tmp_path):
     assert batch < 30
 
 
+FORKS = """
+import os, sys
+from pathlib import Path
+from embedding_service import metrics
+folder = Path(sys.argv[1])
+metrics.TRUNCATED_TEXTS.inc(1)  # before the folder is known
+metrics.QUEUED_TOKENS.set(10)
+metrics.share(folder)
+metrics.TRUNCATED_TEXTS.inc(2)
+child = os.fork()
+metrics.TRUNCATED_TEXTS.inc(4)
+if child == 0:
+    metrics.share(folder)
+    metrics.TRUNCATED_TEXTS.inc(8)
+    metrics.QUEUED_TOKENS.set(100)
+    os.kill(os.getpid(), 9)
+os.waitpid(child, 0)
+print(metrics.exposition("")[0].decode())
+"""
+
+
+def test_a_fork_counts_apart_and_nothing_is_counted_twice(tmp_path):
+    command = [sys.executable, "-c", FORKS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    scraped = Scraped(done.stdout)
+    assert scraped.value("embedding_truncated_texts_total") == 1 + 2 + 2 * 4 + 8
+    assert scraped.value("embedding_queued_tokens") == 10
+
+
 def test_the_documentation_lists_every_metric_as_it_is():
     rows = re.findall(
         r"^\| `(embedding_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$",
