@@ -123,7 +123,10 @@ def test_sigusr2_starts_the_same_command_again(start, tmp_path):
             p for p in masters if p.children() and p.cmdline()[1:] == service.processes()[0].cmdline()[1:]
         ]
 
-    wait_until(new_master, 30, "a new master")
+    (master,) = wait_until(new_master, 30, "a new master")
+    # It outlives the old master, which is all that the fixture ends.
+    master.terminate()
+    wait_until(lambda: master not in service.processes(), 30, "the end of the new master")
 
 
 def hub_cache(folder: Path, weights: bytes) -> Path:
