@@ -330,7 +330,7 @@ def _get(server: System, path: str) -> Any:
     return answer
 
 
-# Each with its limit in seconds, the end of its processes included. What tells most comes first, since what is late may be cut.
+# Each with its limit in seconds. What tells most comes first, since what is late may be cut.
 STEPS: dict[str, tuple[Callable[[Step], None], float]] = {
     "machine": (describe, 30),
     "tests": (tests, 75),
@@ -481,8 +481,8 @@ def main() -> None:
         left = MOST_SECONDS - (time.monotonic() - began)
         if left > 20:
             # A dry run is there to see every step through, on however slow a CPU.
-            most = left if arguments.dry_run else min(STEPS[name][1], left)
-            run_step(name, most - 15, results, log, arguments.dry_run)
+            limit = left - 15 if arguments.dry_run else min(STEPS[name][1], left - 15)
+            run_step(name, limit, results, log, arguments.dry_run)
         else:
             results.add(name, {"ended": "no time was left"})
     steps = results.content["steps"]
