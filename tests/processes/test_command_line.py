@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from embedding_service import __version__
@@ -125,8 +126,10 @@ def test_sigusr2_starts_the_same_command_again(start, tmp_path):
 
     (master,) = wait_until(new_master, 30, "a new master")
     # It outlives the old master, which is all that the fixture ends.
+    wait_until(lambda: service.log().count("Loaded ") == 2, 60, "the model of the new master")
     master.terminate()
-    wait_until(lambda: master not in service.processes(), 30, "the end of the new master")
+    psutil.wait_procs([master], 20)
+    assert master not in service.processes()
 
 
 def hub_cache(folder: Path, weights: bytes) -> Path:
