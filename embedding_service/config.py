@@ -57,8 +57,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "float32", "float16", "bfloat16", "int8"],
         Meta(
             description=(
-                "Number format of the weights; auto is float16 on CUDA, float32 elsewhere. int8, on x86 "
-                "CPUs, is faster and a little less exact; it needs requirements-int8.txt."
+                "Number format of the weights; auto is float16 on CUDA, float32 elsewhere. On x86 CPUs "
+                "int8 is faster and a little less exact (it needs requirements-int8.txt), and bfloat16 "
+                "may be faster: the log says so."
             )
         ),
     ] = "auto"
@@ -70,7 +71,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         Meta(
             min_length=1,
-            description="Folder that keeps models converted to OpenVINO, which shortens the next start.",
+            description=(
+                "Folder that keeps converted models and measured costs, which shortens the next start."
+            ),
         ),
     ] = "~/.cache/embedding-service"
     attn_implementation: Annotated[

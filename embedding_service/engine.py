@@ -88,6 +88,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     max_batch_tokens: int
     fingerprint: str
+    # True if nothing is cut at `max_seq_length`, as with models of static embeddings.
+    reads_whole_texts: bool = False
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

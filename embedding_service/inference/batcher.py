@@ -409,7 +409,7 @@ class Batcher:
             except Exception as error:
                 waiting += self._narrow(batch, texts, error)
                 continue
-            self._deliver(batch, slices, vectors, began)
+            self._deliver(batch, slices, vectors, began, lane)
 
     def _narrow(self, batch: list[Part], texts: int, error: Exception) -> list[list[Part]]:
         out_of_memory = isinstance(error, OutOfMemory)
@@ -430,7 +430,9 @@ class Batcher:
 
     # Delivering
 
-    def _deliver(self, batch: list[Part], slices: list[Slice], vectors: Vectors, began: float) -> None:
+    def _deliver(
+        self, batch: list[Part], slices: list[Slice], vectors: Vectors, began: float, lane: Lane
+    ) -> None:
         ended = time.monotonic()
         if not np.isfinite(vectors).all():
             vectors = self._recompute(batch, vectors)
@@ -439,7 +441,7 @@ class Batcher:
         tokens, padded = sum(lengths), max(lengths) * len(lengths)
         done: list[Job] = []
         with self._lock:
-            self._measure(tokens, padded, began, ended)
+            self._measure(tokens, padded, began, ended, lane)
             row = 0
             for part in batch:
                 job, size = part.job, len(part.rows)
@@ -465,11 +467,13 @@ class Batcher:
         job.computed(began, ended)
         return not job.remaining and self._end(job)
 
-    def _measure(self, tokens: int, padded: int, began: float, ended: float) -> None:
+    def _measure(self, tokens: int, padded: int, began: float, ended: float, lane: Lane) -> None:
         self._admission.measure(tokens, ended)
         # Batches in two lanes of one accelerator run one after the other: each has the time after the last.
         since = max(began, self._last_ended) if self._runtime.uses_accelerator else began
-        self._runtime.budget.observe(padded, ended - since)
+        # With every core a batch costs something else, and the budget is for those in lanes.
+        if lane is not self._runtime.whole:
+            self._runtime.budget.observe(padded, ended - since)
         self._last_ended = ended
 
     def _keep(self, cache: VectorCache, part: Part, vectors: Vectors) -> None:

@@ -1,12 +1,142 @@
-"""How many padded tokens a batch should hold."""
+"""How many padded tokens a batch should hold, from what batches cost on this machine.
+
+A batch of n padded tokens takes about a + b·n seconds. Larger batches spread a over more tokens, and make
+whoever comes next wait longer. The budget is the smallest that is nearly as fast as the largest batch, and
+no larger than a newcomer may be asked to wait for.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+# A budget may be this much slower than the fastest one, in tokens per second.
+SLOWER = 0.05
+
+# A newcomer finds the batch in flight half done, on average. If a batch lasts no longer than two texts of
+# full length would, the newcomer's mean wait is no more than one such text, which nothing could avoid.
+LONGEST_TEXTS = 2
+
+# A batch that lasts no longer than this is never too long: nobody notices the wait.
+UNNOTICED_SECONDS = 0.05
+
+# While running: how far one batch corrects the model of cost, and by how much it may seem wrong. A batch that
+# another process interrupted counts no more than one that is a fifth slower.
+CORRECTION, MOST_ERROR = 0.1, 0.2
+
+# The budget is reckoned again after this many batches, and changes only if it is off by this factor.
+RECKONED_AFTER, CHANGED_BY = 32, 1.25
+
+# At warm-up every size is measured this often, as long as the time allows; the fastest counts.
+ROUNDS = 5
+
+
+@dataclass(slots=True)
+class BatchCost:
+    """What batches cost: `batch_seconds` each, and `token_seconds` for each padded token."""
+
+    batch_seconds: float
+    token_seconds: float
+
+    def seconds(self, tokens: float) -> float:
+        """How long a batch takes."""
+        return self.batch_seconds + tokens * self.token_seconds
+
+    def tokens_within(self, seconds: float) -> float:
+        """How many tokens take this long."""
+        return max(0.0, seconds - self.batch_seconds) / self.token_seconds
 
 
 class BatchBudget:
-    """`tokens` is what a batch should hold; padding of `overhead_tokens` costs what another batch would."""
+    """The budget of the batches of a model's lanes.
 
-    def __init__(self, tokens: int, overhead_tokens: int) -> None:
-        self.tokens = tokens
-        self.overhead_tokens = overhead_tokens
+    `tokens` is what a batch should hold now: at most `max_batch_tokens`, and at least one text of full
+    length. Padding of `overhead_tokens` costs as much as one more batch.
+    """
+
+    def __init__(self, cost: BatchCost, *, max_seq_length: int, max_batch_tokens: int) -> None:
+        self._cost = cost
+        self._max_seq_length = max_seq_length
+        self._max_batch_tokens = max_batch_tokens
+        self._observed = 0
+        self.tokens = self._best()
+        self.overhead_tokens = self._overhead()
+
+    @property
+    def batch_seconds(self) -> float:
+        """How long a batch of `tokens` lasts."""
+        return self._cost.seconds(self.tokens)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn that a batch of so many padded tokens took this long."""
+        """Learn how long a batch of this many padded tokens took on one of the lanes (never on `whole`)."""
+        cost = self._cost
+        expected = cost.seconds(tokens)
+        error = min(MOST_ERROR, max(-MOST_ERROR, seconds / expected - 1))
+        share = cost.batch_seconds / expected
+        # Each part is corrected by its share, so that large batches teach b and small ones a.
+        cost.batch_seconds *= 1 + CORRECTION * error * share
+        cost.token_seconds *= 1 + CORRECTION * error * (1 - share)
+        self._observed += 1
+        if self._observed % RECKONED_AFTER == 0:
+            self.overhead_tokens = self._overhead()
+            best = self._best()
+            if not 1 / CHANGED_BY < best / self.tokens < CHANGED_BY:
+                self.tokens = best
+
+    def _overhead(self) -> int:
+        return round(self._cost.batch_seconds / self._cost.token_seconds)
+
+    def _best(self) -> int:
+        cost, most = self._cost, self._max_batch_tokens
+        a, b = cost.batch_seconds, cost.token_seconds
+        # From n / (a + bn) = (1 - SLOWER) · most / (a + b · most).
+        enough = (1 - SLOWER) * most * a / (a + SLOWER * b * most)
+        longest_wait = max(UNNOTICED_SECONDS, LONGEST_TEXTS * cost.seconds(self._max_seq_length))
+        tokens = math.ceil(min(enough, cost.tokens_within(longest_wait)))
+        return min(most, max(self._max_seq_length, tokens))
+
+
+def measure(run: Callable[[int], float], smallest: int, largest: int, *, seconds: float) -> dict[int, float]:
+    """Seconds of a batch by its tokens, from `smallest` in doublings, as far as the time allows.
+
+    `run` runs a batch of so many tokens and returns how long it took.
+    """
+    fastest: dict[int, float] = {}
+    sizes: list[int] = []
+    size = smallest
+    while size <= largest and (not sizes or seconds > 0):
+        # Twice, since the first batch of a shape also prepares for it.
+        first, second = run(size), run(size)
+        seconds -= first + second
+        fastest[size] = min(first, second)
+        sizes.append(size)
+        # The next size costs twice that, twice, and again in every round.
+        if seconds < 8 * fastest[size]:
+            break
+        size *= 2
+    for _ in range(ROUNDS - 1):
+        for size in sizes:
+            if seconds < fastest[size]:
+                return fastest
+            took = run(size)
+            seconds -= took
+            fastest[size] = min(fastest[size], took)
+    return fastest
+
+
+def fit(measured: Mapping[int, float]) -> BatchCost:
+    """The cost that is nearest to what was measured.
+
+    Errors count by the square root of the time: large batches, of which the budget is made, weigh more
+    than they would by relative error, and small ones still count.
+    """
+    tokens, seconds = np.array(list(measured)), np.array(list(measured.values()))
+    weights = 1 / np.sqrt(seconds)
+    rows = np.stack([weights, tokens * weights], axis=1)
+    (batch, token), *_ = np.linalg.lstsq(rows, seconds * weights, rcond=None)
+    largest = seconds[-1] / tokens[-1]
+    # Noise may turn a part that is nearly nothing negative.
+    token = min(largest, max(float(token), 0.01 * largest))
+    batch = max(float(batch), 0.001 * seconds[0])
+    return BatchCost(float(batch), float(token))

@@ -11,7 +11,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from embedding_service.errors import StartupError
-from embedding_service.inference.device import choose_device
+from embedding_service.inference.device import choose_device, computes_bfloat16
 from embedding_service.inference.fingerprint import fingerprint
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.source import Source, resolve, sha256_of_weights
@@ -69,6 +69,11 @@ class Checkpoint:
         return isinstance(list(self.model)[-1], Normalize) and self.dtype in ("float32", "int8")
 
     @property
+    def reads_whole_texts(self) -> bool:
+        """Whether texts of any length are read whole, as models of static embeddings do."""
+        return length_limit(self.model) is None and not isinstance(self.model[0], Transformer)
+
+    @property
     def fingerprint(self) -> str:
         """Equal for services whose vectors are interchangeable."""
         return fingerprint(
@@ -99,7 +104,9 @@ def read_checkpoint(settings: ModelSettings) -> Checkpoint:
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
-    model = load_model(source.folder, device, dtype, settings.attn_implementation)
+    # OpenVINO rounds to bfloat16 for itself, where that is exact enough.
+    rounds = dtype == "bfloat16" and computes_bfloat16(device, settings.backend)
+    model = load_model(source.folder, device, "float32" if rounds else dtype, settings.attn_implementation)
     return Checkpoint(
         model=model,
         source=source,

@@ -1,5 +1,7 @@
 """Which device the model runs on, and what the libraries must be told for it."""
 
+import importlib
+import importlib.util
 import logging
 import os
 
@@ -30,6 +32,22 @@ def choose_device(wanted: str, cpu_fallback: bool) -> str:
         raise StartupError(f"{why}, and CPU_FALLBACK=false. Start with --gpus all, or set DEVICE=cpu")
     log.warning("%s: RUNNING ON THE CPU, far slower. CPU_FALLBACK=false makes this an error", why)
     return "cpu"
+
+
+def device_name(device: str) -> str:
+    """The device's make, by which machines differ."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def computes_bfloat16(device: str, backend: str) -> bool:
+    """Whether OpenVINO can compute in bfloat16 here: on a CPU with avx512_bf16 or AMX."""
+    if device != "cpu" or backend == "torch" or importlib.util.find_spec("openvino") is None:
+        return False
+    # Ours first: it keeps OpenVINO from reporting to another host.
+    importlib.import_module("embedding_service.inference.backends")
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def prepare_libraries(device: str, threads: int) -> None:

@@ -2,21 +2,29 @@
 
 import logging
 import time
+from dataclasses import replace
+
+import torch
+import transformers
 
 from embedding_service.engine import ModelInfo
 from embedding_service.inference.backends import Backend
-from embedding_service.inference.backends.choice import choose_backend
+from embedding_service.inference.backends.choice import choose_backend, convert
 from embedding_service.inference.backends.torch import open_session
 from embedding_service.inference.checkpoint import Checkpoint, read_checkpoint
 from embedding_service.inference.cores import available_cores
-from embedding_service.inference.device import prepare_libraries
+from embedding_service.inference.cost_cache import CostCache
+from embedding_service.inference.device import computes_bfloat16, device_name, prepare_libraries
 from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor, choose_preprocessor
 from embedding_service.inference.settings import ModelSettings
-from embedding_service.inference.warm_up import warm_up
+from embedding_service.inference.warm_up import find_cost, warm_up
 
 log = logging.getLogger(__name__)
+
+# Another number format is recommended from this gain on.
+WORTH_SAYING = 1.1
 
 
 def load(settings: ModelSettings) -> Model:
@@ -35,7 +43,8 @@ def load(settings: ModelSettings) -> Model:
     backend = choose_backend(checkpoint, preprocessor, settings, threads=threads)
     model = _assemble(settings, checkpoint, preprocessor, backend)
     log.info(
-        "Loaded %s (%s) on %s: %s, %s, %d dimensions, %d tokens, threads: %d, in %.1f s",
+        "Loaded %s (%s) on %s: %s, %s, %d dimensions, %d tokens, threads: %d, batches of %d tokens "
+        "(%.0f ms), in %.1f s",
         settings.embedding_model,
         checkpoint.source.origin,
         checkpoint.device,
@@ -44,9 +53,42 @@ def load(settings: ModelSettings) -> Model:
         model.info.embedding_dimension,
         model.max_seq_length,
         threads,
+        model.budget.tokens,
+        model.budget.batch_seconds * 1e3,
         time.monotonic() - began,
     )
+    if settings.dtype in ("auto", "bfloat16") and settings.cache_folder and backend.name == "openvino":
+        _compare_formats(settings, checkpoint, model, backend, threads)
     return model
+
+
+def _compare_formats(
+    settings: ModelSettings, checkpoint: Checkpoint, model: Model, backend: Backend, threads: int
+) -> None:
+    """Say in the log whether the other of float32 and bfloat16 is faster; measured at the first start."""
+    kept = _costs(settings, checkpoint, backend)
+    # Without a cache every start would have to measure it.
+    if kept is None or kept.load() is None or not computes_bfloat16(checkpoint.device, settings.backend):
+        return
+    own, other = ("float32", "bfloat16") if checkpoint.dtype == "float32" else ("bfloat16", "float32")
+    elsewise = replace(checkpoint, dtype=other)
+    costs = _costs(settings, elsewise, backend)
+    cost = costs.load() if costs else None
+    if cost is None:
+        try:
+            sessions = convert(elsewise, model.preprocessor, settings, threads=threads).sessions
+        except Exception as error:
+            log.debug("%s cannot be compared with %s: %s", other, own, error)
+            return
+        lanes = [SessionLane(model.preprocessor, session) for session in sessions]
+        cost = find_cost(
+            lanes, model.preprocessor, model.max_seq_length, model.max_batch_tokens, costs, on_cpu=True
+        )
+    gain = model.budget.batch_seconds / cost.seconds(model.budget.tokens)
+    if gain > WORTH_SAYING:
+        log.info("DTYPE=%s would be about %.1f times as fast as %s on this CPU", other, gain, own)
+    elif other == "bfloat16":
+        log.info("DTYPE=bfloat16 would be no faster on this CPU: %.1f times as fast as float32", gain)
 
 
 def _assemble(
@@ -61,6 +103,7 @@ def _assemble(
         max_seq_length=checkpoint.max_seq_length,
         max_batch_tokens=settings.batch_size * checkpoint.max_seq_length,
         on_cpu=checkpoint.on_cpu,
+        costs=_costs(settings, checkpoint, backend),
     )
 
     def open_exact_lane() -> SessionLane:
@@ -93,5 +136,24 @@ def _assemble(
             batch_size=settings.batch_size,
             max_batch_tokens=warm.max_batch_tokens,
             fingerprint=checkpoint.fingerprint,
+            reads_whole_texts=checkpoint.reads_whole_texts,
         ),
     )
+
+
+def _costs(settings: ModelSettings, checkpoint: Checkpoint, backend: Backend) -> CostCache | None:
+    if not settings.cache_folder:
+        return None
+    facts = [
+        checkpoint.fingerprint,
+        settings.batch_size,
+        settings.attn_implementation,
+        backend.name,
+        backend.version,
+        len(backend.sessions),
+        torch.get_num_threads(),
+        device_name(checkpoint.device),
+        torch.__version__,
+        transformers.__version__,
+    ]
+    return CostCache(settings.cache_folder, facts)

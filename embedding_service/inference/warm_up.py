@@ -1,6 +1,8 @@
 """The first batches of a model: they load its kernels and show how much fits in the device's memory."""
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,15 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedding_service.errors import StartupError
-from embedding_service.inference.budget import BatchBudget
+from embedding_service.inference.budget import BatchBudget, BatchCost, fit, measure
+from embedding_service.inference.cost_cache import CostCache
 from embedding_service.inference.preprocessing import Preprocessor
 from embedding_service.inference.runtime import Batch, Lane, OutOfMemory, Prepared, Slice
 
 log = logging.getLogger(__name__)
 
 
-# Provisional, until the budget is measured here.
-CPU_BUDGET, CPU_OVERHEAD, ACCELERATOR_OVERHEAD = 512, 16, 2048
+# How long measuring what batches cost may take, in one number format.
+MEASURING_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,26 +39,65 @@ def warm_up(
     max_seq_length: int,
     max_batch_tokens: int,
     on_cpu: bool,
+    costs: CostCache | None,
 ) -> WarmUp:
-    """Run short and long texts on every lane. Raises StartupError if the longest does not fit in memory."""
+    """Run short and long texts on every lane, and find out what batches cost, unless `costs` knows it.
+
+    Raises StartupError if the longest text does not fit in memory.
+    """
     short, long = (
         preprocessor.prepare([text], None, None, None, parallel=False)
         for text in ("warm", "up " * max_seq_length)
     )
     dimension = int((whole or lanes[0]).forward(batch_of(short, 1)).shape[1])
-    if on_cpu:
-        budget = BatchBudget(min(max_batch_tokens, max(CPU_BUDGET, max_seq_length)), CPU_OVERHEAD)
-        for text in (short, long):
-            forward_at_once(lanes, batch_of(text, budget.tokens))
-    else:
+    if not on_cpu:
         max_batch_tokens = fit_memory(lanes, short, long, max_batch_tokens, max_seq_length)
-        budget = BatchBudget(max_batch_tokens, ACCELERATOR_OVERHEAD)
+    cost = find_cost(lanes, preprocessor, max_seq_length, max_batch_tokens, costs, on_cpu=on_cpu)
+    budget = BatchBudget(cost, max_seq_length=max_seq_length, max_batch_tokens=max_batch_tokens)
+    for text in (short, long):
+        forward_at_once(lanes, batch_of(text, min(budget.tokens, int(long.lengths[0]))))
     return WarmUp(dimension=dimension, max_batch_tokens=max_batch_tokens, budget=budget)
 
 
 def batch_of(text: Prepared, tokens: int) -> Batch:
     """One text as many times as `tokens` hold it, and at least once."""
     return [Slice(text, np.zeros(max(1, tokens // int(text.lengths[0])), np.int32))]
+
+
+def find_cost(
+    lanes: Sequence[Lane],
+    preprocessor: Preprocessor,
+    max_seq_length: int,
+    max_batch_tokens: int,
+    costs: CostCache | None,
+    *,
+    on_cpu: bool,
+) -> BatchCost:
+    """What a batch costs while every lane runs one, as under load: from the cache, or measured.
+
+    Lanes on a CPU have cores of their own; those of an accelerator share it, so that each batch has its
+    part of the time in which all of them ran.
+    """
+    known = costs.load() if costs else None
+    if known is not None:
+        return known
+    # Between the shortest texts and the longest, by factors.
+    words = " ".join(["up"] * max(1, math.isqrt(max_seq_length) - 2))
+    text = preprocessor.prepare([words], None, None, None, parallel=False)
+
+    def run(tokens: int) -> float:
+        batch = batch_of(text, tokens)
+        began = time.perf_counter()
+        list(threads.map(lambda lane: lane.forward(batch), lanes))
+        took = time.perf_counter() - began
+        return took if on_cpu else took / len(lanes)
+
+    with ThreadPoolExecutor(len(lanes)) as threads:
+        measured = measure(run, int(text.lengths[0]), max_batch_tokens, seconds=MEASURING_SECONDS)
+    cost = fit(measured)
+    if costs:
+        costs.save(cost)
+    return cost
 
 
 def forward_at_once(lanes: Sequence[Lane], batch: Batch) -> None:

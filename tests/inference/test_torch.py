@@ -32,7 +32,7 @@ def cosines(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_near_and_exact_on_request(model_folder, oracle, dtype):
-    model = load(model_folder, dtype=dtype)
+    model = load(model_folder, dtype=dtype, backend="torch")
     assert (model.info.dtype, model.info.backend) == (dtype, "torch")
     some = texts(random.Random(1), 12)
     (answer,) = embed(model, [request(some)])

@@ -28,5 +28,6 @@ class Backend:
     """The sessions that may run at once; `whole` has every core for a batch that is alone."""
 
     name: str
+    version: str
     sessions: list[Session]
     whole: Session | None = None

@@ -20,7 +20,8 @@ from embedding_service.inference.settings import ModelSettings
 log = logging.getLogger(__name__)
 
 # How far a converted model may be from torch, as a share of the largest number in the vectors.
-CONVERSION_TOLERANCE = {"float32": 1e-4, "int8": 0.3}
+# bfloat16 has three digits, which the layers of a model add up.
+CONVERSION_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3}
 
 
 def choose_backend(
@@ -30,20 +31,20 @@ def choose_backend(
     wanted, int8 = settings.backend, checkpoint.dtype == "int8"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     installed = importlib.util.find_spec("openvino") is not None
-    known = checkpoint.dtype in CONVERSION_TOLERANCE
-    possible = checkpoint.on_cpu and known and preprocessor.makes_arrays
+    exact = checkpoint.model.dtype in (None, torch.float32) and checkpoint.dtype in CONVERSION_TOLERANCE
+    possible = checkpoint.on_cpu and exact and preprocessor.makes_arrays
     if int8 and (wanted == "torch" or not (possible and installed)):
         raise StartupError("DTYPE=int8 needs OpenVINO, DEVICE=cpu and a transformer with a fast tokenizer")
     if wanted == "openvino" and not possible:
         raise StartupError(
-            "BACKEND=openvino needs DEVICE=cpu, DTYPE=float32 or int8, and a transformer with a fast "
-            "tokenizer"
+            "BACKEND=openvino needs DEVICE=cpu, DTYPE=float32, int8 or, if the CPU has avx512_bf16 or AMX, "
+            "bfloat16, and a transformer with a fast tokenizer"
         )
     asked = wanted == "openvino" or int8
     if not asked and (wanted == "torch" or not (possible and installed and x86)):
-        return torch_backend(checkpoint.model)
+        return _in_torch(checkpoint)
     try:
-        return _convert(checkpoint, preprocessor, settings, threads)
+        return convert(checkpoint, preprocessor, settings, threads=threads)
     except ModuleNotFoundError as error:
         if int8 and error.name == "nncf":
             raise StartupError("DTYPE=int8 needs nncf: pip install -r requirements-int8.txt") from None
@@ -53,11 +54,18 @@ def choose_backend(
             line = " ".join(str(error).split())[:300]
             raise StartupError(f"OpenVINO cannot run this model: {line}") from error
         log.warning("OpenVINO cannot run this model, using torch: %s", error)
-        return torch_backend(checkpoint.model)
+        return _in_torch(checkpoint)
 
 
-def _convert(
-    checkpoint: Checkpoint, preprocessor: Preprocessor, settings: ModelSettings, threads: int
+def _in_torch(checkpoint: Checkpoint) -> Backend:
+    if checkpoint.on_cpu and checkpoint.dtype == "bfloat16":
+        checkpoint.model.to(torch.bfloat16)
+        log.info("bfloat16 runs in torch; without avx512_bf16 or AMX in the CPU, float32 is faster")
+    return torch_backend(checkpoint.model)
+
+
+def convert(
+    checkpoint: Checkpoint, preprocessor: Preprocessor, settings: ModelSettings, *, threads: int
 ) -> Backend:
     """The model in OpenVINO, from the cache if it is there. Raises if its vectors differ from torch's."""
     import openvino
@@ -69,8 +77,10 @@ def _convert(
     if settings.cache_folder:
         versions = [GRAPH_FORM, openvino.__version__, torch.__version__, transformers.__version__]
         configs = [path.read_text() for path in sorted(checkpoint.source.folder.rglob("*.json"))]
+        # bfloat16 is computed from the graph of float32.
+        form = "int8" if dtype == "int8" else "float32"
         attention = str(settings.attn_implementation)
-        facts = [checkpoint.weights, dtype, attention, *versions, *configs]
+        facts = [checkpoint.weights, form, attention, *versions, *configs]
         cache = GraphCache(settings.cache_folder, "\n".join(facts))
     example = model.preprocess(PROBES[:2])
     while True:

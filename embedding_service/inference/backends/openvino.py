@@ -16,7 +16,7 @@ from embedding_service.inference.backends.graph_cache import GraphCache
 from embedding_service.inference.backends.torch import TorchSession
 
 # Activations are quantised at run time in groups of this many values; smaller groups cost time,
-# larger ones accuracy (docs/architecture.md, "int8").
+# larger ones accuracy (docs/decisions/int8.md).
 QUANTIZATION_GROUP = 64
 
 # What a converted graph computes; another number whenever that changes, so that no cache gives an older one.
@@ -58,9 +58,10 @@ def openvino_backend(
 
     whole = open_session(compiled)
     if threads == 1:
-        return Backend(name="openvino", sessions=[whole])
+        return Backend(name="openvino", version=openvino.__version__, sessions=[whole])
     apart = _compile(graph, threads, threads, dtype)
-    return Backend(name="openvino", sessions=[open_session(apart) for _ in range(threads)], whole=whole)
+    sessions = [open_session(apart) for _ in range(threads)]
+    return Backend(name="openvino", version=openvino.__version__, sessions=sessions, whole=whole)
 
 
 class OpenVINOSession:
@@ -103,7 +104,7 @@ def _compile(graph: openvino.Model, streams: int, threads: int, dtype: str) -> o
     settings = {
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
         # Each of several model processes, or services, would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": "NO",
         # In float32 not a bit is given away.

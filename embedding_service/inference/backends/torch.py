@@ -17,7 +17,9 @@ CUDA_STREAMS = 2
 def torch_backend(model: SentenceTransformer) -> Backend:
     """The model where it lies: on CUDA two streams, elsewhere one batch at a time on all cores."""
     count = CUDA_STREAMS if model.device.type == "cuda" else 1
-    return Backend(name="torch", sessions=[open_session(model) for _ in range(count)])
+    return Backend(
+        name="torch", version=torch.__version__, sessions=[open_session(model) for _ in range(count)]
+    )
 
 
 def open_session(model: SentenceTransformer) -> "TorchSession":
