@@ -33,10 +33,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     embedding_model: Annotated[
         str,
-        Meta(min_length=1, description="Model: a Hugging Face name or the path of a folder."),
+        Meta(min_length=1, description="Model to serve: a Hugging Face name or the path of a folder."),
     ] = "sentence-transformers/all-MiniLM-L6-v2"
     model_revision: Annotated[
-        str | None, Meta(description="Branch, tag or commit of a model from the hub.")
+        str | None, Meta(description="Branch, tag or commit to use of a model from the hub.")
     ] = None
     device: Annotated[
         str,
@@ -65,7 +65,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     backend: Annotated[
         Literal["auto", "torch", "openvino"],
-        Meta(description="Runtime of the transformer; auto is OpenVINO on x86 CPUs, else torch."),
+        Meta(description="Runtime for the transformer; auto is OpenVINO on x86 CPUs and torch elsewhere."),
     ] = "auto"
     cache_folder: Annotated[
         str,
@@ -78,69 +78,82 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "~/.cache/embedding-service"
     attn_implementation: Annotated[
         str | None,
-        Meta(description="Attention of the transformer, such as sdpa or flash_attention_2."),
+        Meta(description="Attention implementation, such as sdpa or flash_attention_2."),
     ] = None
     batch_size: Annotated[
         int,
-        Meta(ge=1, le=4096, description="Texts of full length that one forward pass may hold."),
+        Meta(ge=1, le=4096, description="Maximum number of full-length texts in one forward pass."),
     ] = 32
     max_seq_length: Annotated[
         int,
-        Meta(ge=4, le=131072, description="Tokens of a text that count; lowers the model's own maximum."),
+        Meta(
+            ge=4,
+            le=131072,
+            description=(
+                "Texts are truncated to this many tokens, or to the model's own maximum if that is lower."
+            ),
+        ),
     ] = 256
     host: Annotated[
         str, Meta(pattern=HOST_PATTERN, extra={"allowed": HOST_ALLOWED}, description="Address to listen on.")
     ] = "0.0.0.0"  # noqa: S104
     port: Annotated[int, Meta(ge=1, le=65535, description="Port to listen on.")] = 8001
     web_concurrency: Annotated[
-        int, Meta(ge=1, le=64, description="Web worker processes; they share one model.")
+        int, Meta(ge=1, le=64, description="Number of web worker processes; they share one model.")
     ] = 1
     max_concurrent_requests: Annotated[
         int,
-        Meta(ge=1, le=65536, description="Requests a web worker may have with the model; more get 429."),
+        Meta(
+            ge=1,
+            le=65536,
+            description="Requests of one web worker that may wait for the model; further requests get 429.",
+        ),
     ] = 512
     max_texts_per_request: Annotated[
-        int, Meta(ge=1, le=1_000_000, description="Texts one request may carry.")
+        int, Meta(ge=1, le=1_000_000, description="Maximum number of texts in a request.")
     ] = 4096
     max_text_characters: Annotated[
-        int, Meta(ge=1, le=100_000_000, description="Characters one text may have.")
+        int, Meta(ge=1, le=100_000_000, description="Maximum number of characters in a text.")
     ] = 100_000
     max_body_bytes: Annotated[
-        int, Meta(ge=1024, le=1 << 31, description="Bytes a request body may have.")
+        int, Meta(ge=1024, le=1 << 31, description="Maximum size of a request body in bytes.")
     ] = 32 << 20
     max_queued_tokens: Annotated[
         int,
-        Meta(ge=1024, description="Tokens that may wait for the model before requests get 429."),
+        Meta(ge=1024, description="Tokens that may wait for the model; further requests get 429."),
     ] = 2_000_000
     cache_mb: Annotated[
         int,
         Meta(
-            ge=0, le=1_048_576, description="Memory in MiB in which a model process keeps vectors of texts."
+            ge=0,
+            le=1_048_576,
+            description="Size in MiB of each model process's cache of vectors; 0 turns it off.",
         ),
     ] = 0
     request_timeout_seconds: Annotated[
-        float, Meta(gt=0, le=3600, description="Seconds after which a request gets 504.")
+        float, Meta(gt=0, le=3600, description="Time limit of a request in seconds; a late request gets 504.")
     ] = 60.0
     graceful_timeout_seconds: Annotated[
-        int, Meta(ge=1, le=3600, description="Seconds that requests in flight have at a shutdown.")
+        int, Meta(ge=1, le=3600, description="Seconds that requests in flight have to finish at a shutdown.")
     ] = 30
     api_keys: Annotated[
         str | None,
         Meta(
-            extra={"secret": True}, description="Keys, separated by commas, of which a caller must send one."
+            extra={"secret": True},
+            description="Comma-separated API keys; every caller must send one of them.",
         ),
     ] = None
     api_keys_file: Annotated[
         str | None,
-        Meta(description="File with a key on each line, read again whenever it changes."),
+        Meta(description="File with one API key per line, read again whenever it changes."),
     ] = None
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="Least severe line that is logged.")
+        Literal["debug", "info", "warning", "error"], Meta(description="Minimum log level.")
     ] = "info"
-    log_format: Annotated[Literal["text", "json"], Meta(description="Form of a log line.")] = "text"
+    log_format: Annotated[Literal["text", "json"], Meta(description="Format of log lines.")] = "text"
     log_file: Annotated[
         str | None,
-        Meta(description="File for the log instead of standard error; reopened after a rotation."),
+        Meta(description="File to log to instead of standard error; reopened after a rotation."),
     ] = None
 
     @property

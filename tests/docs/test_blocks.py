@@ -1,0 +1,243 @@
+"""Every code block of README and docs is run, or listed here with the reason why it is not."""
+
+import ast
+import importlib.util
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tests.conftest import require_program
+from tests.service import ROOT, Service
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# The start of a command that is not run here -> why. Its syntax is checked, and its files and modules exist.
+NOT_RUN = {
+    "docker ": "needs Docker; tests/deploy builds the image and checks the compose file",
+    "kubectl apply": "needs a cluster; tests/deploy renders and validates the files",
+    "systemctl ": "needs systemd as process 1; tests/deploy/test_systemd.py runs the unit's command",
+    "cp deploy/systemd/": "belongs to the systemctl command after it",
+    "cp -r . /opt/": "writes to /opt",
+    "make ": "installs packages or measures for minutes; `make --dry-run` is checked",
+    "pip install -c constraints.txt .": "tests/test_package.py installs the package",
+    "pip install -r requirements-ray.txt": "tests/deploy/test_ray.py runs with it",
+    "embedding-service serve": "runs until it is stopped; tests/test_package.py runs it",
+    "gunicorn -w 4": "runs until it is stopped; tests/processes/test_ways_to_start.py runs it",
+    "./install.sh": "needs a bundle; tests/deploy/test_bundle.py runs it",
+    "cd /opt/embedding-service": "needs a bundle; tests/deploy/test_bundle.py runs it",
+    "python -m benchmarks.": "measures for minutes",
+    "python examples/ray_bulk.py": "needs Ray; tests/deploy/test_ray.py runs it",
+}
+
+# A Python package that the tests do not install -> why.
+NOT_INSTALLED = {"langchain_huggingface": "needs versions of other packages than those pinned; tried by hand"}
+
+# Imported name -> name for pip.
+PIP_NAMES = {
+    "llama_index.embeddings.openai_like": "llama-index-embeddings-openai-like",
+    "llama_index.embeddings.text_embeddings_inference": "llama-index-embeddings-text-embeddings-inference",
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """Where it is."""
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks() -> Iterator[Block]:
+    """The blocks of all pages, in order."""
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.M | re.S):
+            yield Block(page, text[: match.start()].count("\n") + 1, match[1], match[2])
+
+
+BLOCKS = list(blocks())
+
+
+def of(*languages: str) -> Any:
+    """The blocks in these languages, as parameters of a test."""
+    chosen = [block for block in BLOCKS if block.language in languages]
+    return pytest.mark.parametrize("block", chosen, ids=lambda block: block.name)
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a block, without comments; a backslash joins two lines."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def reason_not_to_run(command: str) -> str | None:
+    """Why a command is not run, or None."""
+    return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
+
+
+def at(service: Service, text: str) -> str:
+    """The text with the address of the running service."""
+    return text.replace("http://localhost:8001", service.url)
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, with this interpreter and the repository's modules."""
+    path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin:/bin"
+    return subprocess.run(
+        ["bash", "-euc", command],
+        cwd=folder,
+        env={"PATH": path, "HOME": str(Path.home()), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_block_has_a_known_language() -> None:
+    unknown = [
+        block.name for block in BLOCKS if block.language not in ("bash", "json", "python", "yaml", "text")
+    ]
+    assert not unknown
+
+
+def test_no_fence_is_left_open() -> None:
+    assert [page.name for page in PAGES if len(re.findall(r"^```", page.read_text(), re.M)) % 2] == []
+
+
+def test_every_reason_is_needed() -> None:
+    found = [command for block in BLOCKS if block.language == "bash" for command in commands(block)]
+    assert [start for start in NOT_RUN if not any(command.startswith(start) for command in found)] == []
+
+
+@of("bash")
+def test_bash(block: Block, service: Service, tmp_path: Path) -> None:
+    assert run(f"bash -n <<'BLOCK'\n{block.text}BLOCK", tmp_path).returncode == 0
+    prepare(tmp_path)
+    for command in commands(block):
+        if reason_not_to_run(command):
+            check_without_running(command)
+            continue
+        if command == "nginx -t":
+            require_program("nginx", "nginx-light")
+        result = run(as_run_here(command, service, tmp_path), tmp_path)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def as_run_here(command: str, service: Service, folder: Path) -> str:
+    """The command with this service's address, this interpreter and a folder of its own instead of /etc."""
+    command = at(service, command).replace(".venv/bin/python", "python")
+    command = command.replace("/etc/nginx", f"{folder}/etc/nginx")
+    if command.startswith("curl "):
+        command = command.replace("curl ", "curl --silent --show-error --fail-with-body ", 1)
+    if command == "nginx -t":
+        command += f" -p {folder} -c {folder}/etc/nginx/nginx.conf -e {folder}/error.log"
+    return command
+
+
+def prepare(folder: Path) -> None:
+    """What the commands find in their folder: an input file, and nginx.conf with places of its own."""
+    lines = [json.dumps({"text": f"text {number}"}) for number in range(3)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "deploy").mkdir()
+    shipped = (ROOT / "deploy" / "nginx.conf").read_text()
+    for place in ("/etc/nginx/", "/run/", "/var/log/nginx/"):
+        shipped = shipped.replace(place, f"{folder}{place}")
+        (folder / place.strip("/")).mkdir(parents=True, exist_ok=True)
+    (folder / "deploy" / "nginx.conf").write_text(shipped)
+
+
+def check_without_running(command: str) -> None:
+    """The targets, modules and files that a command names exist."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        target = [word for word in words[1:] if word not in ("-C", "/opt/embedding-service")]
+        dry = subprocess.run(["make", "--dry-run", *target], cwd=ROOT, capture_output=True, check=False)
+        assert dry.returncode == 0, dry.stderr
+    for option, value in itertools.pairwise(words):
+        if option == "-m" and words[0] == "python":
+            assert importlib.util.find_spec(value), value
+        if option in ("-c", "-r", "-f", "-k") and words[0] != "gunicorn":
+            assert (ROOT / value).exists(), value
+    for word in words:
+        if word.startswith(("deploy/", "examples/")):
+            assert (ROOT / word).exists(), word
+
+
+@of("json")
+def test_json(block: Block, service: Service, tmp_path: Path) -> None:
+    """A JSON block is the answer to the command in the block before it."""
+    before = BLOCKS[BLOCKS.index(block) - 1]
+    assert before.page == block.page and before.language == "bash"
+    result = run(at(service, before.text).replace("curl ", "curl --silent ", 1), tmp_path)
+    assert_same_shape(json.loads(block.text), json.loads(result.stdout))
+
+
+def assert_same_shape(shown: Any, real: Any) -> None:
+    """`real` has the form that is shown; "…" stands for anything."""
+    if isinstance(shown, dict):
+        assert list(shown) == list(real)
+        for key, value in shown.items():
+            assert_same_shape(value, real[key])
+    elif isinstance(shown, list):
+        assert isinstance(real, list)
+        assert "…" in shown or len(shown) == len(real)
+        for left, right in zip(shown, real, strict=False):
+            assert_same_shape(left, right)
+    elif isinstance(shown, float):
+        assert isinstance(real, float)
+    elif shown != "…":
+        assert shown == real
+
+
+@of("python")
+def test_python(block: Block, service: Service, tmp_path: Path) -> None:
+    """The page says how to install each package that the block imports, and the block runs."""
+    imported = [
+        name
+        for node in ast.walk(ast.parse(block.text))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    ]
+    installed = " ".join(re.findall(r"`pip install ([^`]*)`", block.page.read_text()))
+    for name in imported:
+        assert PIP_NAMES.get(name, name.replace("_", "-")) in installed.split(), f"no pip install of {name}"
+    if any(name in NOT_INSTALLED for name in imported):
+        return
+    (tmp_path / "block.py").write_text(at(service, block.text))
+    result = run("python block.py", tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@of("yaml")
+def test_yaml(block: Block) -> None:
+    """Parts of files for other programs: these are only parsed."""
+    assert yaml.safe_load(block.text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Links to files, and to headings of pages."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith(("http:", "https:", "#")):
+            assert (page.parent / link.split("#")[0]).exists(), link
