@@ -15,10 +15,10 @@ from embedding_service import config, logs
 from embedding_service.bulk import outputs
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
 from embedding_service.bulk.part import Failure, Job, Part
-from embedding_service.bulk.paths import errors_path, require_room
+from embedding_service.bulk.paths import errors_path, part_path, require_room
 from embedding_service.bulk.pipeline import Chunk, Patient, run
 from embedding_service.bulk.rows import Row
-from embedding_service.bulk.source import Source
+from embedding_service.bulk.source import FORMATS, Source, require_texts
 from embedding_service.errors import StartupError
 
 # Exit codes; argparse itself ends with 2.
@@ -27,10 +27,12 @@ DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130
 SHOWN_FAILURES = 20
 
 GOES_ON = "\nThe same command goes on from here."
+READ_ONCE = "\nWhat was read from it cannot be read again; --restart begins again."
 
 DESCRIPTION = """\
-Embed every row of a file: .jsonl (objects with a text field, or bare strings), .txt (a text a line) or
-.csv (with a header). The same command goes on where an interrupted run stopped."""
+Embed every row of a file: .jsonl (objects with a text field, or bare strings), .json (an array of them), .txt
+(a text on each line), .csv and .tsv (with a header) or .parquet, each also compressed with gzip or Zstandard.
+The same command goes on where an interrupted run stopped."""
 
 EXIT_CODES = """\
 exit codes: 0 every row has its vector; 3 finished, but some rows are bad: they are NaN in .npy, null with
@@ -44,11 +46,15 @@ PROG = "python -m embedding_service.embed_file"
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, epilog=EXIT_CODES)
-    made.add_argument("input", type=Path, help="the file: .jsonl, .txt or .csv")
+    made.add_argument("input", type=Path, help="the file, or - for standard input")
     made.add_argument("-o", "--output", type=Path, required=True, help="ends in .npy, .jsonl or .parquet")
-    made.add_argument("--url", help="the service to ask, as http://host:8001; without it the model runs here")
+    made.add_argument("--url", help="the service to ask, as localhost:8001; without it the model runs here")
     made.add_argument("--api-key", help="its API key; the environment's API_KEY does not show in `ps`")
     made.add_argument("--field", default="text", help="the field or column with the text (text)")
+    made.add_argument(
+        "--format", choices=FORMATS, help="of the input, if its name does not say it (jsonl for -)"
+    )
+    made.add_argument("--delimiter", help="of .csv and .tsv: one character, or tab")
     made.add_argument("--input-type", choices=["query", "document"], help="use the model's prompt for it")
     made.add_argument("--dimensions", type=_positive, help="cut the vectors to this length")
     made.add_argument("--batch", type=_positive, default=256, help="texts in one request (256)")
@@ -67,7 +73,7 @@ class Work(msgspec.Struct):
 
     source: Source
     rows: Iterator[Row]
-    total: int
+    total: int | None
     embedder: Patient
     part: Part
 
@@ -86,22 +92,26 @@ def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
     except KeyboardInterrupt:
         print("Interrupted before it began.", file=sys.stderr, flush=True)
         return INTERRUPTED
+    goes_on = READ_ONCE if work.source.is_stream else GOES_ON
     try:
         return _embed(arguments, work)
     except (StartupError, Stopped, OSError) as error:
         # A StartupError now means that the input cannot be read on.
-        ending = "" if isinstance(error, StartupError) else GOES_ON
+        ending = "" if isinstance(error, StartupError) else goes_on
         print(f"Stopped: {error}{ending}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print(f"Interrupted.{GOES_ON}", file=sys.stderr, flush=True)
+        print(f"Interrupted.{goes_on}", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 
 def _prepare(arguments: argparse.Namespace) -> Work:
     outputs.writer(arguments.output)
-    source = Source(arguments.input, arguments.field)
+    source = Source(arguments.input, arguments.field, arguments.format, arguments.delimiter)
     require_room(source.stat, arguments.output, restart=arguments.restart)
+    if source.is_stream and part_path(arguments.output).exists() and not arguments.restart:
+        raise StartupError(f"an unfinished run cannot go on from {source.name}; --restart begins again")
+    rows = require_texts(source.rows())
     size, digest = source.identify()
     total = source.count()
     options = Options(input_type=arguments.input_type, dimensions=arguments.dimensions)
@@ -109,14 +119,17 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     job = Job(
         input_bytes=size,
         input_hash=digest,
+        format=source.format,
+        delimiter=source.delimiter,
         field=arguments.field,
+        model=embedder.description.model,
         fingerprint=embedder.description.fingerprint,
         dimension=embedder.dimension,
         input_type=options.input_type,
         dimensions=options.dimensions,
     )
     part = Part(arguments.output, job, restart=arguments.restart)
-    rest = dropwhile(lambda row: row.number < part.rows, source.rows())
+    rest = dropwhile(lambda row: row.number < part.rows, rows)
     return Work(source, rest, total, embedder, part)
 
 

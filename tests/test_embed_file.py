@@ -2,27 +2,31 @@
 
 import base64
 import csv
+import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import IO
 
 import httpx2
 import hypothesis
 import msgspec
 import numpy as np
 import psutil
+import pyarrow
 import pytest
 from hypothesis import strategies
 from pyarrow import parquet
 
 from embedding_service import embed_file
-from embedding_service.bulk import paths
+from embedding_service.bulk import compression, paths
 from embedding_service.bulk.embedders import (
     Description,
     Options,
@@ -33,7 +37,7 @@ from embedding_service.bulk.embedders import (
 from embedding_service.bulk.part import Job, Part
 from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
-from embedding_service.bulk.source import Source
+from embedding_service.bulk.source import FORMATS, Source
 from embedding_service.engine import Embeddings, EmbedRequest, Timings
 from embedding_service.errors import StartupError
 from tests.fakes import FakeEngine, Served
@@ -46,13 +50,15 @@ DIMENSION = 384
 class Run:
     """One `python -m embedding_service.embed_file`, and how much memory it took."""
 
-    def __init__(self, *arguments: object, **settings: str) -> None:
+    def __init__(
+        self, *arguments: object, stdin: int | IO[bytes] = subprocess.DEVNULL, **settings: str
+    ) -> None:
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG") or k.startswith("HF_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "embedding_service.embed_file", *map(str, arguments)],
             cwd=ROOT,
             env=kept | settings,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stderr=subprocess.PIPE,
             text=True,
             # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start.
@@ -260,7 +266,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
         (["corpus.jsonl", "-o", "v" * 250 + ".npy"], "name too long"),
         (["corpus.pdf", "-o", "v.npy"], "must end in .jsonl"),
         (["table.csv", "-o", "v.npy"], "there is no column 'text'; the header is a, b"),
-        (["corpus.jsonl", "-o", "v.npy", "--url", "localhost:1"], "cannot be used"),
+        (["corpus.jsonl", "-o", "v.npy", "--url", "localhost:1"], "http://localhost:1/ does not answer"),
         (["corpus.jsonl", "-o", "v.npy", "--url", "http://127.0.0.1:1"], "does not answer"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -556,6 +562,233 @@ def test_a_run_over_damaged_csv_goes_on_exactly_where_it_stopped(tmp_path):
     ]
 
 
+TEXTS = ["plain", 'a "quoted", one', "two\nlines", "Ünïcode 中文 🙂", "x" * 70_000]
+
+
+def written(kind: str) -> bytes:
+    """The same texts in each format, beside another field."""
+    if kind == "txt":
+        return "\n".join(text.replace("\n", " ") for text in TEXTS).encode()
+    if kind in ("csv", "tsv"):
+        table = io.StringIO(newline="")
+        csv.writer(table, delimiter="\t" if kind == "tsv" else ",").writerows(
+            [["id", "text"], *enumerate(TEXTS)]
+        )
+        return table.getvalue().encode()
+    if kind == "parquet":
+        file = io.BytesIO()
+        parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS}), file)
+        return file.getvalue()
+    objects = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+    if kind == "json":
+        return json.dumps([*objects[:-1], TEXTS[-1]], indent=2).encode()
+    return "".join(json.dumps(each) + "\n" for each in objects).encode()
+
+
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": compression.zstd.compress}
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_texts_compressed_or_not(tmp_path, kind, packed):
+    path = tmp_path / f"corpus.{kind}{packed}"
+    path.write_bytes(PACK[packed](written(kind)))
+    expected = [text.replace("\n", " ") for text in TEXTS] if kind == "txt" else TEXTS
+    source = Source(path, "text")
+    assert [row.text for row in source.rows()] == expected
+    assert source.count() == len(TEXTS)
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_standard_input_gives_the_same_vectors_as_a_file(tmp_path, kind, packed):
+    corpus, output = tmp_path / f"corpus.{kind}{packed}", tmp_path / "vectors.npy"
+    corpus.write_bytes(PACK[packed](written(kind)))
+    served = Served(Lengths())
+    try:
+        with corpus.open("rb") as file:
+            finished = Run("-", "-o", output, "--url", served.url, "--format", kind, stdin=file)
+            assert finished.wait() == 0, finished.said
+    finally:
+        served.stop()
+    assert np.load(output)[:, 0].tolist() == [len(text) for text in TEXTS]
+
+
+class Lengths(FakeEngine):
+    """Embeds a text as its length."""
+
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        vectors = np.array([[len(text), 0, 1] for text in request.texts], np.float32)
+        return Embeddings(vectors=vectors, tokens=1, truncated=[], timings=Timings())
+
+
+def test_a_run_from_a_pipe_cannot_go_on_and_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    output, pipe = tmp_path / "v.npy", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    Part(output, JOB).close()
+    before = snapshot(tmp_path)
+    for name in (pipe, "-"):
+        assert main(monkeypatch, name, "-o", output) == 2
+        said = capsys.readouterr().err
+        assert "--restart begins again" in said and said.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("cut", [1, 9])
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json", "parquet", "csv.gz"])
+def test_an_input_that_was_cut_off_is_found_before_the_run(tmp_path, monkeypatch, capsys, kind, cut):
+    corpus = tmp_path / f"corpus.{kind}"
+    kind, _, packed = kind.partition(".")
+    corpus.write_bytes(PACK[packed and f".{packed}"](written(kind))[:-cut])
+    assert main(monkeypatch, corpus, "-o", tmp_path / "v.npy") == 2
+    said = capsys.readouterr().err
+    assert str(corpus) in said and said.count("\n") == 1
+
+
+REFUSED = {
+    "wrong.jsonl": (
+        b'{"id": 1, "body": "a"}\n' * 150,
+        [],
+        "none of the first 100 rows has a text",
+        "id, body",
+    ),
+    "wrong.json": (b'[{"id": 1, "body": "a"}]', [], "none of the first 1 rows", "it has id, body"),
+    "number.jsonl": (b'{"id": 1, "text": "a"}\n', ["--field", "id"], "'id' is not a string but int", ""),
+    "lines.jsonl": (b"plain text\n" * 3, [], "not valid JSON", "--format"),
+    "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', [], "not a JSON array", "--format jsonl"),
+    "trailing.json": (b'["a"] ["b"]', [], "something stands after its array", ""),
+    "empty.json": (b" \n", [], "the file is empty", ""),
+    "empty.csv": (b"", [], "the file is empty", ""),
+    "header.csv": (b'text,"id\na,1\n', [], "the header cannot be read, line 1", "never closed"),
+    "semicolon.csv": (b"id;text\n1;a\n", [], "there is no column 'text'; the header is id;text", ""),
+    "wide.csv": (b"text\na\n", ["--delimiter", "::"], "--delimiter '::' must be one character", ""),
+    "lines.txt": (b"a\n", ["--delimiter", ";"], "--delimiter is for csv and tsv", "read as txt"),
+    "utf16.csv": ("text\na\n".encode("utf-16"), [], "it is UTF-16; UTF-8 is read", ""),
+    "utf16.jsonl": ('"a"\n'.encode("utf-16"), [], "it is UTF-16; UTF-8 is read", ""),
+    "text.parquet": (b"PAR1 not", [], "not a sound parquet file", ""),
+    "numbers.parquet": (written("parquet"), ["--field", "id"], "the column 'id' holds int64, not text", ""),
+    "names.parquet": (written("parquet"), ["--field", "body"], "no column 'body'; it has id, text", ""),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_input_without_texts_is_refused_in_one_line_that_says_what_it_has(
+    tmp_path, monkeypatch, capsys, name
+):
+    content, options, *words = REFUSED[name]
+    corpus = tmp_path / name
+    corpus.write_bytes(content)
+    assert main(monkeypatch, corpus, "-o", tmp_path / "v.npy", *options) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("module", ["pyarrow", "backports.zstd"])
+def test_a_package_that_is_missing_is_named_in_one_line(tmp_path, monkeypatch, capsys, module):
+    kind = "parquet" if module == "pyarrow" else "zst"
+    corpus = tmp_path / f"corpus.{kind}"
+    corpus.write_bytes(written("parquet") if kind == "parquet" else PACK[".zst"](b'"a"\n'))
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(compression, "zstd", None)
+    assert (
+        main(
+            monkeypatch,
+            corpus,
+            "-o",
+            tmp_path / "v.npy",
+            *([] if kind == "parquet" else ["--format", "jsonl"]),
+        )
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert f"pip install -r requirements-{'parquet' if kind == 'parquet' else 'zstd'}.txt" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [b"1e999", b"NaN", b"-Infinity", b'"\\ud800"', b'"\xff"', b"[" * 500 + b"]" * 500, b"1" * 400],
+    ids=lambda unused: unused[:9].decode("latin-1"),
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_field_that_is_not_used_makes_no_row_bad(tmp_path, kind, unused):
+    path = tmp_path / f"corpus.{kind}"
+    line = b'{"x": ' + unused + b', "text": "a"}'
+    path.write_bytes(b"[" + line + b"]" if kind == "json" else line)
+    assert list(Source(path, "text").rows()) == [Row(0, 1, "a")]
+
+
+def test_elements_of_a_json_array_have_their_lines_and_bad_ones_stand_alone(tmp_path):
+    path = tmp_path / "corpus.json"
+    path.write_bytes(
+        b'\xef\xbb\xbf\n [\n"a [,] \\" b",\n\n {"text": nope}, {"text":\n"\xff"},7,'
+        b'{"text": "c", "x": [{}]}\n,]\n'
+    )
+    found = list(Source(path, "text").rows())
+    assert [(row.line, row.text) for row in found if not row.error] == [(3, 'a [,] " b'), (6, "c")]
+    assert [(row.line, row.error[:24]) for row in found if row.error] == [
+        (5, "not valid JSON: JSON is "),
+        (5, "not valid JSON: 'utf-8' "),
+        (6, "'text' is not a string b"),
+        (7, "the line is blank"),
+    ]
+    path.write_bytes(b"[ \n]\n")
+    assert list(Source(path, "text").rows()) == []
+
+
+def test_parquet_values_that_are_no_text_are_bad_rows(tmp_path):
+    path = tmp_path / "corpus.parquet"
+    values = pyarrow.array([b"a", None, b"\xff", b"d"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": values}), path)
+    assert [(row.text, row.error) for row in Source(path, "text").rows()] == [
+        ("a", ""),
+        ("", "the value is null"),
+        ("", "not UTF-8 at byte 0"),
+        ("d", ""),
+    ]
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(["x", "y", "x"]).dictionary_encode()}), path)
+    assert [row.text for row in Source(path, "text").rows()] == ["x", "y", "x"]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl.gz", "jsonl.zst", "csv"])
+def test_reading_holds_a_part_of_the_file_in_memory(tmp_path, kind):
+    path, rows = tmp_path / f"corpus.{kind}", 40_000
+    line = b'"' + b"x" * 1000 + b'"'
+    content = (
+        b"[" + b",\n".join([line] * rows) + b"]"
+        if kind == "json"
+        else (b"text\n" if kind == "csv" else b"") + (line + b"\n") * rows
+    )
+    path.write_bytes(PACK[path.suffix if path.suffix in PACK else ""](content))
+    del content
+    tracemalloc.start()
+    count = sum(1 for _ in Source(path, "text").rows())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == rows and peak < 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"field": "body"}, "--field 'text', now 'body'"),
+        ({"dimensions": 64}, "--dimensions none, now 64"),
+        ({"input_type": "query"}, "--input-type none, now 'query'"),
+        ({"format": "csv", "delimiter": ";"}, "--format 'jsonl', now 'csv'; --delimiter '', now ';'"),
+        ({"model": "other", "fingerprint": "g"}, "the model 'm', now 'other'"),
+        ({"fingerprint": "g"}, "a model with the fingerprint 'f', now 'g'"),
+        ({"input_hash": "i"}, "an input with the hash 'h', now 'i'"),
+    ],
+    ids=str,
+)
+def test_a_run_that_differs_names_the_old_and_the_new_value(tmp_path, change, words):
+    output = tmp_path / "v.npy"
+    Part(output, JOB).close()
+    with pytest.raises(StartupError, match=re.escape(words)):
+        Part(output, msgspec.structs.replace(JOB, **change))
+
+
 def test_an_input_that_changes_meanwhile_gives_no_output(tmp_path, monkeypatch, capsys):
     corpus, output = tmp_path / "corpus.txt", tmp_path / "vectors.npy"
     corpus.write_text("1\n2\n3\n")
@@ -707,7 +940,10 @@ def test_another_model_behind_the_same_url_stops_the_run():
 JOB = Job(
     input_bytes=1,
     input_hash="h",
+    format="jsonl",
+    delimiter="",
     field="text",
+    model="m",
     fingerprint="f",
     dimension=2,
     input_type=None,
@@ -738,7 +974,7 @@ def test_other_work_and_a_second_run_are_kept_out_of_a_part(tmp_path):
     with pytest.raises(StartupError, match="another run is writing"):
         Part(output, JOB)
     part.close()
-    with pytest.raises(StartupError, match="begun with another fingerprint"):
+    with pytest.raises(StartupError, match="a model with the fingerprint 'f', now 'another'"):
         Part(output, msgspec.structs.replace(JOB, fingerprint="another"))
 
 

@@ -94,7 +94,7 @@ class RemoteEmbedder:
         options: Options,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        self._url = url.rstrip("/") + "/"
+        self._url = (url if "://" in url else f"http://{url}").rstrip("/") + "/"
         self._options = {k: v for k, v in msgspec.to_builtins(options).items() if v is not None}
         try:
             self._client = httpx2.Client(

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import orjson
 
+from embedding_service.bulk.columns import import_pyarrow
 from embedding_service.bulk.part import Failure, Part
 from embedding_service.bulk.paths import new_path
 from embedding_service.engine import Vectors
@@ -25,7 +25,7 @@ def writer(output: Path) -> Callable[[Part, Path], None]:
     if chosen is None:
         raise StartupError(f"{output}: the output must end in {', '.join(writers)}")
     if chosen is _write_parquet:
-        _pyarrow()
+        import_pyarrow()
     return chosen
 
 
@@ -53,7 +53,7 @@ def _write_jsonl(part: Part, output: Path) -> None:
 
 
 def _write_parquet(part: Part, output: Path) -> None:
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = import_pyarrow()
     new = new_path(output)
     dimension = _open(part).shape[1]
     vector = pyarrow.list_(pyarrow.float32(), dimension)
@@ -72,17 +72,6 @@ def _write_parquet(part: Part, output: Path) -> None:
             ]
             file.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
     new.replace(output)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise StartupError(
-            "a .parquet output needs pyarrow: pip install -r requirements-parquet.txt"
-        ) from None
-    return pyarrow, parquet
 
 
 def _open(part: Part) -> Vectors:

@@ -19,11 +19,28 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     input_bytes: int
     input_hash: str
+    format: str
+    delimiter: str
     field: str
+    model: str
     fingerprint: str
     dimension: int
     input_type: str | None
     dimensions: int | None
+
+
+# What is compared, as a message calls it.
+_COMPARED = {
+    "input_bytes": "an input of so many bytes:",
+    "input_hash": "an input with the hash",
+    "format": "--format",
+    "delimiter": "--delimiter",
+    "field": "--field",
+    "fingerprint": "a model with the fingerprint",
+    "dimension": "vectors of length",
+    "input_type": "--input-type",
+    "dimensions": "--dimensions",
+}
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -100,12 +117,9 @@ class Part:
         begun = _read_job(self.job_path)
         if begun is None:
             raise StartupError(f"{self.path} is not of a run that can go on; --restart replaces it")
-        differing = [name for name, value in msgspec.to_builtins(job).items() if begun.get(name) != value]
+        differing = _differing(begun, msgspec.to_builtins(job))
         if differing:
-            raise StartupError(
-                f"{self.path} was begun with another {', '.join(differing)}; "
-                "--restart throws it away and begins again"
-            )
+            raise StartupError(f"{self.path} was begun with {'; '.join(differing)}; --restart begins again")
 
     def _recover(self) -> int:
         header = _header(0, self.job.dimension)
@@ -151,6 +165,21 @@ def _read_job(path: Path) -> dict[str, Any] | None:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
+
+
+def _differing(begun: dict[str, Any], job: dict[str, Any]) -> list[str]:
+    """What is another, with its old and its new value."""
+    if begun.get("fingerprint") != job["fingerprint"] and begun.get("model") != job["model"]:
+        return [f"the model {_shown(begun.get('model'))}, now {_shown(job['model'])}"]
+    return [
+        f"{words} {_shown(begun.get(name))}, now {_shown(job[name])}"
+        for name, words in _COMPARED.items()
+        if begun.get(name) != job[name]
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else repr(value)[:60]
 
 
 def _write_whole(path: Path, content: bytes) -> None:

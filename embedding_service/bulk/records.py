@@ -18,7 +18,14 @@ def read(file: io.BufferedReader, field: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_BYTES)
     # Bytes that are not UTF-8 become surrogates here, and a bad row if they are in a text.
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    lines = _Lines(text)
+    try:
+        yield from _rows(_Lines(text), field, delimiter)
+    finally:
+        # The file belongs to the caller.
+        text.detach()
+
+
+def _rows(lines: "_Lines", field: str, delimiter: str) -> Iterator[Row]:
     header = _header(lines, delimiter)
     if field not in header:
         raise StartupError(f"there is no column {field!r}; the header is {shown(header)}")
@@ -33,8 +40,6 @@ def read(file: io.BufferedReader, field: str, delimiter: str) -> Iterator[Row]:
 
     for number, (line, record) in enumerate(_records(lines, delimiter, len(header))):
         yield make_row(number, line, parse, record)
-    # The file belongs to the caller.
-    text.detach()
 
 
 class _Lines:

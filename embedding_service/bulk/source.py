@@ -1,17 +1,23 @@
-"""The input: which file it is, and in which format its rows are."""
+"""The input: a file or standard input, in which format its rows are, and whether it is still the same."""
 
 import codecs
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
 
-from embedding_service.bulk import lines, records
+from embedding_service.bulk import columns, compression, elements, lines, records
 from embedding_service.bulk.rows import Row, decode, json_text
 from embedding_service.errors import StartupError
+
+# If the first rows are all bad, the options are wrong rather than the rows.
+HEAD_ROWS = 100
 
 
 class Format(msgspec.Struct, frozen=True):
@@ -29,36 +35,41 @@ FORMATS = {
     "ndjson": _JSONL,
     "txt": Format(lambda file, _field, _: lines.read(file, decode), lines.count),
     "csv": Format(records.read, delimiter=","),
+    "tsv": Format(records.read, delimiter="\t"),
+    "json": Format(lambda file, field, _: elements.read(file, json_text(field))),
+    "parquet": Format(lambda file, field, _: columns.read(file, field), columns.count),
 }
-
-ENDINGS = ", ".join(f".{name}" for name in FORMATS)
 
 
 class Source:
-    """The rows of a file."""
+    """The rows of a file, or of a stream: standard input or a pipe, which can be read only once."""
 
-    def __init__(self, path: Path, field: str) -> None:
-        """Raises StartupError if it is not a file with rows, and OSError if it cannot be read."""
-        if not path.is_file():
-            raise StartupError(f"{path} is not a file")
-        format = FORMATS.get(path.suffix.lower().removeprefix("."))
-        if format is None:
-            raise StartupError(f"{path}: the input must end in {ENDINGS}")
+    def __init__(
+        self, path: Path, field: str, format: str | None = None, delimiter: str | None = None
+    ) -> None:
+        """Raises StartupError if there is no such file or format, and OSError if it cannot be read."""
         self._path = path
-        self._format = format
+        self.name = "standard input" if path == Path("-") else str(path)
+        self.stat = self._stat()
+        if stat.S_ISDIR(self.stat.st_mode):
+            raise StartupError(f"{path} is a folder")
+        self.is_stream = path == Path("-") or not stat.S_ISREG(self.stat.st_mode)
+        self.format = format or self._format_of_name()
+        self._format = FORMATS[self.format]
         self._field = field
-        self.stat = path.stat()
+        self.delimiter = self._format.delimiter if delimiter is None else _delimiter(delimiter)
+        if delimiter is not None and not self._format.delimiter:
+            raise StartupError(f"--delimiter is for csv and tsv; {self.name} is read as {self.format}")
 
     def rows(self) -> Iterator[Row]:
         """The rows, one at a time. Raises StartupError if the input cannot be read as rows."""
         with self._open() as file:
-            try:
-                yield from self._format.read(file, self._field, self._format.delimiter)
-            except StartupError as error:
-                raise StartupError(f"{self._path}: {error}") from None
+            yield from self._format.read(file, self._field, self.delimiter)
 
-    def count(self) -> int:
-        """How many rows there are."""
+    def count(self) -> int | None:
+        """How many rows there are; None for a stream."""
+        if self.is_stream:
+            return None
         if self._format.count is None:
             return sum(1 for _ in self.rows())
         with self._open() as file:
@@ -66,18 +77,81 @@ class Source:
 
     def identify(self) -> tuple[int, str]:
         """Size and hash: two inputs with the same ones are the same."""
+        if self.is_stream:
+            return 0, self.name
         with self._path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), digest
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        if self._looks_changed():
+            raise StartupError(f"{self.name} is still being written")
+        return size, digest
 
     def has_changed(self, identity: tuple[int, str]) -> bool:
         """Whether the file is another than the one identified."""
-        now = self._path.stat()
-        same = (now.st_size, now.st_mtime_ns) == (self.stat.st_size, self.stat.st_mtime_ns)
-        return not same and self.identify() != identity
+        if self.is_stream or not self._looks_changed():
+            return False
+        self.stat = self._stat()
+        return self.identify() != identity
 
-    def _open(self) -> io.BufferedReader:
-        file = self._path.open("rb")
-        if file.peek(3).startswith(codecs.BOM_UTF8):
-            file.seek(len(codecs.BOM_UTF8), os.SEEK_CUR)
-        return file
+    def _looks_changed(self) -> bool:
+        now, then = self._stat(), self.stat
+        return (now.st_ino, now.st_size, now.st_mtime_ns) != (then.st_ino, then.st_size, then.st_mtime_ns)
+
+    def _stat(self) -> os.stat_result:
+        try:
+            return os.fstat(0) if self._path == Path("-") else self._path.stat()
+        except FileNotFoundError:
+            raise StartupError(f"{self._path} is not a file") from None
+
+    def _format_of_name(self) -> str:
+        name = Path(self._path.name.lower())
+        if name.suffix in compression.ENDINGS:
+            name = name.with_suffix("")
+        format = name.suffix.removeprefix(".")
+        if format in FORMATS:
+            return format
+        if self.is_stream:
+            return "jsonl"
+        raise StartupError(
+            f"{self._path}: the input must end in {', '.join(f'.{known}' for known in FORMATS)}, "
+            "each also with .gz or .zst, or have a --format"
+        )
+
+    @contextmanager
+    def _open(self) -> Iterator[io.BufferedReader]:
+        """The decompressed bytes after a byte order mark; an error names the input."""
+        with open(0, "rb", closefd=False) if self._path == Path("-") else self._path.open("rb") as raw:
+            try:
+                file = compression.decompressed(raw)
+                head = file.peek(3)
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise StartupError("it is UTF-16; UTF-8 is read")
+                if head.startswith(codecs.BOM_UTF8):
+                    file.read(len(codecs.BOM_UTF8))
+                yield file
+            except StartupError as error:
+                raise StartupError(f"{self.name}: {error}") from None
+            except compression.DAMAGED as error:
+                raise StartupError(f"{self.name} is damaged: {error}") from None
+
+
+def require_texts(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows. Raises StartupError if the first ones are all bad."""
+    head = []
+    for row in islice(rows, HEAD_ROWS):
+        head.append(row)
+        if not row.error:
+            break
+    else:
+        if head:
+            errors = list(dict.fromkeys(row.error for row in head))
+            first = errors[0] + ("; …" if len(errors) > 1 else "")
+            where = f"none of the first {len(head)} rows has a text (--field, --format)"
+            raise StartupError(f"{where}; line {head[0].line}: {first}")
+    return chain(head, rows)
+
+
+def _delimiter(given: str) -> str:
+    delimiter = "\t" if given in ("\\t", "tab") else given
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise StartupError(f"--delimiter {given!r} must be one character, and no quote or line break")
+    return delimiter

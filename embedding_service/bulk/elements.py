@@ -1,0 +1,75 @@
+"""Rows that are the elements of one JSON array, of .json: found by their brackets, one at a time."""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+
+from embedding_service.bulk.rows import MAX_BYTES, TOO_LONG, Row, make_row
+from embedding_service.errors import StartupError
+
+BLOCK_BYTES = 1 << 18
+
+# A whole string, a bracket or a comma; a quote alone if the rest of its string has not been read yet.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
+
+
+def read(file: io.BufferedReader, parse: Callable[[bytes], str]) -> Iterator[Row]:
+    """A row for each element. Raises StartupError if there is no array, or no end to it."""
+    line = _enter(file)
+    for number, raw in enumerate(_elements(file)):
+        text = raw.lstrip()
+        begins = line + raw.count(b"\n", 0, len(raw) - len(text))
+        line += raw.count(b"\n")
+        yield make_row(number, begins, parse, text)
+
+
+def _enter(file: io.BufferedReader) -> int:
+    """Read as far as the array's bracket: the number of its line."""
+    line = 1
+    while byte := file.read(1):
+        if byte == b"[":
+            return line
+        if byte.strip():
+            raise StartupError("it is not a JSON array; for an object on each line there is --format jsonl")
+        line += byte == b"\n"
+    raise StartupError("the file is empty")
+
+
+def _elements(file: io.BufferedReader) -> Iterator[bytes]:
+    """The bytes of each element, with the space around them."""
+    buffer, scanned, depth, is_first = b"", 0, 0, True
+    while block := file.read(BLOCK_BYTES):
+        buffer += block
+        start = 0
+        for token in _TOKEN.finditer(buffer, scanned):
+            kind = token[0]
+            scanned = token.end() if kind != b'"' else token.start()
+            if kind in (b"[", b"{"):
+                depth += 1
+            elif kind in (b"]", b"}"):
+                depth -= 1
+            if depth < 0 or (kind == b"," and depth == 0):
+                element = buffer[start : token.start()]
+                # An empty array has no element.
+                if depth == 0 or not is_first or element.strip():
+                    yield element
+                start, is_first = token.end(), False
+            if depth < 0:
+                _require_end(buffer[start:], file)
+                return
+            if kind == b'"':
+                break
+        else:
+            scanned = len(buffer)
+        buffer, scanned = buffer[start:], scanned - start
+        if len(buffer) > MAX_BYTES:
+            raise StartupError(f"an element of the array is {TOO_LONG}")
+    raise StartupError("it ends in the middle of its array")
+
+
+def _require_end(rest: bytes, file: io.BufferedReader) -> None:
+    while not rest.strip():
+        rest = file.read(BLOCK_BYTES)
+        if not rest:
+            return
+    raise StartupError("something stands after its array")
