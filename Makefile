@@ -1,4 +1,4 @@
-# The verbs of the project. PYTHON may name another interpreter (3.11 or newer).
+# The project's commands. Set PYTHON to use another interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,52 +8,52 @@ BIN := $(VENV)/bin
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
 
-test: $(VENV)/dev.stamp  ## run every test but those of test-long and test-deploy
+test: $(VENV)/dev.stamp  ## run every test except those of test-long and test-deploy
 	$(BIN)/python -m pytest -m "not deploy and not long"
 
-test-long: $(VENV)/dev.stamp  ## overload, soak and fuzz in full, which `test` runs in short
+test-long: $(VENV)/dev.stamp  ## run the full overload, soak and fuzz tests (`test` has short forms)
 	$(BIN)/python -m pytest -m "long and not deploy"
 
-reliability: $(VENV)/dev.stamp  ## run every fault in full and make docs/reliability.md from what was measured
+reliability: $(VENV)/dev.stamp  ## inject every fault in full and write docs/reliability.md from the results
 	rm -f build/reliability.jsonl
 	$(BIN)/python -m pytest tests/faults
 	$(BIN)/python -m tests.reliability
 
-test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, roll instances over, run Ray (root)
+test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test rolling restarts and Ray (as root)
 	$(BIN)/python -m pytest -m deploy -rP tests/deploy
 
-lint: $(VENV)/dev.stamp  ## formatting, style, types, imports, Dockerfile
+lint: $(VENV)/dev.stamp  ## check formatting, style, types, imports and the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
-format: $(VENV)/dev.stamp  ## rewrite the code in the project's form
+format: $(VENV)/dev.stamp  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/bench.stamp  ## measure beside the raw engine, plain Flask and a peer (BENCH="--quick")
+bench: $(VENV)/bench.stamp  ## compare with the raw engine, plain Flask and infinity (BENCH="--quick")
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-bench-host: $(VENV)/bench.stamp  ## measure what the service costs around a model that answers at once (BENCH="--only one-32")
+bench-host: $(VENV)/bench.stamp  ## measure the cost of the service without the model (BENCH="--only one-32")
 	$(BIN)/python -m benchmarks.host $(BENCH)
 
-bench-gpu: $(VENV)/bench.stamp  ## the same on CUDA
+bench-gpu: $(VENV)/bench.stamp  ## run `bench` on CUDA
 	$(BIN)/python -m benchmarks.run --device cuda $(BENCH)
 
-bench-peer:  ## install the peer, infinity-emb, in a virtual environment of its own
+bench-peer:  ## install infinity-emb in its own virtual environment, for `bench`
 	$(PYTHON) -m venv build/infinity-venv
 	build/infinity-venv/bin/pip install -q --disable-pip-version-check -r benchmarks/requirements-peer.txt
 
-audit: $(VENV)/serve.stamp  ## a bill of materials, build/sbom.json (CycloneDX), and known vulnerabilities of every pin
+audit: $(VENV)/serve.stamp  ## write build/sbom.json (CycloneDX) and check every pin for known vulnerabilities
 	$(PYTHON) -m venv build/audit-venv
 	build/audit-venv/bin/pip install -q --disable-pip-version-check -r requirements-audit.txt
 	build/audit-venv/bin/cyclonedx-py environment $(VENV) --output-file build/sbom.json
 	build/audit-venv/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 # BUNDLE_PYTHON=3.12 for another Python than this one; BUNDLE="--without torch --weights float16" for a smaller bundle.
-bundle: $(VENV)/serve.stamp  ## everything for a machine without a network, in build/bundle
+bundle: $(VENV)/serve.stamp  ## pack everything for a machine without a network into build/bundle
 	$(BIN)/python -m bundle.build $(if $(BUNDLE_PYTHON),--python $(BUNDLE_PYTHON)) $(BUNDLE)
 
 docker:  ## build the image

@@ -12,9 +12,9 @@ TABLE = ROOT / "docs" / "reliability.md"
 
 HEAD = """# What happens under fault
 
-Every line was written by the test that injects the fault, as a rule against the real service on a real port.
+Each row was written by the test that injects the fault, usually into the real service on a real port.
 Overload, soak and fuzz tests have a short form, which `make test` runs, and a full one; `make reliability`
-runs all and makes this table. "Lost" counts requests that got neither an answer nor the refusal due to them.
+runs everything and writes this table. "Lost" counts requests that got neither an answer nor a proper refusal.
 
 | fault | what was done | times | measured | lost |
 |---|---|---:|---|---|

@@ -45,7 +45,7 @@ def openvino_backend(
     """Compile a graph twice: with all cores for one batch, and with one core for each of several.
 
     The first is fastest for a text alone. But cores that share a batch wait for one another at every
-    layer, and wait long if a web worker takes one of them away (docs/architecture.md, "Lanes").
+    layer, and wait long if a web worker takes one of them away (docs/decisions/0010-one-lane-per-core.md).
     """
     compiled = _compile(graph, 1, threads, dtype)
     names = [port.get_any_name() for port in compiled.inputs]
