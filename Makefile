@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-long reliability test-deploy lint format bench bench-host bench-gpu bench-peer audit bundle docker clean
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
+	bench-gpu bench-peer audit bundle docker clean
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
@@ -22,12 +27,30 @@ reliability: $(VENV)/dev.stamp  ## inject every fault in full and write docs/rel
 test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test rolling restarts and Ray (as root)
 	$(BIN)/python -m pytest -m deploy -rP tests/deploy
 
-lint: $(VENV)/dev.stamp  ## check formatting, style, types, imports and the Dockerfile
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+coverage: $(VENV)/dev.stamp  ## run `test` and report which lines ran, also in the processes that the tests start
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not deploy and not long"
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+lint: style types schemas  ## check formatting, style, types, imports, the Dockerfile and GitHub's files
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+
+style: $(VENV)/dev.stamp  ## check formatting and style alone
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev.stamp  ## check types alone
+	$(BIN)/mypy
+
+# The schemas do not cover pre-commit's file; pre-commit itself checks it.
+CHECK := $(BIN)/check-jsonschema --builtin-schema
+schemas: $(VENV)/dev.stamp  ## check GitHub's files against their schemas
+	$(CHECK) vendor.github-workflows .github/workflows/ci.yml
+	$(CHECK) vendor.dependabot .github/dependabot.yml
+	$(CHECK) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(CHECK) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 
 format: $(VENV)/dev.stamp  ## format the code
 	$(BIN)/ruff check --fix .

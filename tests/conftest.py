@@ -14,6 +14,12 @@ sys.path.insert(0, str(ROOT))
 from tests.service import Service  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("long") or item.get_closest_marker("deploy"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
     """The folder of the default model: the packaged one, or TEST_MODEL if that package is not installed."""
