@@ -39,7 +39,7 @@ NOT_RUN = {
 }
 
 # A Python package that the tests do not install -> why.
-NOT_INSTALLED = {"langchain_huggingface": "needs versions of other packages than those pinned; tried by hand"}
+NOT_INSTALLED = {"langchain_huggingface": "not in requirements-clients.txt; tried by hand"}
 
 # Imported name -> name for pip.
 PIP_NAMES = {
