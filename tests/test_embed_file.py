@@ -851,10 +851,12 @@ class Scripted:
         return httpx2.Response(200, json={"embeddings": encoded, "usage": {"truncated": []}})
 
 
-def refusal(status: int, error: str, **headers: str) -> httpx2.Response:
+def refusal(
+    status: int, error: str, about: dict[str, str | int] | None = None, **headers: str
+) -> httpx2.Response:
     """An error as the service writes it."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx2.Response(status, json={"error": error, "error_type": "x"}, headers=names)
+    return httpx2.Response(status, json={"error": error, "error_type": "x"} | (about or {}), headers=names)
 
 
 def numbered(*texts: str) -> list[Row]:
@@ -903,7 +905,10 @@ def test_every_form_of_retry_after_is_read(headers, seconds):
 
 @pytest.mark.parametrize("status", [400, 413, 422, 500, 504])
 def test_one_refused_text_is_found_and_only_its_row_is_bad(status):
-    scripted = Scripted(lambda texts: refusal(status, "texts[0] is poison") if "poison" in texts else None)
+    about = {"field": "texts", "index": 0, "reason": "is poison"}
+    scripted = Scripted(
+        lambda texts: refusal(status, "texts[0] is poison", about) if "poison" in texts else None
+    )
     texts = [f"text {i}" for i in range(64)]
     texts[37] = "poison"
     chunk = Patient(scripted.embedder(), 30).embed(numbered(*texts))

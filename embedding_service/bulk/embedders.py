@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import httpx2
 import msgspec
@@ -61,9 +61,22 @@ class Lost(ServiceError):
 class Answered(ServiceError):
     """An error that the service answered with."""
 
-    def __init__(self, message: str, status: int, retry_after_seconds: float | None) -> None:
-        super().__init__(message, retry_after_seconds=retry_after_seconds)
+    def __init__(self, error: "_Error", status: int, retry_after_seconds: float | None) -> None:
+        about_text = error.index is not None and error.reason is not None
+        super().__init__(
+            error.reason if about_text and error.reason else error.error,
+            index=error.index if about_text else None,
+            field=error.field if about_text else None,
+            retry_after_seconds=retry_after_seconds,
+        )
         self.status = status
+
+
+class _Error(msgspec.Struct):
+    error: str
+    field: str | None = None
+    index: int | None = None
+    reason: str | None = None
 
 
 class _Info(msgspec.Struct):
@@ -133,7 +146,7 @@ class RemoteEmbedder:
         except httpx2.TransportError as error:
             raise Lost(f"{self._url} does not answer: {error or type(error).__name__}") from None
         if response.status_code != 200:
-            raise Answered(_message(response), response.status_code, retry_after_seconds(response.headers))
+            raise Answered(_error(response), response.status_code, retry_after_seconds(response.headers))
         try:
             return msgspec.json.decode(response.content, type=kind)
         except msgspec.MsgspecError as error:
@@ -192,9 +205,7 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _message(response: httpx2.Response) -> str:
+def _error(response: httpx2.Response) -> _Error:
     with contextlib.suppress(msgspec.MsgspecError):
-        error = msgspec.json.decode(response.content, type=dict[str, Any]).get("error")
-        if isinstance(error, str):
-            return error
-    return f"HTTP {response.status_code}"
+        return msgspec.json.decode(response.content, type=_Error)
+    return _Error(f"HTTP {response.status_code}")

@@ -107,7 +107,7 @@ class Patient:
                     return self._vectors(texts)
                 except ServiceError as again:
                     error, tries = again, tries + 1
-        return [error.message.replace("texts[0]", "the text")], 0
+        return [f"the text {error.reason}" if error.index is not None else error.message], 0
 
     def _vectors(self, texts: list[str]) -> tuple[list[Vectors | str], int]:
         vectors, truncated = self._persist(lambda: self._embedder.embed(texts))

@@ -24,10 +24,11 @@ class BodyDecoder(Generic[Body]):
     The first decoder takes only bodies without such fields, so that most bodies are decoded once.
     """
 
-    def __init__(self, kind: type[Body], *, near: bool = False) -> None:
-        """With `near`, fields that are nearly a known one are refused."""
+    def __init__(self, kind: type[Body], *, near: bool = False, normalizes: bool = True) -> None:
+        """`near` and `normalizes` as in `check_others`."""
         self.type = kind
         self._near = near
+        self._normalizes = normalizes
         self._exact = msgspec.json.Decoder(_without_others(kind))
         self._tolerant = msgspec.json.Decoder(kind)
 
@@ -56,7 +57,7 @@ class BodyDecoder(Generic[Body]):
         if not isinstance(value, dict):
             return
         fields = _fields(kind)
-        check_others(fields, value, parent, near=self._near)
+        check_others(fields, value, parent, near=self._near, normalizes=self._normalizes)
         for name, structs in fields.items():
             for struct in structs:
                 self._judge(struct, value.get(name), f"{parent}{name}.")

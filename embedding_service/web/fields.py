@@ -51,6 +51,9 @@ VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
     "truncation_side": (),
 }
 
+# Those of them that ask for vectors of length 1.
+NORMALIZE_FIELDS = ("normalize", "normalize_embeddings", "normalized")
+
 # What else callers call the texts.
 TEXT_FIELDS = (
     "input",
@@ -69,9 +72,17 @@ ALIKE = 0.8
 
 
 def check_others(
-    known: Iterable[str], sent: Mapping[str, Any], parent: str = "", *, near: bool = False
+    known: Iterable[str],
+    sent: Mapping[str, Any],
+    parent: str = "",
+    *,
+    near: bool = False,
+    normalizes: bool = True,
 ) -> None:
-    """Raises InvalidRequest for a field that must not be ignored; with `near`, also for one misspelt."""
+    """Raises InvalidRequest for a field that must not be ignored; with `near`, also for one misspelt.
+
+    `normalizes` says whether the route's vectors have length 1.
+    """
     names = tuple(known)
     for name, value in sent.items():
         if value is None or name in names:
@@ -83,7 +94,7 @@ def check_others(
                 meant = "texts"
             if meant is not None:
                 raise InvalidRequest(f"is not a field here; use {meant}", field=path)
-        accepted = VECTOR_FIELDS.get(name)
+        accepted = (normalizes,) if name in NORMALIZE_FIELDS else VECTOR_FIELDS.get(name)
         if accepted is not None and value not in accepted:
             raise InvalidRequest("is not supported here, and would change the vectors", field=path)
 

@@ -9,6 +9,7 @@ from embedding_service.engine import State, Status
 from embedding_service.errors import Unavailable
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
+from embedding_service.web.limits import longest_read
 from embedding_service.web.operation import operation
 
 blueprint = Blueprint("health", __name__)
@@ -87,20 +88,21 @@ def live() -> Response:
 def info() -> Response:
     """The model and the limits: the user's names, beside them those of Text Embeddings Inference."""
     model, settings = context().require_info(), context().settings
+    length = longest_read(model)
     found: InfoAnswer = {
         "model_name": model.model_name,
         "embedding_dimension": model.embedding_dimension,
-        "max_seq_length": model.max_seq_length,
+        "max_seq_length": length,
         "device": model.device,
         "batch_size": model.batch_size,
         "model_id": model.model_name,
         "model_sha": model.revision,
         "model_dtype": model.dtype,
         "model_type": {"embedding": {"pooling": model.pooling}},
-        "max_input_length": model.max_seq_length,
+        "max_input_length": length,
         "max_client_batch_size": settings.max_texts_per_request,
         # TEI's clients size their requests by it; larger ones are split here, so it need not be small.
-        "max_batch_tokens": max(model.max_batch_tokens, model.batch_size * model.max_seq_length),
+        "max_batch_tokens": max(model.max_batch_tokens, model.batch_size * length),
         "max_concurrent_requests": settings.max_concurrent_requests,
         "auto_truncate": True,
         "version": __version__,

@@ -1,7 +1,16 @@
 """Refusing what is too much before it is queued."""
 
+from embedding_service.engine import ModelInfo
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.context import context
+
+
+def longest_read(info: ModelInfo) -> int:
+    """How many tokens of a text are read.
+
+    Where a model cuts nothing, the characters that a text may have are the only limit.
+    """
+    return context().settings.max_text_characters if info.reads_whole_texts else info.max_seq_length
 
 
 def check_texts(texts: list[str]) -> None:

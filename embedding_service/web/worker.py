@@ -50,7 +50,6 @@ REFUSALS = [
         "Request Header Fields Too Large",
         "too_large",
     ),
-    ((errors.UnsupportedTransferCoding,), 501, "Not Implemented", "validation"),
     ((errors.ExpectationFailed,), 417, "Expectation Failed", "validation"),
     ((errors.ForbiddenProxyRequest,), 403, "Forbidden", "validation"),
     (
@@ -59,7 +58,8 @@ REFUSALS = [
         "Internal Server Error",
         "internal",
     ),
-    ((errors.ConfigurationProblem,), 500, "Internal Server Error", "internal"),
+    # A path that is not below SCRIPT_NAME, if the environment sets that.
+    ((errors.ConfigurationProblem,), 404, "Not Found", "not_found"),
     ((errors.ParseException,), 400, "Bad Request", "validation"),
     ((TimeoutError,), 408, "Request Timeout", "timeout"),
 ]

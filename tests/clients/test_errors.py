@@ -18,6 +18,7 @@ KINDS = [kind for kind in errors.ServiceError.__subclasses__() if kind is not er
 BODIES = {
     "/embed": {"texts": "x"},
     "/": {"inputs": "x"},
+    "/v1": {"inputs": "x"},
     "/tokenize": {"inputs": "x"},
     "/similarity": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
     "/v1/embeddings": {"input": "x"},
@@ -73,7 +74,7 @@ def test_every_embedding_route_is_in_the_table(app):
 def test_errors_are_answered_as_documented(app, path, kind):
     app.extensions["embedding_service"].engine.error = kind("it failed", retry_after_seconds=1.2)
     answer = app.test_client().post(path, json=BODIES[path])
-    changed = {400: 422, 500: 424} if path in ("/", "/tokenize", "/similarity") else {}
+    changed = {400: 422, 500: 424} if path in ("/", "/v1", "/tokenize", "/similarity") else {}
     assert answer.status_code == changed.get(kind.status, kind.status)
     assert "it failed" in answer.text
     assert (answer.headers["Retry-After"], answer.headers["retry-after-ms"]) == ("2", "1200")

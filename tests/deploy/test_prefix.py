@@ -1,12 +1,22 @@
 """Below a path that a proxy strips: the pages, their files, the document and what it says of our address."""
 
 import re
+import socket
+import ssl
 from urllib.parse import urljoin
 
 import pytest
 import requests
 
 from tests.deploy.nginx import Nginx
+
+BODY = b'{"texts": "a"}'
+SENT_THROUGH = {
+    "both lengths": (b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"400"),
+    "an unknown coding": (b"Transfer-Encoding: gzip\r\n\r\n", b"501"),
+    "two schemes": (b"X-Forwarded-Ssl: off\r\nContent-Length: 14\r\n\r\n" + BODY, b"400"),
+    "a script name": (b"Script-Name: /emb\r\nSCRIPT_NAME: /x\r\nContent-Length: 14\r\n\r\n" + BODY, b"200"),
+}
 
 LOCATIONS = """
         location /emb/ { proxy_pass http://embedding_service/; }
@@ -54,3 +64,19 @@ def test_the_address_in_the_document_serves(front: Nginx, prefix: str) -> None:
             base + path, json=body, verify=front.certificate, timeout=10, allow_redirects=False
         )
         assert answer.status_code == 200, (path, answer.text)
+
+
+@pytest.mark.parametrize("case", SENT_THROUGH)
+def test_what_is_answered_below_flask_is_answered_through_nginx(front: Nginx, case: str) -> None:
+    """nginx refuses the first two itself; the others reach the service."""
+    rest, status = SENT_THROUGH[case]
+    context = ssl.create_default_context(cafile=front.certificate)
+    with (
+        socket.create_connection(("127.0.0.1", front.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + rest)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.split(b" ", 2)[1] == status, received[:300]
+    if case in ("two schemes", "a script name"):
+        assert b"\r\nContent-Type: application/json" in received

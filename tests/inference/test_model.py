@@ -85,6 +85,8 @@ def test_a_static_model_reads_the_whole_text(tiny):
     assert np.abs(answer.vectors - oracle.encode(some, normalize_embeddings=True)).max() < 1e-5
     assert answer.truncated == []
     assert answer.tokens == 2001
+    assert load(tiny("static")).info.reads_whole_texts
+    assert not load(tiny("bert")).info.reads_whole_texts
 
 
 def test_an_unknown_prompt_is_refused_with_those_there_are(tiny):

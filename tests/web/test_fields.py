@@ -5,11 +5,14 @@ import json
 import msgspec
 import pytest
 
+from embedding_service.engine import Status
 from embedding_service.web.operation import operation_of
+from tests.fakes import INFO
 
 BODIES = {
     "/embed": {"texts": "a"},
     "/": {"inputs": "a"},
+    "/v1": {"inputs": "a"},
     "/v1/embeddings": {"input": "a"},
     "/api/embed": {"input": "a"},
     "/api/embeddings": {"prompt": "a"},
@@ -63,7 +66,7 @@ CHANGES_VECTORS = {
 @pytest.mark.parametrize("name", CHANGES_VECTORS)
 def test_what_would_change_the_vectors_is_refused_on_every_protocol(client, engine, path, name):
     response = client.post(path, json={**BODIES[path], name: CHANGES_VECTORS[name]})
-    assert response.status_code == (422 if path == "/" else 400)
+    assert response.status_code == (422 if path in ("/", "/v1") else 400)
     assert message(response).startswith(f"{name} is not")
     assert not engine.requests
 
@@ -99,6 +102,55 @@ def test_nested_fields_are_judged_too(client):
     assert message(answer).startswith("parameters.precision is not supported")
     answer = client.post("/vectors", json={"text": "a", "config": {"task": "x"}})
     assert message(answer).startswith("config.task is not supported")
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "normalized"),
+    [
+        ("/api/embeddings", {}, False),
+        ("/api/embeddings", {"normalize": False}, False),
+        ("/api/embeddings", {"normalize": True}, True),
+        ("/api/embeddings", {"normalized": False}, False),
+        ("/api/embeddings", {"normalized": True}, None),
+        ("/api/embeddings", {"normalize_embeddings": True}, None),
+        ("/api/embeddings", {"options": {"normalize": True}}, None),
+        ("/api/embed", {"normalize": True}, True),
+        ("/api/embed", {"normalize": False}, None),
+        ("/v1/embeddings", {"normalized": True}, True),
+        ("/v1/embeddings", {"normalized": False}, None),
+    ],
+    ids=str,
+)
+def test_length_1_is_what_was_asked_for_or_refused(client, engine, path, sent, normalized):
+    response = client.post(path, json=BODIES[path] | sent)
+    assert response.status_code == (400 if normalized is None else 200), response.text
+    assert [request.normalize for request in engine.requests] == ([] if normalized is None else [normalized])
+
+
+@pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings"])
+@pytest.mark.parametrize(("window", "status"), [(15, 400), (16, 200), (8192, 200), (0, 200), (None, 200)])
+def test_a_window_shorter_than_the_models_is_refused(client, path, window, status):
+    response = client.post(path, json=BODIES[path] | {"options": {"num_ctx": window}})
+    assert response.status_code == status
+    if status == 400:
+        assert message(response) == (
+            "options.num_ctx must be at least 16 or left out: texts are cut where the model cuts them"
+        )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "status"), [("masked_mean", 200), ("mean", 200), ("", 200), ("cls", 400), ("nonsense", 400)]
+)
+def test_another_pooling_than_the_models_is_refused(client, strategy, status):
+    response = client.post("/vectors", json={"text": "a", "config": {"pooling_strategy": strategy}})
+    assert response.status_code == status
+    if status == 400:
+        assert message(response).startswith(f"config.pooling_strategy is {strategy!r}")
+
+
+def test_v1_answers_inputs_and_names_them(client):
+    assert client.post("/v1", json={"inputs": ["a", "bb"]}).json == [[1.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
+    assert client.post("/v1", json={"input": "a"}).json["error"] == "inputs is missing"
 
 
 def optional_fields(app):
@@ -156,3 +208,19 @@ def test_the_pages_links_are_relative(client, page):
 def test_info_says_no_batch_below_one_text(client):
     info = client.get("/info").json
     assert info["max_batch_tokens"] >= info["batch_size"] * info["max_input_length"]
+
+
+def test_where_nothing_is_cut_the_limit_is_that_of_characters(client, engine):
+    info = msgspec.structs.replace(INFO, reads_whole_texts=True)
+    engine.current = Status(state="healthy", info=info)
+    body = client.get("/info").json
+    assert body["max_seq_length"] == body["max_input_length"] == 100
+    assert body["max_batch_tokens"] >= body["batch_size"] * 100
+    assert client.get("/meta").json["max_seq_length"] == 100
+    assert client.post("/api/show", json={}).json["model_info"]["bert.context_length"] == 100
+
+
+def test_an_error_names_field_item_and_reason_apart(client):
+    body = client.post("/embed", json={"texts": ["a", "b" * 101]}).json
+    assert (body["field"], body["index"]) == ("texts", 1)
+    assert body["error"] == f"texts[1] {body['reason']}"

@@ -1,6 +1,6 @@
 """POST /embed: the service's own API."""
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 from flask import Response
@@ -33,15 +33,24 @@ class ErrorAnswer(TypedDict):
     error: str
     error_type: str
     request_id: str | None
+    field: NotRequired[Annotated[str, Meta(description="The field that the error is about.")]]
+    index: NotRequired[Annotated[int, Meta(description="The item of that field.")]]
+    reason: NotRequired[Annotated[str, Meta(description="The error without the field and the item.")]]
 
 
 def render(failure: Failure) -> tuple[ErrorAnswer, int]:
     """The native protocol's error."""
-    return {
+    body: ErrorAnswer = {
         "error": failure.message,
         "error_type": failure.error_type,
         "request_id": current_id(),
-    }, failure.status
+    }
+    if failure.field is not None:
+        body["field"] = failure.field
+        body["reason"] = failure.reason
+    if failure.index is not None:
+        body["index"] = failure.index
+    return body, failure.status
 
 
 protocol = Protocol("native", "Embedding service", render, ErrorAnswer)

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from embedding_service import __version__
 from embedding_service.engine import EmbedRequest, ModelInfo
-from embedding_service.errors import Unavailable
+from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, answer, parse
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
@@ -22,6 +22,7 @@ from embedding_service.web.embedding import (
     model_name,
 )
 from embedding_service.web.fields import check_others
+from embedding_service.web.limits import longest_read
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.request import current
@@ -59,7 +60,10 @@ ModelName = Annotated[str, Meta(description="Any name: there is one model, and t
 
 
 KeepAlive = Annotated[Any, Meta(description="Not used: the model is always loaded.")]
-Options = Annotated[dict[str, Any] | None, Meta(description="Not used: they are about generating text.")]
+Options = Annotated[
+    dict[str, Any] | None,
+    Meta(description="Most are about generating text; a num_ctx below the model's length is refused."),
+]
 
 
 class OllamaEmbedBody(msgspec.Struct, frozen=True):
@@ -88,6 +92,7 @@ class OllamaEmbeddingsBody(msgspec.Struct, frozen=True):
 
     model: ModelName | None = None
     prompt: str | None = None
+    normalize: Annotated[bool, Meta(description="Scale the vector to length 1.")] | None = False
     keep_alive: KeepAlive = None
     options: Options = None
 
@@ -169,7 +174,7 @@ class OllamaVersion(TypedDict):
 
 _embed_decoder = BodyDecoder(OllamaEmbedBody)
 _name_decoder = BodyDecoder(OllamaNameBody)
-_embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody)
+_embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody, normalizes=False)
 
 
 @protocol.post("/api/embed")
@@ -177,7 +182,7 @@ _embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody)
 def embed() -> Response:
     """Embed one text or many, as vectors of length 1."""
     body = parse(_embed_decoder)
-    check_others((), body.options or {}, "options.")
+    _check_options(body.options)
     if not body.input:
         return answer(_answer([], 0))
     result = ask(
@@ -194,14 +199,14 @@ def embed() -> Response:
 @protocol.post("/api/embeddings")
 @operation({200: OllamaEmbeddingsAnswer}, body=_embeddings_decoder, embeds=True)
 def embeddings() -> Response:
-    """Embed one text; the older form, whose vector is as the model gives it, not normalised."""
+    """Embed one text; the older form, whose vector is as the model gives it unless `normalize` is true."""
     body = parse(_embeddings_decoder)
-    check_others((), body.options or {}, "options.")
+    _check_options(body.options, normalizes=False)
     if not body.prompt:
         empty: OllamaEmbeddingsAnswer = {"embedding": []}
         return answer(empty)
     result = ask(
-        EmbedRequest(texts=[body.prompt], deadline=current().deadline, normalize=False),
+        EmbedRequest(texts=[body.prompt], deadline=current().deadline, normalize=body.normalize is True),
         lambda _index: ("prompt", None),
     )
     found: OllamaEmbeddingsAnswer = {"embedding": result.vectors[0]}
@@ -239,7 +244,7 @@ def show() -> Response:
         "model_info": {
             "general.architecture": "bert",
             "general.basename": info.model_name,
-            "bert.context_length": info.max_seq_length,
+            "bert.context_length": longest_read(info),
             "bert.embedding_length": info.embedding_dimension,
         },
         "capabilities": ["embedding"],
@@ -263,6 +268,21 @@ def version() -> Response:
     """The version of this service."""
     found: OllamaVersion = {"version": __version__}
     return answer(found)
+
+
+def _check_options(options: dict[str, Any] | None, *, normalizes: bool = True) -> None:
+    """Raises InvalidRequest for options that would change the vectors: a window shorter than the model's."""
+    check_others((), options or {}, "options.", normalizes=normalizes)
+    window, info = (options or {}).get("num_ctx"), context().status().info
+    if info is None or not isinstance(window, int | float):
+        return
+    length = longest_read(info)
+    # 0 asks for the default there.
+    if 0 < window < length:
+        raise InvalidRequest(
+            f"must be at least {length} or left out: texts are cut where the model cuts them",
+            field="options.num_ctx",
+        )
 
 
 def _names(info: ModelInfo) -> list[str]:

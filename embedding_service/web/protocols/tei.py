@@ -160,6 +160,7 @@ def _compare(body: SimilarityBody) -> Response:
 
 
 @protocol.post("/")
+@protocol.post("/v1")
 @operation({200: Matrix}, body=_embed_decoder, embeds=True, variant=similarity)
 def embed() -> Response:
     """Embed one text or many, or compare sentences as /similarity does; the answer is the bare numbers."""

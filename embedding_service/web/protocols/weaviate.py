@@ -11,6 +11,7 @@ from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, answer, parse
 from embedding_service.web.context import context
 from embedding_service.web.embedding import Dimensions, Matrix, Vector, answer_embeddings, ask
+from embedding_service.web.limits import longest_read
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.request import current
@@ -51,7 +52,10 @@ class WeaviateConfig(msgspec.Struct, frozen=True):
         | None
     ) = None
     dimensions: Dimensions | None = None
-    pooling_strategy: Annotated[str, Meta(description="Not used: the model has its own.")] | None = None
+    pooling_strategy: (
+        Annotated[str, Meta(description="The model's own; masked_mean, the default there, means that too.")]
+        | None
+    ) = None
 
 
 class WeaviateBody(msgspec.Struct, frozen=True):
@@ -96,6 +100,7 @@ def vectors() -> Response:
     """Embed one text, or many, as vectors of length 1."""
     body = parse(_decoder)
     config = body.config or WeaviateConfig()
+    _check_pooling(config.pooling_strategy)
     if isinstance(body.texts, list):
         texts, place = body.texts, None
     elif isinstance(body.text, str):
@@ -116,6 +121,17 @@ def vectors() -> Response:
     return answer_embeddings(found, result)
 
 
+def _check_pooling(strategy: str | None) -> None:
+    """Raises InvalidRequest for a pooling that somebody chose and that is not the model's."""
+    info = context().status().info
+    # Weaviate sends masked_mean with every request unless its user has chosen another.
+    if info is not None and strategy not in (None, "", "masked_mean", info.pooling):
+        raise InvalidRequest(
+            f"is {strategy[:50]!r}; the model's own pooling is {info.pooling!r}",
+            field="config.pooling_strategy",
+        )
+
+
 def _place_of_one(_index: int) -> tuple[str, None]:
     return "text", None
 
@@ -129,7 +145,7 @@ def meta() -> Response:
         "model": info.model_name,
         "model_type": info.pooling,
         "embedding_dimension": info.embedding_dimension,
-        "max_seq_length": info.max_seq_length,
+        "max_seq_length": longest_read(info),
     }
     return answer(found)
 
