@@ -1,0 +1,118 @@
+"""Loading and warming up with DEVICE=cuda, on weights that have a device, a shape and a format but no content."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from embedding_service.inference import warm_up
+from embedding_service.inference.backends.torch import CudaSession
+from embedding_service.inference.job import normalize
+from tests.inference.running import alone, load
+from tests.inference.test_cuda_path import CUDA, Watch, WithoutGuards, cuda  # noqa: F401
+
+
+class Moving(WithoutGuards):
+    """Also moves real tensors to a device that is not there."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is not torch.Tensor.to or isinstance(arguments[0], FakeTensor):
+            return super().__torch_function__(function, types, arguments, named)
+        device, dtype, _, _ = torch._C._nn._parse_to(*arguments[1:], **named or {})
+        if device is None or device.type != "cuda":
+            return function(*arguments, **named or {})
+        shape = torch.empty_like(arguments[0], device="meta", dtype=dtype)
+        return FakeTensor(self._mode, shape, CUDA)
+
+
+def apply(module: torch.nn.Module, function, recurse=True) -> torch.nn.Module:
+    """As Module._apply, which cannot replace tensors without content."""
+    for child in module.children() if recurse else []:
+        child._apply(function)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                made = function(tensor).detach()
+                is_weight = isinstance(tensor, torch.nn.Parameter)
+                tensors[name] = torch.nn.Parameter(made, requires_grad=False) if is_weight else made
+    return module
+
+
+class Machine:
+    """A machine with one CUDA device; notes what each forward pass on it did."""
+
+    def __init__(self, monkeypatch, streams: list[str]) -> None:
+        self.mode = FakeTensorMode()
+        self.sessions: list[CudaSession] = []
+        self.watch = Watch(streams)
+        self.answers: list[torch.Tensor] = []
+        self._one_at_a_time = threading.Lock()
+        self._run, self._numpy = CudaSession.run, torch.Tensor.numpy
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a device")
+        monkeypatch.setattr(CudaSession, "run", lambda session, features: self._watched(session, features))
+        monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: self._read(tensor))
+        monkeypatch.setattr(torch.nn.Module, "_apply", apply)
+
+    def _watched(self, session, inputs):
+        # Modes are of a thread, and a FakeTensorMode is entered by one thread at a time.
+        with self._one_at_a_time:
+            self.sessions.append(session)
+            inputs = {name: self._without_content(value) for name, value in inputs.items()}
+            with self.mode, self.watch, WithoutGuards():
+                return self._run(session, inputs)
+
+    def _without_content(self, value):
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    def _read(self, tensor):
+        if not isinstance(tensor, FakeTensor):
+            return self._numpy(tensor)
+        self.answers.append(tensor)
+        return np.zeros(tuple(tensor.shape), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "dtype"),
+    [
+        ("bert", "auto", torch.float16),
+        ("bert", "bfloat16", torch.bfloat16),
+        ("bert", "float32", torch.float32),
+        ("mpnet", "auto", torch.float16),
+        ("prompt-not-pooled", "auto", torch.float16),
+        ("left-padding", "auto", torch.float16),
+        ("static", "auto", torch.float16),
+        ("routed", "auto", torch.float16),
+    ],
+)
+def test_a_model_is_loaded_and_warmed_up_on_the_device(tiny, cuda, monkeypatch, tmp_path, kind, asked, dtype):  # noqa: F811
+    folder = tiny(kind)
+    exact = SentenceTransformer(str(folder), device="cpu").encode(["the fox"])
+    machine = Machine(monkeypatch, cuda[1])
+    monkeypatch.setattr(warm_up, "MEASURING_SECONDS", 0)
+    with Moving(machine.mode):
+        model = load(folder, device="cuda", dtype=asked, cache_folder=str(tmp_path))
+    assert (model.info.device, model.info.dtype) == ("cuda", str(dtype).removeprefix("torch."))
+    weights = model.sentence_transformer
+    for name, tensor in [*weights.named_parameters(), *weights.named_buffers()]:
+        assert (type(tensor), tensor.device) == (FakeTensor, CUDA), name
+        assert not tensor.is_floating_point() or tensor.dtype == dtype, name
+    assert len({id(session._stream) for session in machine.sessions}) == 2
+    watch = machine.watch
+    assert (watch.waits, watch.outside) == ([], [])
+    assert set(watch.copies) == {("cuda", torch.int64), ("cpu", torch.float32)}
+    assert {(one.device.type, one.dtype) for one in machine.answers} == {("cpu", torch.float32)}
+    if dtype != torch.float32:
+        # Computed on the CPU, from the weights as the files have them.
+        vectors = normalize(model.forward_exact(alone(model, "the fox")))
+        assert np.abs(vectors - normalize(exact)).max() < 1e-5
