@@ -49,9 +49,9 @@ def warm_up(
         preprocessor.prepare([text], None, None, None, parallel=False)
         for text in ("warm", "up " * max_seq_length)
     )
-    dimension = int((whole or lanes[0]).forward(batch_of(short, 1)).shape[1])
     if not on_cpu:
         max_batch_tokens = fit_memory(lanes, short, long, max_batch_tokens, max_seq_length)
+    dimension = int((whole or lanes[0]).forward(batch_of(short, 1)).shape[1])
     cost = find_cost(lanes, preprocessor, max_seq_length, max_batch_tokens, costs, on_cpu=on_cpu)
     budget = BatchBudget(cost, max_seq_length=max_seq_length, max_batch_tokens=max_batch_tokens)
     for text in (short, long):
@@ -116,6 +116,8 @@ def fit_memory(
     """
     while True:
         try:
+            # One lane with the tokens of all: lanes that run at once need not be at their peaks at once.
+            lanes[0].forward(batch_of(long, len(lanes) * max_batch_tokens))
             for text in (long, short):
                 forward_at_once(lanes, batch_of(text, max_batch_tokens))
             return max_batch_tokens

@@ -1,4 +1,4 @@
-"""Loading and warming up with DEVICE=cuda, on weights that have a device, a shape and a format but no content."""
+"""Loading and warming up on CUDA, with weights that have a device, a shape and a format but no content."""
 
 import threading
 
@@ -58,8 +58,9 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a device")
-        monkeypatch.setattr(CudaSession, "run", lambda session, features: self._watched(session, features))
-        monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: self._read(tensor))
+        # Functions, since a bound method would not be given the object that it is called on.
+        monkeypatch.setattr(CudaSession, "run", lambda session, inputs: self._watched(session, inputs))  # noqa: PLW0108
+        monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: self._read(tensor))  # noqa: PLW0108
         monkeypatch.setattr(torch.nn.Module, "_apply", apply)
 
     def _watched(self, session, inputs):
