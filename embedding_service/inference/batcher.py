@@ -332,8 +332,7 @@ class Batcher:
                 if expired:
                     late = DeadlineExceeded("the deadline passed in the queue")
                     self._fail([(job, late) for job in expired])
-                whole = self._runtime.whole if alone else None
-                self._try(parts, number, whole or lane)
+                self._try(parts, number, (self._runtime.whole if alone else None) or lane)
         except DeviceLost as error:
             self._give_up(str(error))
         except BaseException:

@@ -12,10 +12,13 @@ from embedding_service.inference.runtime import IntArray
 
 # A request with more texts than this is bulk: small ones go first if it is the turn of both. If
 # `separate_bulk` is set, its texts share no batch with those of small requests, which would wait for
-# them and gain nothing. Its batches then have this share of the budget while small requests come, since
-# these wait for the batches in flight, and for this long after the last one.
+# them and gain nothing.
 SMALL_REQUEST_TEXTS = 8
-BULK_BUDGET_SHARE, SMALL_AGO_SECONDS = 0.25, 1.0
+
+# While small requests come, and for this long after the last one, they wait for the batches of bulk that
+# are in flight. A batch of bulk then holds only this many times the tokens that cost as much as starting a
+# batch does: it is short, and bulk still has two thirds of its speed. Only if `separate_bulk` is set.
+SMALL_AGO_SECONDS, BULK_OVERHEADS = 1.0, 2
 
 # The share of its tokens that a batch may waste on padding. If nothing waits beyond the window, it may
 # waste as much as another batch would cost, if that is more, since there will be no better company.
@@ -136,7 +139,7 @@ class FairQueue:
         if self._separate_bulk:
             fellows = [flow for flow in fellows if flow.bulk == head.bulk]
             if head.bulk and now < self._small_until:
-                limit = int(budget * BULK_BUDGET_SHARE)
+                limit = min(budget, BULK_OVERHEADS * overhead)
         batch, served = _take(fellows, limit, 0 if self._heap else overhead)
         for _, bulk, number, flow in window:
             flow.queued = len(flow.rows) > 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from embedding_service.inference.fair_queue import (
-    BULK_BUDGET_SHARE,
+    BULK_OVERHEADS,
     PADDING_SHARE,
     SMALL_AGO_SECONDS,
     WINDOW_TEXTS,
@@ -139,13 +139,13 @@ def test_bulk_and_small_requests_share_no_batch_if_they_are_to_be_apart():
     assert [len(driven.sizes(batch)) for batch in driven.drain()] == [51]
 
 
-def test_bulk_has_a_share_of_the_budget_while_small_requests_come():
-    driven = Driven(1000, separate_bulk=True)
+def test_batches_of_bulk_are_short_while_small_requests_come():
+    driven = Driven(1000, 40, separate_bulk=True)
     driven.add(*[10] * 500)
     assert padded(driven.sizes(driven.batch())) == 1000
     driven.add(10)
     driven.batch()
-    assert padded(driven.sizes(driven.batch())) == 1000 * BULK_BUDGET_SHARE
+    assert padded(driven.sizes(driven.batch())) == 40 * BULK_OVERHEADS
     driven.now += SMALL_AGO_SECONDS + 0.1
     assert padded(driven.sizes(driven.batch())) == 1000
 
