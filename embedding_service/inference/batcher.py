@@ -34,7 +34,6 @@ from embedding_service.inference.job import (
 )
 from embedding_service.inference.runtime import (
     DeviceLost,
-    IntArray,
     Lane,
     OutOfMemory,
     Prepared,
@@ -166,6 +165,8 @@ class Batcher:
         # All that changes a vector but the text.
         context = (runtime.info.fingerprint, prompt, request.input_type, request.truncation_side)
         reduction = reduce(request.texts, context, self._cache)
+        if reduction is not None and not request.truncate:
+            self._refuse_cut(reduction.cut_places())
         texts = request.texts if reduction is None else reduction.texts
         count = len(texts)
         characters = sum(map(len, texts)) + len(prompt or "") * count
@@ -297,10 +298,13 @@ class Batcher:
         if len(pieces) > 1:
             raise ValueError("each for itself")
         job, first, _ = pieces[0]
-        for row in np.flatnonzero(prepared.truncated).tolist():
+        self._refuse_cut([job.index_of(first + row) for row in np.flatnonzero(prepared.truncated).tolist()])
+
+    def _refuse_cut(self, places: list[int]) -> None:
+        if places:
             raise InvalidRequest(
                 f"has more than {self._runtime.max_seq_length} tokens; send truncate=true to cut it",
-                index=job.index_of(first + row),
+                index=min(places),
             )
 
     def _enqueue(self, job: Job, piece: Piece) -> None:
@@ -334,10 +338,10 @@ class Batcher:
                     self._fail([(job, late) for job in expired])
                 self._try(parts, number, (self._runtime.whole if alone else None) or lane)
         except DeviceLost as error:
-            self._give_up(str(error))
+            self._lose(str(error))
         except BaseException:
             log.critical("The batcher failed", exc_info=True)
-            self._give_up("the batcher failed")
+            self._lose("the batcher failed")
 
     def _next_batch(self, number: int) -> tuple[list[Part], list[Job], bool] | None:
         """Wait for work and take a batch; None once the batcher is closed.
@@ -379,12 +383,12 @@ class Batcher:
         except Exception:
             log.exception("A batch failed outside the model")
             error = ModelFailure("the service failed on this request")
-            self._fail([(job, error) for part in parts for job, _ in self._takers(part)])
+            self._fail([(taker, error) for part in parts for taker, _ in self._give_up_on(part)])
         finally:
             with self._lock:
                 del self._running[number]
 
-    def _give_up(self, reason: str) -> None:
+    def _lose(self, reason: str) -> None:
         self._on_device_lost(reason)
         self.close(reason)
 
@@ -439,32 +443,35 @@ class Batcher:
         lengths = lengths_of(slices)
         tokens, padded = sum(lengths), max(lengths) * len(lengths)
         done: list[Job] = []
-        with self._lock:
-            self._measure(tokens, padded, began, ended, lane)
-            row = 0
-            for part in batch:
-                job, size = part.job, len(part.rows)
-                for position, other, place in self._identical.others(job, part.rows):
-                    assert isinstance(other, Job)
-                    found = (vectors if other.wants_raw else unit)[row + position : row + position + 1]
-                    if self._accept_vectors(other, np.array([place], np.int32), found, began, ended):
-                        done.append(other)
-                self._identical.settle(job, part.rows)
-                if self._cache is not None:
-                    self._keep(self._cache, part, vectors[row : row + size])
-                if not job.finished:
-                    found = (vectors if job.wants_raw else unit)[row : row + size]
-                    if self._accept_vectors(job, part.rows, found, began, ended):
-                        done.append(job)
-                row += size
-        self._complete(done)
+        try:
+            with self._lock:
+                self._measure(tokens, padded, began, ended, lane)
+                first = 0
+                for part in batch:
+                    last = first + len(part.rows)
+                    self._scatter(part, vectors[first:last], unit[first:last], (began, ended), done)
+                    first = last
+        finally:
+            self._complete(done)
         metrics.record_batch(len(lengths), tokens, padded, ended - began)
 
-    def _accept_vectors(self, job: Job, rows: IntArray, found: Vectors, began: float, ended: float) -> bool:
-        """Give a job vectors of a batch; whether they were its last."""
-        job.accept(rows, found)
-        job.computed(began, ended)
-        return not job.remaining and self._end(job)
+    def _scatter(
+        self, part: Part, vectors: Vectors, unit: Vectors, when: tuple[float, float], done: list[Job]
+    ) -> None:
+        """Give the vectors of a part to all who wait for them; `done` gets the jobs that have their last."""
+        job, rows = part.job, part.rows
+        takers = [] if job.finished else [(job, rows, slice(None))]
+        for position, other, row in self._identical.others(job, rows):
+            assert isinstance(other, Job)
+            takers.append((other, np.array([row], np.int32), slice(position, position + 1)))
+        for taker, places, span in takers:
+            taker.accept(places, (vectors if taker.wants_raw else unit)[span])
+            taker.computed(*when)
+            if not taker.remaining and self._end(taker):
+                done.append(taker)
+        if self._cache is not None:
+            self._keep(self._cache, part, vectors)
+        self._identical.settle(job, rows)
 
     def _measure(self, tokens: int, padded: int, began: float, ended: float, lane: Lane) -> None:
         self._admission.measure(tokens, ended)
@@ -503,18 +510,20 @@ class Batcher:
 
     # Outcomes
 
-    def _takers(self, part: Part) -> list[tuple[Job, int]]:
-        """The jobs that wait for the rows of a part of a batch, each with its own row."""
+    def _give_up_on(self, part: Part) -> list[tuple[Job, int]]:
+        """The jobs that wait for the rows of a part, each with its own row; nobody can join them any more."""
         takers = [(part.job, row) for row in part.rows.tolist()]
         with self._lock:
             for _, other, row in self._identical.others(part.job, part.rows):
                 assert isinstance(other, Job)
                 takers.append((other, row))
+            self._identical.settle(part.job, part.rows)
         return takers
 
     def _fail_text(self, part: Part, why: str) -> None:
         """Fail all that wait for the one text of a part."""
-        self._fail([(job, ModelFailure(why, index=job.index_of(row))) for job, row in self._takers(part)])
+        takers = self._give_up_on(part)
+        self._fail([(job, ModelFailure(why, index=job.index_of(row))) for job, row in takers])
 
     def _fail(self, failures: Sequence[tuple[Job, ServiceError]]) -> None:
         with self._lock:

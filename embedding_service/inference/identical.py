@@ -26,6 +26,11 @@ class Reduction:
         """Texts of the request that the cache answers."""
         return int(np.count_nonzero(self.places >= len(self.texts)))
 
+    def cut_places(self) -> list[int]:
+        """The cached texts of the request that the model did not read to their end."""
+        cut = [len(self.texts) + row for row, entry in enumerate(self.cached) if entry.truncated]
+        return np.flatnonzero(np.isin(self.places, cut)).tolist()
+
 
 def reduce(texts: list[str], context: Hashable, cache: VectorCache | None) -> Reduction | None:
     """What is left of a request; None if that is all of it."""

@@ -18,8 +18,7 @@ from embedding_service.errors import (
     Unavailable,
 )
 from embedding_service.inference.batcher import Batcher
-from embedding_service.inference.fair_queue import WINDOW_TEXTS
-from embedding_service.inference.job import normalize
+from embedding_service.inference.job import Job, normalize
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory
 from tests.inference.fake_runtime import (
     Answer,
@@ -73,59 +72,7 @@ def expect_vectors(outcome: Embeddings | ServiceError, texts, task: str | None =
     assert np.abs(outcome.vectors - expected).max() < 1e-5
 
 
-# 1. Batches
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
-def test_no_batch_exceeds_the_token_budget(build, seed, separate_bulk):
-    runtime = FakeRuntime(max_batch_tokens=512, separate_bulk=separate_bulk, overhead_tokens=64)
-    batcher, gate = held(build, runtime)
-    answers = []
-    sizes = random.Random(seed)
-    for name in range(60):
-        count = sizes.choice([1, 1, 2, 5, 40])
-        answers.append(submit(batcher, [text(n, name) for n in lengths(seed * 100 + name, count)]))
-    gate.open()
-    for answer in answers:
-        assert isinstance(answer.wait(), Embeddings)
-    assert max(map(padded, runtime.batches)) <= 512
-
-
-@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
-@pytest.mark.parametrize(
-    ("budget", "free", "most"),
-    [(256, 16, 0.10), (8192, 2048, 0.10)],
-    ids=["CPU", "GPU"],
-)
-def test_padding_waste_of_a_log_normal_mix_under_load_is_small(build, budget, free, most, separate_bulk):
-    runtime = FakeRuntime(max_batch_tokens=budget, overhead_tokens=free, separate_bulk=separate_bulk)
-    batcher, gate = held(build, runtime)
-    answers = [
-        submit(batcher, [text(n, f"{name} {i}") for i, n in enumerate(lengths(name, 16))])
-        for name in range(600)
-    ]
-    gate.open()
-    for answer in answers:
-        answer.wait()
-    loaded, waiting = [], 600 * 16
-    for batch in runtime.batches:
-        if waiting > WINDOW_TEXTS:
-            loaded.append(batch)
-        waiting -= len(batch)
-    computed = sum(map(padded, loaded))
-    asked = sum(tokens.length for batch in loaded for tokens in batch)
-    assert computed - asked <= most * computed
-
-
-def test_short_texts_ride_in_wide_batches_under_load(build):
-    runtime = FakeRuntime(max_batch_tokens=256)
-    batcher, gate = held(build, runtime)
-    answers = [submit(batcher, [text(8, name)]) for name in range(320)]
-    gate.open()
-    for answer in answers:
-        answer.wait()
-    assert len(runtime.batches) == 10  # of 32 texts with 8 tokens each
+# 1. Groups
 
 
 def test_only_texts_of_one_group_share_a_batch(build):
@@ -173,61 +120,6 @@ def test_a_text_that_would_be_cut_is_refused_by_its_index_where_cutting_is_off(b
 
 
 # 3. Fairness
-
-
-@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
-def test_a_single_text_passes_a_bulk_request_after_the_batch_in_flight(build, separate_bulk):
-    """At whatever moment it comes: before each of a bulk request's batches, one single text is sent."""
-    runtime = FakeRuntime(separate_bulk=separate_bulk, seconds_per_token=1e-6)
-    batcher, gate = held(build, runtime)
-    sent: dict[int, Answer] = {}
-    served: dict[int, int] = {}
-
-    def at_each_batch(batch) -> None:
-        number = len(runtime.batches)
-        for tokens in batch:
-            if "single" in tokens.text:
-                served[int(tokens.text.rsplit(" ", 1)[1])] = number
-        if number % 3 == 0 and not bulk.done:
-            sent[number] = submit(batcher, [text(12, f"single {number}")])
-
-    bulk = submit(batcher, [text(n, i) for i, n in enumerate(lengths(7, 2048))])
-    wait_until(lambda: len(runtime.prepared) == 2049, what="all texts tokenised")
-    runtime.on_forward = at_each_batch
-    gate.open()
-    bulk.wait()
-    for answer in sent.values():
-        answer.wait()
-    waits = [served[number] - number for number in sent]
-    assert len(waits) > 50
-    assert max(waits) == 1
-
-
-@pytest.mark.parametrize("texts", [9, 256])
-def test_a_bulk_request_is_not_starved_by_single_texts(build, texts):
-    runtime = FakeRuntime(separate_bulk=True, seconds_per_token=2e-6)
-    batcher = build(runtime)
-    bulk = submit(batcher, [text(32, i) for i in range(texts)])
-    stop = threading.Event()
-
-    def single(name: int) -> None:
-        count = 0
-        while not stop.is_set():
-            submit(batcher, [text(32, f"single {name} {count}")]).wait()
-            count += 1
-
-    threads = [threading.Thread(target=single, args=(name,)) for name in range(8)]
-    for thread in threads:
-        thread.start()
-    try:
-        assert isinstance(bulk.wait(15), Embeddings)
-        singles = sum("single" in tokens.text for batch in runtime.batches for tokens in batch)
-        # Its share among 9 flows, and as much again for what is rounded and what came before it.
-        assert singles <= 2 * 8 * texts + 50
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_tokenisation_of_a_bulk_request_holds_nobody_up(build):
@@ -417,22 +309,6 @@ def test_a_full_queue_refuses_and_says_how_long_to_wait(build, texts_a_request):
     assert batcher.queued_tokens == 0
 
 
-def test_a_request_that_would_miss_its_deadline_is_refused_at_once(build):
-    runtime = FakeRuntime(seconds_per_token=1e-4)
-    batcher = build(runtime)
-    for name in range(5):
-        submit(batcher, [text(30, f"{name} {i}") for i in range(8)]).wait()
-    submit(batcher, [text(200, i) for i in range(200)])
-    wait_until(lambda: batcher.queued_tokens > 30_000, what="the tokens counted")
-    with pytest.raises(Overloaded):
-        submit(batcher, [text(200, "x")], seconds=0.5)
-
-
-def test_an_idle_service_takes_a_request_larger_than_the_queue(build):
-    texts = [text(100, i) for i in range(100)]
-    expect_vectors(submit(build(FakeRuntime(), max_queued_tokens=1024), texts).wait(), texts)
-
-
 def test_a_text_is_charged_with_what_the_model_can_read_of_it(build):
     """100,000 characters of which 256 tokens count must not fill the queue."""
     batcher, gate = held(build, FakeRuntime(), max_queued_tokens=2000)
@@ -585,3 +461,193 @@ def test_a_recomputation_counts_as_running(build):
     submit(batcher, [text(9, "nan")]).wait()
     assert seen[0] is not None
     wait_until(lambda: batcher.running_since is None)
+
+
+# 8. A fault at any stage costs its own request
+
+
+STAGES = {
+    "asking for the prompt": lambda batcher: (batcher._runtime, "prompt"),
+    "admission": lambda batcher: (batcher._admission, "admit"),
+    "tokenising": lambda batcher: (batcher._runtime, "prepare"),
+    "looking for identical texts": lambda batcher: (batcher._identical, "add"),
+    "queueing": lambda batcher: (batcher._queue, "push"),
+    "running": lambda batcher: (batcher._runtime.lanes[0], "forward"),
+    "delivering": lambda batcher: (batcher._identical, "others"),
+    "making the answer": lambda _batcher: (Job, "outcome"),
+}
+
+
+@pytest.mark.parametrize("texts", [1, 300], ids=["small", "large"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fault_at_any_stage_fails_its_request_alone_and_ends_no_thread(build, monkeypatch, stage, texts):
+    runtime = FakeRuntime(max_batch_tokens=10_000)
+    batcher = build(runtime, on_device_lost=pytest.fail)
+    owner, name = STAGES[stage](batcher)
+    real, left = getattr(owner, name), [1]
+
+    def broken(*arguments, **named):
+        if left[0]:
+            left[0] -= 1
+            raise KeyError("injected")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, broken)
+    outcomes: dict[int, Embeddings | ServiceError] = {}
+
+    def ask(number: int) -> None:
+        own = [text(5, f"{number} {index}") for index in range(texts)]
+        batcher.submit_all([(number, request(own))], outcomes.update)
+        wait_until(lambda: number in outcomes, 5, "an outcome")
+
+    ask(0)
+    if stage == "running" and texts > 1:
+        assert isinstance(outcomes[0], Embeddings)  # it was halved away
+    else:
+        assert isinstance(outcomes[0], ModelFailure)
+    for number in range(1, 4):
+        ask(number)
+        assert isinstance(outcomes[number], Embeddings)
+    assert batcher.queued_tokens == 0
+    assert len(batcher._identical) == 0
+
+
+def test_a_receiver_that_raises_ends_no_thread(build):
+    batcher = build(FakeRuntime())
+    heard = threading.Event()
+
+    def broken(_outcomes) -> None:
+        heard.set()
+        raise OSError("injected")
+
+    batcher.submit_all([(1, request([text(5)]))], broken)
+    assert heard.wait(5)
+    assert isinstance(submit(batcher, [text(5)]).wait(), Embeddings)
+
+
+# 9. Requests that come together
+
+
+def test_requests_that_come_together_are_tokenised_together_and_answered_together(build):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    runtime.parallel.clear()
+    heard: list[list] = []
+    calls = [(n, request([text(5, n), text(6, n)])) for n in range(6)]
+    calls += [(6, request([text(5)], input_type="query")), (7, request([])), (8, request([text(9, "\0")]))]
+    batcher.submit_all(calls, lambda found: heard.append(list(found)))
+    # One call for each kind, and one more try for each request beside the text that is no text.
+    assert len(runtime.parallel) == 2 + 7
+    gate.open()
+    wait_until(lambda: sum(map(len, heard)) == 9, 5, "all outcomes")
+    outcomes = {number: outcome for together in heard for number, outcome in together}
+    for number in range(6):
+        expect_vectors(outcomes[number], [text(5, number), text(6, number)])
+    expect_vectors(outcomes[6], [text(5)], task="query")
+    assert isinstance(outcomes[7], InvalidRequest)
+    assert (type(outcomes[8]), outcomes[8].index) == (InvalidRequest, 0)
+    assert max(map(len, heard)) >= 6
+
+
+def test_a_receiver_that_has_gone_loses_its_requests_and_no_others(build):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    heard: list = []
+
+    def gone(found) -> None:
+        heard.extend(found)
+
+    batcher.submit_all([(n, request([text(5, f"gone {n}")])) for n in range(5)], gone)
+    fine = submit(batcher, [text(5, "fine")])
+    batcher.cancel_all(gone)
+    gate.open()
+    fine.wait()
+    assert not heard
+    assert not [one for batch in runtime.batches for one in batch if "gone" in one.text]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "texts", "busy", "parallel"),
+    [
+        (True, 300, True, True),
+        (True, 32, True, True),
+        (True, 1, True, False),
+        (False, 300, True, False),
+        (False, 300, False, True),
+        (False, 32, False, False),
+    ],
+)
+def test_the_tokenizer_has_its_own_threads_where_cores_are_free(build, accelerator, texts, busy, parallel):
+    runtime = FakeRuntime(uses_accelerator=accelerator)
+    batcher, gate = held(build, runtime)
+    if not busy:
+        gate.open()
+        wait_until(lambda: batcher.running_since is None)
+    runtime.parallel.clear()
+    submit(batcher, [text(5, n) for n in range(texts)])
+    wait_until(lambda: runtime.parallel)
+    assert runtime.parallel[0] is parallel
+    gate.open()
+
+
+# 10. Lanes
+
+
+def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(build):
+    """Each of two lanes returns only once the other has its batch too."""
+    both = threading.Barrier(2, timeout=10)
+
+    def run(_batch) -> None:
+        both.wait()
+
+    runtime = FakeRuntime(max_batch_tokens=20, lanes=2, on_forward=run)
+    batcher = build(runtime)
+    answers = [submit(batcher, [text(20, n)]) for n in range(8)]
+    for n, answer in enumerate(answers):
+        expect_vectors(answer.wait(), [text(20, n)])
+    assert set(runtime.ran_on) == {0, 1}
+
+
+def test_what_comes_is_tokenised_and_what_is_done_is_delivered_while_a_lane_runs(build):
+    runtime = FakeRuntime(lanes=2)
+    batcher, gate = held(build, runtime)
+    expect_vectors(submit(batcher, [text(5, "beside")]).wait(5), [text(5, "beside")])
+    gate.open()
+
+
+def test_every_core_is_used_for_a_batch_that_is_alone_and_only_for_it(build):
+    runtime = FakeRuntime(lanes=2, whole=True)
+    batcher = build(runtime)
+    submit(batcher, [text(5)]).wait()
+    wait_until(lambda: batcher.running_since is None)
+    assert runtime.ran_on == ["whole"]
+    assert runtime.budget.observed == []
+    gate = Gate()
+    runtime.on_forward = gate
+    first = submit(batcher, [text(5, "held")])
+    assert gate.entered.wait(5)
+    runtime.on_forward = lambda _batch: None
+    submit(batcher, [text(7, "beside")]).wait()
+    assert runtime.ran_on[-1] in (0, 1)
+    gate.open()
+    first.wait()
+    assert [tokens for tokens, _ in runtime.budget.observed] == [7]
+
+
+def test_the_budget_is_told_what_batches_of_an_accelerator_took_one_after_the_other(build):
+    """Two lanes of one device: the second batch waits for the first one's end."""
+    device = threading.Lock()
+
+    def run(_batch) -> None:
+        both.wait()
+        with device:
+            time.sleep(0.05)
+
+    both = threading.Barrier(2, timeout=10)
+    runtime = FakeRuntime(max_batch_tokens=20, lanes=2, on_forward=run, uses_accelerator=True)
+    batcher = build(runtime)
+    answers = [submit(batcher, [text(20, n)]) for n in range(2)]
+    for answer in answers:
+        answer.wait()
+    first, second = (seconds for _, seconds in runtime.budget.observed)
+    assert second < first + 0.04

@@ -1,0 +1,291 @@
+"""Identical texts: computed once, whoever asks; everyone gets the right vector, count and truncations."""
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from embedding_service import metrics
+from embedding_service.engine import Embeddings
+from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, Overloaded, Unavailable
+from embedding_service.inference.batcher import Batcher
+from embedding_service.inference.job import normalize
+from embedding_service.inference.runtime import OutOfMemory
+from tests.inference.fake_runtime import Answer, FakeRuntime, Gate, request, text, vector_of
+from tests.service import wait_until
+
+
+@pytest.fixture
+def build() -> Iterator:
+    batchers: list[Batcher] = []
+
+    def make(runtime: FakeRuntime, **arguments) -> Batcher:
+        batchers.append(Batcher(runtime, max_queued_tokens=1_000_000, **arguments))
+        return batchers[-1]
+
+    yield make
+    for batcher in batchers:
+        batcher.close("the test is over")
+
+
+def submit(batcher: Batcher, texts, seconds: float = 30.0, **fields) -> Answer:
+    answer = Answer()
+    answer.job = batcher.submit(request(texts, seconds, **fields), answer)
+    return answer
+
+
+def held(build, runtime: FakeRuntime, **arguments) -> tuple[Batcher, Gate]:
+    """A batcher whose lanes are all busy."""
+    gate = Gate()
+    runtime.on_forward = gate
+    batcher = build(runtime, **arguments)
+    for number, _ in enumerate(runtime.lanes):
+        submit(batcher, [text(3, f"first {number}")])
+        wait_until(lambda number=number: len(runtime.batches) == number + 1)
+    runtime.batches.clear()
+    runtime.on_forward = lambda _batch: None
+    return batcher, gate
+
+
+def computed(runtime: FakeRuntime) -> Counter:
+    return Counter(one.text for batch in runtime.batches for one in batch)
+
+
+def expect(outcome, texts, *, tokens: int, truncated=(), task=None, side=None, raw=False, cut=None) -> None:
+    assert isinstance(outcome, Embeddings), outcome
+    expected = np.stack([vector_of(one, task, side) for one in texts])[:, :cut]
+    assert np.allclose(outcome.vectors, expected if raw else normalize(expected), atol=1e-6)
+    assert (outcome.tokens, outcome.truncated) == (tokens, list(truncated))
+
+
+def test_a_text_that_a_request_repeats_is_computed_once(build):
+    runtime = FakeRuntime(max_seq_length=20)
+    texts = [text(5), text(30), text(5), text(7), text(30)]
+    expect(submit(build(runtime), texts).wait(), texts, tokens=5 + 20 + 5 + 7 + 20, truncated=[1, 4])
+    assert computed(runtime) == {text(5): 1, text(30): 1, text(7): 1}
+
+
+def test_a_text_that_several_wait_for_is_computed_once(build):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    own = [[text(5), text(6)], [text(6)], [text(6, "other"), text(5)], [text(n % 7 + 3) for n in range(40)]]
+    answers = [submit(batcher, texts) for texts in own]
+    gate.open()
+    for texts, answer in zip(own, answers, strict=True):
+        expect(answer.wait(), texts, tokens=sum(int(one.split()[0]) for one in texts))
+    assert max(computed(runtime).values()) == 1
+    assert len(batcher._identical) == 0
+
+
+def test_a_text_that_runs_is_not_computed_again(build):
+    runtime = FakeRuntime(lanes=2)
+    batcher = build(runtime)
+    gate = Gate()
+    runtime.on_forward = gate
+    first = submit(batcher, [text(5)])
+    assert gate.entered.wait(5)
+    second = submit(batcher, [text(5), text(6)], normalize=False)
+    wait_until(lambda: len(runtime.batches) == 2)
+    third = submit(batcher, [text(5)], dimensions=3)
+    gate.open()
+    expect(first.wait(), [text(5)], tokens=5)
+    expect(second.wait(), [text(5), text(6)], tokens=11, raw=True)
+    expect(third.wait(), [text(5)], tokens=5, cut=3)
+    assert computed(runtime) == {text(5): 1, text(6): 1}
+
+
+def test_only_equal_prompt_task_and_side_make_texts_identical(build):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    kinds = [{}, {"input_type": "query"}, {"input_type": "document"}, {"truncation_side": "left"}]
+    answers = [submit(batcher, [text(5)], **kind) for kind in kinds]
+    gate.open()
+    for kind, answer in zip(kinds, answers, strict=True):
+        task, side = kind.get("input_type"), kind.get("truncation_side")
+        expect(answer.wait(), [text(5)], tokens=5, task=task, side=side)
+
+
+def test_a_small_request_does_not_wait_for_the_bulk_that_has_its_text(build):
+    runtime = FakeRuntime(separate_bulk=True, max_batch_tokens=100)
+    batcher, gate = held(build, runtime)
+    bulk = submit(batcher, [text(10, n) for n in range(2000)])
+    wait_until(lambda: len(runtime.prepared) == 2001)
+    small = submit(batcher, [text(10, 0)])
+    gate.open()
+    expect(small.wait(), [text(10, 0)], tokens=10)
+    assert len(runtime.batches) < 10
+    expect(bulk.wait(), [text(10, n) for n in range(2000)], tokens=20_000)
+    assert max(computed(runtime).values()) == 1
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late", "poisoned"])
+def test_the_end_of_the_first_who_asked_does_not_harm_the_others(build, how):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+
+    def poison(batch) -> None:
+        if any("poison" in one.text for one in batch):
+            raise RuntimeError("injected")
+
+    runtime.on_forward = poison
+    texts = [text(5), text(6), *([text(7, "poison")] if how == "poisoned" else [])]
+    first = submit(batcher, texts, seconds=0.05 if how == "late" else 30)
+    others = [submit(batcher, [text(5), text(8)]), submit(batcher, [text(6)])]
+    if how == "cancelled":
+        batcher.cancel(first.job)
+    past = time.monotonic() + 0.06
+    wait_until(lambda: time.monotonic() > past)
+    gate.open()
+    expect(others[0].wait(), [text(5), text(8)], tokens=13)
+    expect(others[1].wait(), [text(6)], tokens=6)
+    if how != "cancelled":
+        assert isinstance(first.wait(), DeadlineExceeded if how == "late" else ModelFailure)
+    wait_until(lambda: len(batcher._identical) == 0)
+
+
+def test_the_first_may_go_while_its_batch_runs(build):
+    runtime = FakeRuntime()
+    batcher = build(runtime)
+    gate = Gate()
+    runtime.on_forward = gate
+    first = submit(batcher, [text(5)])
+    assert gate.entered.wait(5)
+    second = submit(batcher, [text(5)])
+    batcher.cancel(first.job)
+    third = submit(batcher, [text(5)])
+    gate.open()
+    expect(second.wait(), [text(5)], tokens=5)
+    expect(third.wait(), [text(5)], tokens=5)
+    assert len(runtime.batches) == 1
+
+
+def test_a_poisoned_text_fails_all_who_wait_for_it_by_their_own_index(build):
+    def poison(batch) -> None:
+        if any("poison" in one.text for one in batch):
+            raise RuntimeError("injected")
+
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    runtime.on_forward = poison
+    bad = text(5, "poison")
+    answers = [submit(batcher, [bad]), submit(batcher, [text(6), text(6), bad]), submit(batcher, [text(6)])]
+    gate.open()
+    assert [answers[n].wait().index for n in range(2)] == [0, 2]
+    expect(answers[2].wait(), [text(6)], tokens=6)
+
+
+# The cache
+
+
+def test_the_cache_answers_what_was_computed_before(build):
+    runtime = FakeRuntime(max_seq_length=20)
+    batcher = build(runtime, cache_bytes=1 << 20)
+    hits, misses = metrics.CACHE_HITS._value.get(), metrics.CACHE_MISSES._value.get()
+    texts = [text(5), text(30)]
+    first = submit(batcher, texts).wait()
+    expect(first, texts, tokens=25, truncated=[1])
+    assert first.cache_hits == 0
+    mixed = [text(30), text(7), text(5), text(7)]
+    second = submit(batcher, mixed, normalize=False).wait()
+    expect(second, mixed, tokens=20 + 7 + 5 + 7, truncated=[0], raw=True)
+    assert second.cache_hits == 2
+    third = submit(batcher, [text(5)], dimensions=3).wait()
+    expect(third, [text(5)], tokens=5, cut=3)
+    assert third.cache_hits == 1
+    assert computed(runtime) == {text(5): 1, text(30): 1, text(7): 1}
+    assert metrics.CACHE_HITS._value.get() - hits == 3
+    assert metrics.CACHE_MISSES._value.get() - misses == 4
+    assert batcher.queued_tokens == 0
+
+
+def test_a_cached_text_that_would_be_cut_is_refused_where_cutting_is_off(build):
+    batcher = build(FakeRuntime(max_seq_length=20), cache_bytes=1 << 20)
+    submit(batcher, [text(5), text(30)]).wait()
+    with pytest.raises(InvalidRequest) as refused:
+        submit(batcher, [text(5), text(30)], truncate=False)
+    assert refused.value.index == 1
+
+
+def test_without_a_cache_nobody_is_told_of_hits(build):
+    assert submit(build(FakeRuntime()), [text(5), text(5)]).wait().cache_hits is None
+
+
+# Never a wrong vector
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 6_000, 1 << 20], ids=["no cache", "small cache", "cache"])
+@pytest.mark.parametrize("seed", range(6))
+def test_never_a_wrong_vector_whatever_is_shared_and_whatever_fails(build, seed, cache_bytes):
+    """Few texts, many requests: all share, while texts fail, run out of memory, are late or cancelled."""
+    chance, lock = random.Random(seed), threading.Lock()
+
+    def fail(batch) -> np.ndarray | None:
+        with lock:
+            throw = chance.random()
+        if throw < 0.05:
+            raise OutOfMemory("injected")
+        if throw < 0.10:
+            raise RuntimeError("injected")
+        if throw < 0.15:
+            return np.full((len(batch), 8), np.nan, np.float32)
+        return None
+
+    runtime = FakeRuntime(
+        on_forward=fail,
+        lanes=2,
+        whole=True,
+        seconds_per_token=1e-6,
+        separate_bulk=seed % 2 == 0,
+        max_seq_length=40,
+    )
+    batcher = build(runtime, cache_bytes=cache_bytes)
+    pool = [text(n % 50 + 3, n // 50) for n in range(120)]
+    asked: list[tuple[Answer, list[str], dict]] = []
+
+    def client(number: int) -> None:
+        own = random.Random(seed * 100 + number)
+        for _ in range(40):
+            texts = own.choices(pool, k=own.choice([1, 1, 1, 3, 20, 150]))
+            fields = own.choice([{}, {}, {"input_type": "query"}, {"truncation_side": "left"}])
+            fields = fields | own.choice([{}, {"normalize": False}, {"dimensions": 3}])
+            answer = Answer()
+            try:
+                job = batcher.submit(request(texts, own.choice([0.002, 30, 30]), **fields), answer)
+            except (Overloaded, DeadlineExceeded, Unavailable):
+                continue
+            if own.random() < 0.1:
+                batcher.cancel(job)
+            else:
+                asked.append((answer, texts, fields))
+            if own.random() < 0.3:
+                answer._done.wait(0.02)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    right = 0
+    for answer, texts, fields in asked:
+        outcome = answer.wait(60)
+        assert len(answer.outcomes) == 1
+        if isinstance(outcome, Embeddings):
+            right += 1
+            wanted = [int(one.split()[0]) for one in texts]
+            expect(
+                outcome,
+                texts,
+                tokens=sum(min(40, length) for length in wanted),
+                truncated=[index for index, length in enumerate(wanted) if length > 40],
+                task=fields.get("input_type"),
+                side=fields.get("truncation_side"),
+                raw=not fields.get("normalize", True),
+                cut=fields.get("dimensions"),
+            )
+    assert right > len(asked) / 4
+    wait_until(lambda: batcher.queued_tokens == 0, what="an empty queue")
+    wait_until(lambda: len(batcher._identical) == 0, what="no text that waits")
