@@ -1,4 +1,4 @@
-"""What is constructed and connected: settings, an engine, the Flask app over it."""
+"""Builds and connects the settings, an engine, and the Flask app over it."""
 
 import logging
 
@@ -17,7 +17,7 @@ from embedding_service.web.settings import WebSettings
 
 
 def build() -> Flask:
-    """The app over the model process that the gunicorn master keeps, or over a model of its own."""
+    """The app, using the gunicorn master's model processes or a model in this process."""
     settings = config.current()
     supervisor = supervisor_handle.inherited()
     engine: RemoteEngine | LocalEngine

@@ -1,4 +1,4 @@
-"""The engine: the one interface through which the web half reaches a model, wherever that model lives."""
+"""The engine: the web half's only interface to a model, whichever process the model runs in."""
 
 from typing import Literal, Protocol
 
@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 Vectors = npt.NDArray[np.float32]
-# How long after a request's deadline its answer may still be on its way to who waits for it.
+# How long after a request's deadline its answer may still be in transit.
 GRACE_SECONDS = 0.25
 
 State = Literal["loading", "healthy", "unhealthy", "draining"]
@@ -16,7 +16,7 @@ State = Literal["loading", "healthy", "unhealthy", "draining"]
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds.
 
-    `truncation_side` is the end that over-long texts lose, by default the one the model's tokenizer cuts.
+    `truncation_side` is the end at which over-long texts are cut; by default the tokenizer's own.
     """
 
     texts: list[str]
@@ -30,7 +30,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
-    """Where the time of a request went, in milliseconds."""
+    """How long each phase of a request took, in milliseconds."""
 
     tokenization_ms: float = 0.0
     queue_ms: float = 0.0
@@ -63,7 +63,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
     """The tokens of one text; token i is its characters from `starts[i]` to before `stops[i]`.
 
-    `special` has the position and the name of those that stand for no characters, such as [CLS].
+    `special` has the index and name of each token without characters, such as [CLS].
     """
 
     ids: list[int]
@@ -73,7 +73,7 @@ class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is loaded, and how it runs."""
+    """The loaded model and how it runs."""
 
     model_name: str
     origin: str
@@ -88,12 +88,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     max_batch_tokens: int
     fingerprint: str
-    # True if nothing is cut at `max_seq_length`, as with models of static embeddings.
+    # True if texts are not truncated at `max_seq_length`, as with static embedding models.
     reads_whole_texts: bool = False
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine can say of itself; `info` is there once a model has been loaded."""
+    """The engine's state; `info` is set once a model is loaded."""
 
     state: State
     reason: str = ""
@@ -110,10 +110,10 @@ class Engine(Protocol):
         """The tokens of the texts, untruncated; raises a ServiceError, by the request's deadline."""
 
     def status(self) -> Status:
-        """What state the model is in; never blocks."""
+        """The state of the model; never blocks."""
 
     def must_restart(self) -> bool:
-        """Whether only a new process can bring the engine back."""
+        """Whether the engine can recover only in a new process."""
 
     def close(self) -> None:
-        """Give the model's resources back."""
+        """Release the model's resources."""

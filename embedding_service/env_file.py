@@ -1,4 +1,4 @@
-"""A `.env` file, read strictly: what is not understood is an error with its line, never skipped."""
+"""Parses `.env` files strictly: anything invalid is an error with its line number, never skipped."""
 
 import difflib
 import io
@@ -44,7 +44,7 @@ def read(file: Path, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def misspelt(names: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """The names that are almost one of the known ones, each with the nearest."""
+    """Probable misspellings of known names, each with the nearest match."""
     nearest: dict[str, str] = {}
     for name in names:
         if name not in known:
@@ -71,7 +71,7 @@ def _text(file: Path) -> str:
 
 
 def _line(binding: Binding) -> int:
-    """The line of the name: what the parser gives begins at the empty lines before it."""
+    """The line of the name; the parser's own line number counts from the blank lines before it."""
     text = binding.original.string
     before = text[: len(text) - len(text.lstrip())]
     return binding.original.line + len(re.findall(r"\r\n|\n|\r", before))

@@ -1,7 +1,7 @@
-"""The tree of errors that the service answers with; everything else that is raised is a 500.
+"""The errors that the service responds with; any other exception is a 500.
 
 ServiceError
-├── InvalidRequest         400  the caller can mend it
+├── InvalidRequest         400  the caller can fix it
 ├── Unauthorized           401
 ├── NotFound               404
 ├── TooLarge               413
@@ -11,15 +11,15 @@ ServiceError
 ├── Unavailable            503  loading, draining or lost; carries how long to wait
 └── DeadlineExceeded       504
 
-StartupError is the other root: the service cannot start, and its message is the one line that says why.
+StartupError is the other root: the service cannot start, and its one-line message says why.
 """
 
 
 class ServiceError(Exception):
     """An error with an HTTP status and the `error_type` of the native protocol.
 
-    `index` is the text at fault and `field` the field, both of the request as the engine knows it;
-    `reason` then completes a sentence that begins with them. Each protocol has its own names for them.
+    `index` and `field` locate the bad text or field in the engine's request; `reason` completes a
+    sentence that begins with them. Each protocol has its own names for them.
     """
 
     status = 500
@@ -41,7 +41,7 @@ class ServiceError(Exception):
 
     @property
     def message(self) -> str:
-        """The error in words, with the engine's own names."""
+        """The error as a sentence, with the engine's names."""
         return sentence(self.reason, self.index, self.field)
 
     def __str__(self) -> str:
@@ -49,28 +49,28 @@ class ServiceError(Exception):
 
 
 class InvalidRequest(ServiceError):
-    """The request cannot be served as it stands."""
+    """The request is invalid."""
 
     status = 400
     error_type = "validation"
 
 
 class Unauthorized(ServiceError):
-    """No key, or not one of ours."""
+    """No key, or an unknown one."""
 
     status = 401
     error_type = "unauthorized"
 
 
 class NotFound(ServiceError):
-    """There is no such thing here."""
+    """The resource does not exist."""
 
     status = 404
     error_type = "not_found"
 
 
 class TooLarge(ServiceError):
-    """The body, the number of texts or one text is over a limit."""
+    """The body, the number of texts or a single text exceeds a limit."""
 
     status = 413
     error_type = "too_large"
@@ -98,7 +98,7 @@ class ModelFailure(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """No model can answer now."""
+    """No model is available now."""
 
     status = 503
     error_type = "unavailable"
@@ -112,15 +112,15 @@ class DeadlineExceeded(ServiceError):
 
 
 class StartupError(Exception):
-    """The service cannot start; the message is one line with the reason and the way out."""
+    """The service cannot start; the message is one line with the reason and the remedy."""
 
 
 class ConfigError(StartupError):
-    """A setting has a value that it cannot have; the message names both."""
+    """A setting has an invalid value; the message names both."""
 
 
 def sentence(reason: str, index: int | None, field: str | None) -> str:
-    """The reason with what it is about in front: `texts[3] has more than 256 tokens`."""
+    """The reason, prefixed by what it refers to: `texts[3] has more than 256 tokens`."""
     if index is not None:
         return f"{field or 'texts'}[{index}] {reason}"
     return f"{field} {reason}" if field is not None else reason

@@ -1,4 +1,4 @@
-"""The production server: gunicorn's settings, and the model processes that its master keeps."""
+"""The production server: gunicorn's settings, and the model processes that its master runs."""
 
 import sys
 from pathlib import Path
@@ -27,31 +27,31 @@ except StartupError as error:
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
 worker_class = "embedding_service.web.worker.Worker"
-# For -k gthread and -k sync, which becomes gthread; our own worker has greenlets.
+# Only for -k gthread and sync (which becomes gthread); our own worker uses greenlets.
 threads = min(128, settings.max_concurrent_requests)
-# Connections of a worker, the idle ones included; each is a greenlet.
+# Connections per worker, idle ones included; each is a greenlet.
 worker_connections = 8192
 graceful_timeout = settings.graceful_timeout_seconds
-# Longer than nginx's 60 s, so that it is never this side that closes a connection in use.
+# Longer than nginx's 60 s, so that we never close a connection that nginx is about to use.
 keepalive = 75
-# The heartbeat file must not wait for a disk.
+# The heartbeat must not wait for a slow disk.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 control_socket_disable = True
-# So that every answer goes through the worker's socket, which bounds slow clients.
+# Every response must go through the worker's socket, which times out slow clients.
 sendfile = False
-# No header of a request, whoever sent it, may set SCRIPT_NAME or PATH_INFO.
+# No request header may set SCRIPT_NAME or PATH_INFO, wherever it comes from.
 forwarder_headers = ""
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]
-    """Gunicorn's own lines in the form of ours; --access-logfile still works, and is off by default."""
+    """Gunicorn's log lines in our format; --access-logfile still works, and is off by default."""
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
         logs.setup(*msgspec.structs.astuple(logging))
 
     def debug(self, msg: Any, *args: Any, **kwargs: Any) -> None:
-        """Leave out gunicorn's whole configuration, a hundred lines in one record."""
+        """Drop gunicorn's dump of its configuration, a hundred lines in one record."""
         if not str(msg).startswith("Current configuration:"):
             super().debug(msg, *args, **kwargs)
 
@@ -61,7 +61,7 @@ logger_class = Logger
 
 def on_starting(server: Any) -> None:
     """In the master, before any worker: start the supervisor of the model processes."""
-    # SIGUSR2 starts this command again, which `python -m` has hidden from sys.argv.
+    # SIGUSR2 runs this command again, which `python -m` has removed from sys.argv.
     server.START_CTX["args"] = [sys.executable, *sys.orig_argv[1:]]
     for note in service_config.notes():
         server.log.warning("%s", note)
@@ -98,19 +98,19 @@ def on_starting(server: Any) -> None:
 
 
 def _new_addresses(server: Any) -> list[tuple[str, int]]:
-    """The addresses that are not open yet: after SIGUSR2, or from systemd, they come as open sockets."""
+    """The addresses to bind; after SIGUSR2 or from systemd they arrive as open sockets instead."""
     if server.master_pid or systemd.listen_fds(unset_environment=False) or server.cfg.reuse_port:
         return []
     return [address[:2] for address in server.cfg.address if isinstance(address, tuple) and address[1]]
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """In a worker: let go of what belongs to the master."""
+    """In a worker: close what belongs to the master."""
     supervisor.forget()
 
 
 def post_worker_init(worker: Any) -> None:
-    """In a worker with its app: tell it when it is to go, and wait for the model's first word."""
+    """In a worker with its app: connect its shutdown signal, and wait for the model's first status."""
     from embedding_service import metrics  # the app's; the master needs none
 
     metrics.share(supervisor.folder.metrics)
@@ -120,7 +120,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    """In the master, after the workers have drained: end the model processes, and say how they fared."""
+    """In the master, after the workers have drained: end the model processes and report any failure."""
     failure = supervisor.stop()
     if failure is not None:
         server.log.error("The service failed: %s", failure.reason)

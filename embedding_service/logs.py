@@ -1,4 +1,4 @@
-"""Logging for every process of the service: one line per event, with the request id where there is one."""
+"""Logging for every process of the service: one line per event, with the request id if there is one."""
 
 import io
 import logging
@@ -21,16 +21,16 @@ def _no_request() -> None:
     return None
 
 
-# The id of the request that a line belongs to. In a web worker the web half replaces it, by one that
-# asks the request under way, so that nothing has to be set at its beginning and cleared at its end.
+# Returns the id of the request that a line belongs to. In a web worker, the web half replaces it by a
+# function that asks the current request, so nothing needs to be set and cleared for each request.
 request_id: Callable[[], str | None] = _no_request
 
-# A caller's text may end up in a message; a line break in it must not forge a second log line.
+# A message may contain a caller's text, whose line breaks must not forge a second log line.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO web [request id] message`, and a traceback below where there is one."""
+    """`2026-01-31T12:00:00.000Z INFO web [request id] message`, followed by any traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         caller = request_id()
@@ -42,7 +42,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """The same as one JSON object a line."""
+    """The same, as one JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = {
@@ -60,7 +60,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class FileHandler(logging.handlers.WatchedFileHandler):
-    """A log file that moves with logrotate; while it cannot be written, lines go to standard error."""
+    """A log file that follows logrotate; lines go to standard error while it cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=_stream())
@@ -68,7 +68,7 @@ class FileHandler(logging.handlers.WatchedFileHandler):
 
 def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
     """The settings as `logging.config.dictConfig` and gunicorn's `logconfig_dict` take them."""
-    # WatchedFileHandler opens the file anew when logrotate has moved it.
+    # WatchedFileHandler reopens the file after logrotate has moved it.
     handler: dict[str, Any] = (
         {"class": "embedding_service.logs.FileHandler", "filename": file, "encoding": "utf-8"}
         if file
@@ -92,10 +92,10 @@ def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
 
 
 def setup(level: str, form: str, file: str | None) -> None:
-    """Configure logging in this process. Raises StartupError where the log file cannot be written."""
+    """Configure logging in this process. Raises StartupError if the log file cannot be written."""
     config = dict_config(level, form, file)
     if file:
-        # A line is written, since a full disk shows itself only then.
+        # Write a line, since only that detects a full disk.
         formatter = config["formatters"]["line"]["()"]()
         record = logging.LogRecord(__name__, logging.INFO, "", 0, "A process logs here", None, None)
         try:
@@ -111,29 +111,29 @@ def setup(level: str, form: str, file: str | None) -> None:
 
 
 def refuse(error: object, form: str) -> None:
-    """Say on standard error why the service does not start, whether or not logging is set up."""
+    """Report on standard error why the service does not start, even if logging is not set up."""
     record = logging.LogRecord("start", logging.CRITICAL, "", 0, "%s", (error,), None)
     print(JsonFormatter().format(record) if form == "json" else error, file=_stream())
 
 
 def adopt_libraries() -> None:
-    """Have the libraries that are imported by now log through our handler instead of their own."""
+    """Make the libraries imported so far log through our handler instead of their own."""
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger) and not logger.name.startswith("gunicorn"):
             for handler in logger.handlers.copy():
-                # Not its subclasses, which write to files.
+                # But keep its subclasses, which write to files.
                 if type(handler) is logging.StreamHandler:
                     logger.removeHandler(handler)
                     logger.propagate = True
 
 
 class LineLogger(io.TextIOBase):
-    """Stands in for standard output or error: what a library prints becomes a record for each line."""
+    """Replaces standard output or error: each line that a library prints becomes a log record."""
 
     def __init__(self, name: str, level: int, original: TextIO) -> None:
         self.original = original
         self._log, self._level = logging.getLogger(name), level
-        # For each thread the line that it has begun, and whether it is logging one.
+        # Per thread: its unfinished line, and whether it is inside a logging call.
         self._state = threading.local()
 
     def write(self, text: str) -> int:
@@ -165,7 +165,7 @@ def _stream() -> TextIO:
 
 
 def _capture() -> None:
-    """Make lines in our form of what Python and libraries print, uncaught exceptions included."""
+    """Log in our format what Python and libraries print, uncaught exceptions included."""
     for name, level in (("stdout", logging.INFO), ("stderr", logging.WARNING)):
         stream = getattr(sys, name)
         if not isinstance(stream, LineLogger):

@@ -1,4 +1,4 @@
-"""Every metric, by name; counted by all processes of the service and read from any of them."""
+"""Every metric by name; all processes of the service count, and any of them can report the total."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from embedding_service import __version__, multiprocess
 # prometheus-client asks for the class of a metric's numbers here.
 values.ValueClass = multiprocess.SharedValue
 
-# What this process counts; if it shares no folder, that is everything there is.
+# The metrics of this process, or of the whole service if no folder is shared.
 registry = CollectorRegistry()
 
 
@@ -88,14 +88,14 @@ GPU_UTILIZATION = _gauge(
 GPU_TEMPERATURE = _gauge("gpu_temperature_celsius", "Temperature of the model's GPU.", "livemax", ("gpu",))
 
 BUILD_INFO.labels(__version__).set(1)
-# The children, since finding one by its labels costs as much as counting.
+# Cached children, since a lookup by labels costs as much as counting.
 _tokenization, _queue, _inference = map(PHASE_SECONDS.labels, ("tokenization", "queue", "inference"))
 
 
 def record_embedding(
     tokenization_ms: float, queue_ms: float, inference_ms: float, truncated_texts: int
 ) -> None:
-    """Count an answered embedding request, in the process that answers it."""
+    """Count an embedding request, in the process that answers it."""
     _tokenization.observe(tokenization_ms / 1e3)
     _queue.observe(queue_ms / 1e3)
     _inference.observe(inference_ms / 1e3)
@@ -121,12 +121,12 @@ def record_cache(hits: int, misses: int) -> None:
 
 
 def share(folder: Path) -> None:
-    """Count together with the other processes that share this folder, what has been counted included."""
+    """Share this process's counts, past ones included, with the others that use this folder."""
     multiprocess.share(folder)
 
 
 def exposition(accept: str) -> tuple[bytes, str]:
-    """The answer to a scrape: the values of all processes, and the content type of their form."""
+    """The response to a scrape: the values of all processes, and the content type."""
     source = registry
     folder = multiprocess.shared_folder()
     if folder is not None:

@@ -1,8 +1,8 @@
-"""Numbers that all processes of a service count together, through files in a folder that they share.
+"""Metrics summed over all processes of a service, through files in a shared folder.
 
-A number begins in memory and moves into the folder once its process has called `share`. Each process
-takes the lowest free slot of the folder and locks it for its life. Files are named for slots, not for
-process ids, so a new process counts on where a dead one stopped: counters outlive their processes, the
+A value starts in memory and moves into the folder once its process calls `share`. Each process locks the
+lowest free slot of the folder for its lifetime. Files are named after slots, not process ids, so a new
+process continues from where a dead one stopped: counters outlive their processes, the
 folder does not grow, and the gauges of unlocked slots are left out. The files have prometheus-client's
 format; its own multiprocess mode would read the folder from the environment when it is imported.
 """
@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 
 class SharedValue:
-    """One number, as prometheus-client's metrics expect it: a cell in memory, or in a file of the slot."""
+    """One value, as prometheus-client expects it: a cell in memory or in a file of the slot."""
 
     def __init__(  # noqa: PLR0917 - prometheus-client's own signature
         self,
@@ -64,18 +64,18 @@ class SharedValue:
         """Exemplars are not shared."""
 
     def move(self, slot: "Slot") -> None:
-        """Into the file of the slot, with what has been counted so far. The caller holds the lock."""
+        """Move the value, counts included, into the slot's file. The caller holds the lock."""
         counted = self._cells[self._index]
         self._cells, self._index = slot.cell(self.file_prefix, self.key)
         self._cells[self._index] = counted if self.is_gauge else self._cells[self._index] + counted
 
     def leave(self) -> None:
-        """In a forked child: back to memory and to 0, since the file and the count are the parent's."""
+        """In a forked child: return to memory and to 0, since the file and the count are the parent's."""
         self._cells, self._index = array("d", [0.0]), 0
 
 
 class Slot:
-    """A number that no other living process has in this folder, and the files that are named for it."""
+    """A slot number that no other living process uses in this folder, and the files named after it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,17 +83,17 @@ class Slot:
         self._number, self._lock = self._take()
 
     def cell(self, file_prefix: str, key: str) -> "tuple[memoryview[float], int]":
-        """The numbers of a file, and the index of the one with this key, which is 0 if it is new."""
+        """The values of a file, and the index of this key's value, which is created as 0 if missing."""
         file = self._files.get(file_prefix)
         if file is None:
             path = self.folder / f"{file_prefix}_{self._number}.db"
             file = self._files[file_prefix] = MmapedDict(str(path))  # type: ignore[no-untyped-call]
         file.read_value(key)  # type: ignore[no-untyped-call]
-        # A file that has grown has a new map. Cells of the old one stay valid: both map the same pages.
+        # A file that grew is mapped again. Cells in the old map stay valid: both map the same pages.
         return memoryview(file._m).cast("d"), file._positions[key] // 8
 
     def release(self) -> None:
-        """In a forked child: the lock is the parent's, and must not outlive it because the child holds it."""
+        """In a forked child: close the parent's lock, so that it does not outlive the parent."""
         os.close(self._lock)
 
     def _take(self) -> tuple[int, int]:
@@ -109,7 +109,7 @@ class Slot:
 
 
 class _State:
-    """The numbers of this process, and its slot once they are shared."""
+    """The values of this process, and its slot once they are shared."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -132,7 +132,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def share(folder: Path) -> None:
-    """Count in this folder from now on. A forked child must say so for itself."""
+    """Count in this folder from now on. A forked child must call this itself."""
     with _state.lock:
         if _state.slot is None:
             slot = Slot(folder)
@@ -147,7 +147,7 @@ def shared_folder() -> Path | None:
 
 
 class AllProcesses:
-    """The values of all processes in a folder: counters of dead ones too, gauges only of living ones."""
+    """The values of all processes in a folder; dead processes contribute counters but no gauges."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -163,7 +163,7 @@ class AllProcesses:
             kind, _, number = path.stem.rpartition("_")
             if kind.startswith("gauge") and not living.setdefault(number, self._lives(number)):
                 continue
-            # A file is empty for a moment after its process has created it.
+            # A newly created file is empty for a moment.
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_size:
                     files.append(str(path))
@@ -179,7 +179,7 @@ def _lock_path(folder: Path, number: int | str) -> Path:
 
 
 def _locked_by_another(file: int, exclusively: bool) -> bool:
-    """Whether another process holds the lock; if not, it is ours until the file is closed."""
+    """Whether another process holds the lock; if not, take it until the file is closed."""
     import fcntl  # not on Windows, where nothing is shared
 
     try:

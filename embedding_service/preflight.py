@@ -1,4 +1,4 @@
-"""Whatever can be known to fail before the service listens, without loading a model."""
+"""Startup checks that run before the service listens and need no model."""
 
 import ctypes.util
 import errno
@@ -31,7 +31,7 @@ def check_model(settings: ModelSettings) -> None:
 
 
 def _no_cuda() -> str | None:
-    """Why there can be no CUDA device, or None if only torch can tell."""
+    """Why CUDA is certainly unavailable, or None if only torch can tell."""
     build = importlib.metadata.version("torch").partition("+")[2]
     if build == "cpu":
         return "the installed torch is built without CUDA"
@@ -44,10 +44,10 @@ def _no_cuda() -> str | None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises StartupError if nobody can listen at this address now."""
+    """Raises StartupError if this address cannot be listened on now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as sock:
-        # As gunicorn does, so that connections of a former service that are still closing do not matter.
+        # As gunicorn does, so that closing connections of a previous service do not matter.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((host, port))

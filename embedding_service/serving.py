@@ -1,4 +1,4 @@
-"""Serve with gunicorn, or where it cannot run (Windows) with Werkzeug and the model in this process."""
+"""Serve with gunicorn or, if it cannot run (Windows), with Werkzeug and the model in this process."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ def serve() -> None:
 
 
 def _serve_with_gunicorn() -> None:
-    """Run gunicorn in this process, with our configuration instead of the command line that it would read."""
+    """Run gunicorn in this process, with our configuration instead of sys.argv."""
     from gunicorn.app.base import Application
 
     class Service(Application):  # type: ignore[misc]

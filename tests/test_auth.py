@@ -102,7 +102,7 @@ def test_each_protocol_says_in_its_own_form_that_a_key_is_needed(client, path, m
     answer = client.post(path, json={})
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
-    assert "a valid key is needed" in message(answer.json)
+    assert "a valid key is required" in message(answer.json)
 
 
 def is_meant_to_be_public(rule, method):
@@ -210,9 +210,9 @@ def test_a_file_that_cannot_be_read_any_more_keeps_its_last_keys_and_says_so_onc
 
 
 BAD_SOURCES = {
-    "no key in the list": (" , ,", None, "hold no key"),
+    "no key in the list": (" , ,", None, "contain no key"),
     "no such file": (None, "missing", "No such file"),
-    "empty file": (None, "empty", "hold no key"),
+    "empty file": (None, "empty", "contain no key"),
     "not text": (None, "binary", "not UTF-8"),
 }
 
@@ -283,17 +283,19 @@ def test_the_real_service_asks_for_keys_rotates_them_and_never_logs_them(start, 
     for key in (OURS, FILED, ROTATED):
         for place in (running.log(), scraped, command_lines):
             assert key not in place
-    assert "no key is asked for" not in running.log()
+    assert "no key is required" not in running.log()
 
 
 def test_a_warning_when_the_network_may_use_the_service_without_a_key(start):
     running = start(HOST="0.0.0.0")
-    wait_until(lambda: "Whoever reaches 0.0.0.0 may use this service" in running.log(), 30, "the warning")
-    assert running.log().count("Whoever reaches") == 1
+    wait_until(
+        lambda: "Anyone who can reach 0.0.0.0 can use this service" in running.log(), 30, "the warning"
+    )
+    assert running.log().count("Anyone who can reach") == 1
 
 
 def test_no_warning_where_only_this_machine_may(start):
     command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", "127.0.0.1:{port}", "app:app"]
     running = start(command, HOST="0.0.0.0")
     wait_until(running.health, 30, "an answer")
-    assert "Whoever reaches" not in running.log()
+    assert "Anyone who can reach" not in running.log()

@@ -1,1 +1,1 @@
-"""One engine for many processes: the model process, its supervisor, and what a web worker holds of it."""
+"""Shares one engine among processes: the model process, its supervisor, and the web workers' client."""

@@ -1,4 +1,4 @@
-"""The private folder in which the processes of one service meet: its layout, and its life."""
+"""The private folder shared by the processes of one service: its layout and lifetime."""
 
 import atexit
 import errno
@@ -11,7 +11,7 @@ from embedding_service.errors import StartupError
 
 MEMORY_FOLDER = "/dev/shm"  # noqa: S108
 
-# What the metrics of 64 web workers take.
+# Enough for the metrics of 64 web workers.
 ROOM_BYTES = 16 << 20
 
 # sun_path of sockaddr_un: 108 bytes on Linux, 104 on BSD and macOS.
@@ -19,7 +19,7 @@ MAX_SOCKET_PATH = 103
 
 
 class RuntimeFolder:
-    """The paths in it. The gunicorn master makes it, every other process is told its path."""
+    """The paths in the folder. The gunicorn master creates it; every other process is given its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,7 +27,7 @@ class RuntimeFolder:
 
     @classmethod
     def make(cls) -> "RuntimeFolder":
-        """A new folder that goes when this process ends. Raises StartupError.
+        """A new folder, removed when this process ends. Raises StartupError.
 
         If the process is killed, its supervisor removes the folder.
         """
@@ -42,7 +42,7 @@ class RuntimeFolder:
         return folder
 
     def check(self, model_processes: int) -> None:
-        """Raises StartupError if the sockets of that many processes would have too long a path."""
+        """Raises StartupError if a socket path would be too long with this many processes."""
         if len(str(self.socket(model_processes - 1))) > MAX_SOCKET_PATH:
             raise StartupError(
                 f"The path of {self.path} is too long for a socket; set TMPDIR to a shorter one"
@@ -53,11 +53,11 @@ class RuntimeFolder:
         return self.path / f"model-{index}.sock"
 
     def heartbeat(self, index: int) -> Path:
-        """The file whose time the model process renews for as long as its threads run."""
+        """The heartbeat file, which the model process touches as long as its threads run."""
         return self.path / f"model-{index}.heartbeat"
 
     def device(self, index: int) -> Path:
-        """Where the model process writes the device it runs on, so that a restart asks for that one."""
+        """Where the model process records its device, so that a restart uses the same one."""
         return self.path / f"model-{index}.device"
 
     def failure(self, index: int) -> Path:
@@ -69,13 +69,13 @@ class RuntimeFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _remove_if_mine(self, owner: int) -> None:
-        # A forked worker runs what its parent registered.
+        # A forked worker also runs the exit handlers of its parent.
         if os.getpid() == owner:
             self.remove()
 
 
 def _make_folder_with_room() -> Path:
-    """In TMPDIR if that is set, else in memory, where no full or slow disk is in the way."""
+    """TMPDIR if set, else a folder in memory, which does not depend on a full or slow disk."""
     named = os.environ.get("TMPDIR")  # noqa: TID251 - every program's convention, not a setting of ours
     reason = OSError("there is no folder for temporary files")
     for place in [named] if named else [MEMORY_FOLDER, None]:

@@ -39,7 +39,7 @@ PR_SET_PDEATHSIG = 1
 class Connection:
     """One web worker: a thread that reads its calls, and one that writes what could not be sent at once.
 
-    Answers are sent by the thread that has them: waking another one for each costs more than sending.
+    The thread that produces an answer sends it: waking another thread would cost more than sending.
     """
 
     def __init__(self, sock: socket.socket, server: "ModelServer") -> None:
@@ -47,19 +47,19 @@ class Connection:
         self._server = server
         self._outbox: deque[Any] = deque()
         self._sending = threading.Lock()
-        # What the socket did not take; who puts it here leaves `_sending` locked.
+        # What the socket did not accept; the thread that puts it here leaves `_sending` locked.
         self._rest: queue.SimpleQueue[list[memoryview] | None] = queue.SimpleQueue()
         for target in (self._read_forever, self._write_forever):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     def send(self, message: Any) -> None:
-        """Send a message, or leave it to the writer: a worker that does not read cannot hold up the model."""
+        """Send a message, or leave it to the writer: a worker that does not read must not block the model."""
         self._outbox.append(message)
         self._flush()
 
     def _flush(self) -> None:
         with contextlib.suppress(wire.Closed):
-            # Who finds it locked may go: the other one looks at the outbox again after unlocking.
+            # If another thread holds the lock, return: it re-checks the outbox after unlocking.
             while self._outbox and self._sending.acquire(blocking=False):
                 rest: list[memoryview] = []
                 try:
@@ -123,7 +123,7 @@ class Connection:
 
 
 class ModelServer:
-    """Accepts web workers from the first moment and tells each how the engine is."""
+    """Accepts web workers immediately, and sends each the engine's status."""
 
     def __init__(self, settings: ProcessSettings) -> None:
         self._connections: set[Connection] = set()
@@ -132,13 +132,13 @@ class ModelServer:
         self._listener.bind(str(settings.socket_path))
         self._listener.listen(128)
         self._device_path = settings.device_path
-        # One thread, apart from those that bring texts to embed: listing tokens must not hold these up.
+        # A separate thread, since listing tokens must not delay requests to embed.
         self.tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self.engine = LocalEngine(settings.model, on_status=self._broadcast)
         threading.Thread(target=self._accept_forever, name="accept", daemon=True).start()
 
     def forget(self, connection: Connection) -> None:
-        """The worker has gone."""
+        """The worker has disconnected."""
         with self._lock:
             self._connections.discard(connection)
 
@@ -148,7 +148,7 @@ class ModelServer:
             try:
                 self._accept()
             except Exception as error:
-                # Too many open files, or threads: the worker waits in the listener's queue meanwhile.
+                # Too many open files or threads: meanwhile the worker waits in the listener's queue.
                 log.error("A web worker could not be accepted, trying again: %s", error)
                 pause.wait(ACCEPT_AGAIN_SECONDS)
 
@@ -180,20 +180,20 @@ def _emptied(outbox: deque[Any]) -> list[Any]:
 
 
 def _exit_with_parent() -> None:
-    """The supervisor holds the other end of standard input for as long as it lives."""
+    """End with the supervisor, which holds the other end of standard input while it lives."""
     while os.read(0, 4096):
         pass
     os._exit(0)
 
 
 def _be_killed_with_parent() -> None:
-    """For the supervisor's death while a hung call keeps the thread above from running."""
+    """End with the supervisor even if a hung call keeps the thread above from running."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
-    """Return the exit code once this process is of no use any more; until then, show that it lives."""
+    """Send heartbeats; return the exit code once this process can no longer serve."""
     engine.loaded.wait()
     if isinstance(engine.startup_error, StartupError):
         settings.failure_path.write_text(str(engine.startup_error), errors="replace")
@@ -204,12 +204,15 @@ def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
     while not idle.wait(WATCH_SECONDS):
         os.utime(settings.heartbeat_path)
         now = time.monotonic()
-        # After a pause of the whole machine, which is nobody's hang, look once more.
+        # The whole machine may have been paused, so check again before calling it a hang.
         paused, last = now - last > PAUSE_SECONDS, now
         if engine.must_restart():
             return EX_SOFTWARE
         if engine.running_seconds() > settings.hang_seconds and not paused:
-            log.critical("A batch has been running for over %.0f s; starting anew", settings.hang_seconds)
+            log.critical(
+                "A batch has been running for over %.0f s; restarting the model process",
+                settings.hang_seconds,
+            )
             return EX_SOFTWARE
     return EX_SOFTWARE
 

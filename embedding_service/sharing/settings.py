@@ -1,4 +1,4 @@
-"""What the supervisor and a model process are told, as JSON on their command lines; and their exit codes."""
+"""The settings passed to the supervisor and model processes as JSON arguments, and their exit codes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import msgspec
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing.runtime_folder import RuntimeFolder
 
-# From sysexits.h: what no restart can cure, and what one may.
+# From sysexits.h: a failure that no restart can fix, and one that a restart may.
 EX_CONFIG, EX_SOFTWARE = 78, 70
 
 
@@ -37,7 +37,7 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def folder(self) -> RuntimeFolder:
-        """Where it meets the other processes."""
+        """The runtime folder shared with the other processes."""
         return RuntimeFolder(Path(self.runtime_folder))
 
     @property
@@ -57,5 +57,5 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def heartbeat_path(self) -> Path:
-        """The file whose time it renews."""
+        """Its heartbeat file."""
         return self.folder.heartbeat(self.index)

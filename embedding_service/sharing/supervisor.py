@@ -1,8 +1,8 @@
-"""The supervisor: keeps one model process per device alive, and tells the master when that is of no use.
+"""The supervisor: keeps one model process per device alive, and tells the master when to give up.
 
-Lifetimes hang on pipes, not signals: the master holds the supervisor's standard input, the supervisor
-holds each model process's. If one of them dies, however it dies, those below it see the end of the pipe
-and go. The other way round, the master and its web workers see the end of the supervisor's report.
+Lifetimes depend on pipes, not signals: the master holds the supervisor's standard input, the supervisor
+holds each model process's. If a process dies, however it dies, the ones below it see end-of-file and
+exit. In the other direction, the master and its web workers see the end of the supervisor's report.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Child:
         self._heartbeat_seen = self._looked = 0.0
 
     def keep_alive(self) -> ExitReason | None:
-        """Start the process when it is time to; returns a reason if starting again is of no use."""
+        """Start the process if it is due; returns a reason if restarting is pointless."""
         if self._process is None:
             if time.monotonic() >= self._start_at:
                 self._start()
@@ -56,14 +56,14 @@ class Child:
         code = self._process.poll()
         if code is None:
             if self._hung(time.monotonic()):
-                log.critical("The model process stands still; killing it")
+                log.critical("The model process is hung; killing it")
                 self._process.kill()
             return None
         self._process = None
         return self._died(code)
 
     def stop(self) -> None:
-        """End the process; it goes when its standard input closes."""
+        """End the process, which exits when its standard input closes."""
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -75,9 +75,9 @@ class Child:
             self._process.wait()
 
     def _hung(self, now: float) -> bool:
-        """Whether the process has long shown no life: what hangs it keeps its own watchdog from running.
+        """Whether the heartbeat is overdue: a hang can keep the process's own watchdog from running.
 
-        Times are this process's own, so that a pause of the whole machine counts for nobody.
+        Times are measured in this process, so a pause of the whole machine does not count.
         """
         try:
             heartbeat = self._settings.heartbeat_path.stat().st_mtime_ns
@@ -93,7 +93,7 @@ class Child:
         settings.socket_path.unlink(missing_ok=True)
         settings.heartbeat_path.unlink(missing_ok=True)
         if settings.device_path.exists():
-            # It has run before: the same device again or none, never a silent fall to the CPU.
+            # After a first run, only the same device will do: never fall back to the CPU silently.
             device = settings.device_path.read_text()
             model = msgspec.structs.replace(settings.model, device=device, cpu_fallback=False)
             settings = msgspec.structs.replace(settings, model=model)
@@ -106,7 +106,7 @@ class Child:
             stderr=output and subprocess.STDOUT,
         )
         if self._process.stdout is not None:
-            # Out here, so that the last words of a process that crashes are not lost.
+            # Outside the lock, so that the last output of a crashing process is not lost.
             threading.Thread(target=_pass_on, args=[self._process.stdout], daemon=True).start()
 
     def _died(self, code: int) -> ExitReason | None:
@@ -120,7 +120,7 @@ class Child:
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_SECONDS:
             return ExitReason(
                 EX_SOFTWARE,
-                f"{process} ended {MAX_DEATHS} times in {DEATHS_WITHIN_SECONDS:.0f} s, at last {how}",
+                f"{process} ended {MAX_DEATHS} times in {DEATHS_WITHIN_SECONDS:.0f} s, most recently {how}",
             )
         recent = sum(now - death < DEATHS_WITHIN_SECONDS for death in self._deaths)
         wait = BACKOFF_SECONDS[min(recent, len(BACKOFF_SECONDS)) - 1]
@@ -131,7 +131,7 @@ class Child:
 
 
 def _pass_on(output: IO[bytes]) -> None:
-    """Write down what a model process writes: its log as it is, what native code prints as a record."""
+    """Log a model process's output: its log lines unchanged, anything printed by native code as a record."""
     with output:
         for line in output:
             if line.startswith(b'{"time":'):
@@ -141,7 +141,7 @@ def _pass_on(output: IO[bytes]) -> None:
 
 
 def main(folder: RuntimeFolder, report: socket.socket, all_settings: list[ProcessSettings]) -> int:
-    """Supervise until the master goes or there is a reason to give up; returns the exit code."""
+    """Supervise until the master exits or there is a reason to give up; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     metrics.share(folder.metrics)
@@ -160,7 +160,7 @@ def main(folder: RuntimeFolder, report: socket.socket, all_settings: list[Proces
     if reason is not None:
         if os.getppid() == master:
             os.kill(master, signal.SIGTERM)
-        # The workers drain while this process lives, so that none of them takes the end for a death.
+        # Stay alive while the workers drain, so that none of them mistakes this for a crash.
         while not _master_gone():
             pass
     folder.remove()
@@ -168,7 +168,7 @@ def main(folder: RuntimeFolder, report: socket.socket, all_settings: list[Proces
 
 
 def _master_gone() -> bool:
-    """Wait a moment for the end of standard input, whose other end the master holds."""
+    """Wait briefly for the end of standard input, whose other end the master holds."""
     readable, _, _ = select.select([0], [], [], POLL_SECONDS)
     return bool(readable) and not os.read(0, 4096)
 

@@ -1,9 +1,9 @@
-"""What the gunicorn master and its workers hold of the supervisor: one pipe to it, and one from it.
+"""How the gunicorn master and its workers reach the supervisor: one pipe to it, and one from it.
 
 The master alone holds the supervisor's standard input, so the supervisor sees it end with the master.
 The supervisor alone holds the writing end of the report, so the master and every worker see it end with
-the supervisor. What was written to the report before it ended is the reason why the service must end.
-Nothing is known by process id: gunicorn's master reaps every child itself.
+the supervisor. A message in the report is the reason why the service must end.
+Process ids are not used: gunicorn's master reaps every child itself.
 """
 
 import os
@@ -22,17 +22,17 @@ STOP_SECONDS = 10.0
 
 
 class SupervisorHandle:
-    """The supervisor, before and after it has been started; forked workers inherit this."""
+    """The supervisor, before and after its start; forked workers inherit this."""
 
     def __init__(self, folder: RuntimeFolder) -> None:
         self.folder = folder
         self._master = os.getpid()
         self._stopping = False
-        # A socket, since its contents can be looked at without taking them from the master.
+        # A socket, since workers can peek at its contents without consuming them.
         self._report, self._report_end = socket.socketpair()
 
     def start(self, processes: list[ProcessSettings]) -> None:
-        """In the master: start the supervisor, which keeps these model processes. Raises StartupError."""
+        """In the master: start the supervisor of these model processes. Raises StartupError."""
         self.folder.check(len(processes))
         report = self._report_end.fileno()
         settings = msgspec.json.encode(processes).decode()
@@ -52,19 +52,19 @@ class SupervisorHandle:
         self._report_end.close()
 
     def forget(self) -> None:
-        """In a forked worker: let go of the pipe whose end tells the supervisor that the master died."""
+        """In a forked worker: close the pipe whose end tells the supervisor that the master died."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
     def gone(self) -> bool:
-        """Whether the supervisor died without a word. Never blocks, and takes nothing from the report."""
+        """Whether the supervisor died without a message. Never blocks or consumes the report."""
         try:
             return not self._stopping and not self._report.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
 
     def stop(self) -> ExitReason | None:
-        """In the master: end the supervisor and all below it; returns why the service failed, if it did."""
+        """In the master: end the supervisor and its processes; returns why the service failed, if it did."""
         killed = self.gone()
         self._stopping = True
         assert self._process.stdin is not None
@@ -87,7 +87,7 @@ class SupervisorHandle:
 
 
 def _environment() -> dict[str, str]:
-    """The environment in which every process below finds this package, whatever folder it runs in."""
+    """An environment in which child processes can import this package from any working directory."""
     found = str(Path(__file__).parent.parent.parent)
     others = os.environ.get("PYTHONPATH")  # noqa: TID251 - Python's own, not a setting
     return os.environ | {"PYTHONPATH": f"{found}{os.pathsep}{others}" if others else found}  # noqa: TID251
@@ -100,7 +100,7 @@ _inherited: SupervisorHandle | None = None
 def prepare() -> SupervisorHandle:
     """In the master: the handle, with a new runtime folder. Raises StartupError.
 
-    Once in a process, since gunicorn reads its configuration again at each SIGHUP.
+    Made once per process, since gunicorn rereads its configuration at each SIGHUP.
     """
     global _inherited  # noqa: PLW0603
     if _inherited is None:

@@ -39,7 +39,7 @@ class Call(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """One embedded request, but for its vectors."""
+    """One embedded request without its vectors."""
 
     number: int
     texts: int
@@ -51,7 +51,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, number: int, result: Embeddings) -> Self:
-        """What is said of a result beside its vectors."""
+        """The details of a result, without its vectors."""
         texts, dimension = result.vectors.shape
         return cls(
             number, texts, dimension, result.tokens, result.truncated, result.timings, result.cache_hits
@@ -59,12 +59,12 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Replies(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Model to web: all answers of a batch; their vectors follow, those of one after those of another."""
+    """Model to web: all answers of a batch, followed by their vectors in the same order."""
 
     answers: list[Answer]
 
     def results(self, payload: Any) -> Iterator[tuple[int, Embeddings]]:
-        """The number of each request and what was sent for it; the vectors are views of the payload."""
+        """Each request's number and its result; the vectors are views of the payload."""
         numbers = np.frombuffer(payload, np.float32)
         first = 0
         for answer in self.answers:
@@ -135,7 +135,7 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 class Closed(ConnectionError):
-    """The other side has gone."""
+    """The other side has closed the connection."""
 
 
 # A message, or Replies with the vectors of its answers.
@@ -165,8 +165,8 @@ class Channel:
     def send(self, *messages: Sendable, until: float | None = None) -> None:
         """Send messages; one system call for all of them.
 
-        Raises Closed; TimeoutError where the other side has not taken them `until` (time.monotonic()),
-        after which the channel is good only where nothing of the messages had been sent.
+        Raises Closed, or TimeoutError if the other side has not accepted them by `until`
+        (time.monotonic()); after that the channel is usable only if nothing had been sent.
         """
         views = _framed(messages)
         if not self._sending.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
@@ -177,9 +177,9 @@ class Channel:
             self._sending.release()
 
     def try_send(self, *messages: Sendable) -> list[memoryview]:
-        """Send messages as far as the other side takes them at once, and return the rest, for `send_rest`.
+        """Send what the other side accepts at once, and return the rest for `send_rest`.
 
-        The caller sees to it that nothing else is sent until the rest is. Raises Closed.
+        The caller must send nothing else before the rest. Raises Closed.
         """
         views = _framed(messages)
         while views and self._send(views):
@@ -197,7 +197,7 @@ class Channel:
         return message, self._exactly(payload_size)
 
     def receive_all(self) -> list[Message]:
-        """The next message, and those without a payload that came with it. Raises Closed."""
+        """The next message, and any without a payload that arrived with it. Raises Closed."""
         messages = [self.receive()[0]]
         while (size := self._next_size()) is not None:
             first = self._first + _SIZES.size
@@ -206,7 +206,7 @@ class Channel:
         return messages
 
     def _next_size(self) -> int | None:
-        """The size of the next message, if all of it is here."""
+        """The size of the next message, if it has fully arrived."""
         here = self._last - self._first - _SIZES.size
         if here < 0:
             return None
@@ -228,7 +228,7 @@ class Channel:
                 self._wait_writable(until, begun)
 
     def _send(self, views: list[memoryview]) -> bool:
-        """Send what the other side takes at once and take it off the list; False where it takes nothing."""
+        """Send what the other side accepts at once and drop it from the list; False if that is nothing."""
         try:
             sent = self._socket.sendmsg(views[:512], (), socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -242,7 +242,7 @@ class Channel:
         return True
 
     def _wait_writable(self, until: float | None, begun: bool) -> None:
-        """Wait for the other side to read; half a message that it does not take closes the channel."""
+        """Wait for the other side to read; a timeout in the middle of a message closes the channel."""
         poll = select.poll()
         try:
             poll.register(self._socket, select.POLLOUT)
@@ -257,7 +257,7 @@ class Channel:
         raise Closed("the other side does not read")
 
     def _exactly(self, size: int) -> bytearray:
-        """The next bytes; small messages that came together cost one system call for all of them."""
+        """The next bytes; small messages that arrive together cost a single system call."""
         result = bytearray(size)
         view = memoryview(result)
         while view:

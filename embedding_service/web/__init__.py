@@ -1,1 +1,1 @@
-"""The HTTP half: it knows Flask and JSON, and never the model."""
+"""The HTTP half: it knows about Flask and JSON, and nothing about the model."""

@@ -1,4 +1,4 @@
-"""Asks every request for a key if keys are set, unless its view is public."""
+"""Requires a key for every request to a view that is not public, if any keys are configured."""
 
 from flask import Flask, Response, current_app, request
 
@@ -21,7 +21,7 @@ def register(app: Flask) -> None:
         if _is_public() or any(ring.holds(key) for key in _sent_keys()):
             return
         raise Unauthorized(
-            "a valid key is needed; send it as 'Authorization: Bearer <key>' or as 'X-API-Key: <key>'"
+            "a valid key is required; send it as 'Authorization: Bearer <key>' or as 'X-API-Key: <key>'"
         )
 
     app.before_request(demand_key)
@@ -29,7 +29,7 @@ def register(app: Flask) -> None:
 
 
 def _is_public() -> bool:
-    """Whether the view says so of itself; a browser sends no key with a page that it opens."""
+    """Whether the view is declared public; a browser opening a page sends no key."""
     if request.method not in ("GET", "HEAD") or request.endpoint is None:
         return False
     found = operation_of(current_app.view_functions[request.endpoint])
@@ -37,7 +37,7 @@ def _is_public() -> bool:
 
 
 def _sent_keys() -> list[bytes]:
-    """What the request offers as a key, at most two; header values are Latin-1 on their way here."""
+    """The keys in the request, at most two; WSGI passes header values as Latin-1."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     offered = [request.headers.get("X-API-Key", "")]
     if scheme.lower() == "bearer":

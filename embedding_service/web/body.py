@@ -1,4 +1,4 @@
-"""Reading requests and writing answers: bytes to a validated struct, and a dict to bytes."""
+"""Reading requests and writing responses: bytes to a validated struct, and a dict to bytes."""
 
 import functools
 from codecs import BOM_UTF8
@@ -19,9 +19,9 @@ FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
 class BodyDecoder(Generic[Body]):
-    """Decodes bodies as a struct, and judges the fields that the struct does not have.
+    """Decodes bodies into a struct, and checks the fields that the struct does not have.
 
-    The first decoder takes only bodies without such fields, so that most bodies are decoded once.
+    The first decoder accepts only bodies without extra fields, so most bodies are decoded once.
     """
 
     def __init__(self, kind: type[Body], *, near: bool = False, normalizes: bool = True) -> None:
@@ -33,7 +33,7 @@ class BodyDecoder(Generic[Body]):
         self._tolerant = msgspec.json.Decoder(kind)
 
     def decode(self, raw: bytes) -> Body:
-        """The bytes as the struct. Raises InvalidRequest; UnsupportedMediaType for a form that is no JSON."""
+        """The bytes as the struct. Raises InvalidRequest, or UnsupportedMediaType for a form."""
         try:
             try:
                 return self._exact.decode(raw)
@@ -64,7 +64,7 @@ class BodyDecoder(Generic[Body]):
 
 
 def _without_others(kind: type[Body]) -> type[Body]:
-    """A subclass of the struct, all the way down, that refuses fields that it does not have."""
+    """A subclass that rejects unknown fields, in nested structs too."""
     overridden: list[Any] = []
     for field in msgspec.structs.fields(kind):
         if structs := _structs(field.type):
@@ -80,7 +80,7 @@ def _without_others(kind: type[Body]) -> type[Body]:
 
 @functools.cache
 def _fields(kind: type) -> dict[str, list[type[msgspec.Struct]]]:
-    """The struct's fields by name, with the structs that each may hold."""
+    """The struct's fields by name, each with the structs that it may hold."""
     return {field.encode_name: _structs(field.type) for field in msgspec.structs.fields(kind)}
 
 
@@ -95,11 +95,11 @@ def parse(decoder: BodyDecoder[Body]) -> Body:
 
 
 def _not_json(reason: str) -> ServiceError:
-    """`curl -d` labels JSON as a form, so a form is told by what it is not.
+    """The error for a body that is not JSON. `curl -d` labels JSON as a form, so only now is a form refused.
 
-    Another site's page can therefore have its visitor's browser post JSON here without asking first. It
-    gains nothing: a key is sent in a header, which such a form cannot set and no browser adds by itself,
-    the answer cannot be read across sites, and no request changes anything.
+    So another site can make its visitor's browser post JSON here without a CORS preflight. It gains
+    nothing: the key is in a header, which a form cannot set and no browser adds by itself, the response
+    cannot be read across sites, and no request changes anything.
     """
     if request.mimetype in FORMS:
         return UnsupportedMediaType(
@@ -109,19 +109,19 @@ def _not_json(reason: str) -> ServiceError:
 
 
 def read() -> bytes:
-    """The whole body. Raises TooLarge, UnsupportedMediaType, or InvalidRequest where it is empty."""
+    """The whole body. Raises TooLarge, UnsupportedMediaType, or InvalidRequest if it is empty."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise UnsupportedMediaType("compressed bodies are not read; send the JSON as it is")
+        raise UnsupportedMediaType("compressed bodies are not supported; send plain JSON")
     limit = context().settings.max_body_bytes
     length = request.content_length
     if (length or 0) > limit:
         raise TooLarge(f"the body is over {limit} bytes")
-    # One byte more than allowed, since a chunked body does not say how long it is; the stream
-    # itself ends where the body does.
+    # A chunked body does not announce its length, so read one byte more than allowed to detect an
+    # oversized one; the stream itself stops at the end of the body.
     try:
         raw: bytes = request.environ["wsgi.input"].read(limit + 1 if length is None else length)
     except Exception as error:
-        # Whatever the server calls it: a malformed chunk, a client that is too slow, or gone.
+        # Each server raises its own error for a malformed chunk or a slow or disconnected client.
         raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None
     if len(raw) > limit:
         raise TooLarge(f"the body is over {limit} bytes")
@@ -133,7 +133,7 @@ def read() -> bytes:
 
 
 def answer(body: Any, status: int = 200) -> Response:
-    """A JSON response; numpy arrays of float32 are written as they lie."""
+    """A JSON response; float32 numpy arrays are serialised without conversion."""
     return Response(
         orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), status, mimetype="application/json"
     )

@@ -1,4 +1,4 @@
-"""What every view reaches through the running app: the engine, the limits, and whether it drains."""
+"""What views get from the running app: the engine, the limits, and whether it is draining."""
 
 import contextlib
 import threading
@@ -22,12 +22,12 @@ from embedding_service.web.settings import WebSettings
 
 KEY = "embedding_service"
 
-# What the last request weighs in the time that one is expected to take.
-RECENT = 0.1
+# Weight of the latest request in the moving average of request time.
+LATEST_WEIGHT = 0.1
 
 
 class Context:
-    """The engine as the web half uses it: bounded in number, and off while it drains."""
+    """The engine with a limit on concurrent requests, reported as draining during shutdown."""
 
     def __init__(self, engine: Engine, settings: WebSettings) -> None:
         self.engine = engine
@@ -37,7 +37,7 @@ class Context:
         self._seconds_per_request = 0.0
 
     def embed(self, request: EmbedRequest) -> Embeddings:
-        """Engine.embed; raises Overloaded if too many requests of this worker wait."""
+        """Engine.embed; raises Overloaded if this worker has too many requests in flight."""
         with self._place():
             result = self.engine.embed(request)
         timings = result.timings
@@ -47,16 +47,16 @@ class Context:
         return result
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        """Engine.tokenize, bounded as `embed` is."""
+        """Engine.tokenize, with the same limit as `embed`."""
         with self._place():
             return self.engine.tokenize(request)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
         if not self._places.acquire(blocking=False):
-            # Half of those that wait now will have been answered in half the time a request takes.
+            # In half the time a request takes, about half of the requests in flight will be done.
             raise Overloaded(
-                "this web worker has as many requests with the model as it may",
+                "this web worker is at its limit of concurrent requests",
                 retry_after_seconds=max(0.05, self._seconds_per_request / 2),
             )
         began = time.monotonic()
@@ -65,7 +65,7 @@ class Context:
         finally:
             self._places.release()
             seconds = time.monotonic() - began
-            self._seconds_per_request += RECENT * (seconds - self._seconds_per_request)
+            self._seconds_per_request += LATEST_WEIGHT * (seconds - self._seconds_per_request)
 
     def status(self) -> Status:
         """The engine's status, or draining."""
@@ -75,7 +75,7 @@ class Context:
         return status
 
     def require_info(self) -> ModelInfo:
-        """What is loaded. Raises Unavailable until a model has been."""
+        """The loaded model's details. Raises Unavailable until a model is loaded."""
         status = self.status()
         if status.info is None:
             raise Unavailable(status.reason, retry_after_seconds=1)

@@ -1,4 +1,4 @@
-"""GET /openapi.json, and GET /docs, which shows it to a person without asking any other host."""
+"""GET /openapi.json, and GET /docs, which renders it without fetching anything from another host."""
 
 import functools
 import importlib.util
@@ -14,11 +14,11 @@ from embedding_service.web.operation import JSON, operation
 
 blueprint = Blueprint("docs", __name__, template_folder="templates")
 
-# The package that carries Swagger UI's files; its code is not imported.
+# The package that bundles Swagger UI's files; its code is not imported.
 UI_PACKAGE = "flask_swagger_ui"
 UI_FILES = {"swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"}
 
-# Swagger UI sets styles on its elements and draws with images that it carries in its stylesheet.
+# Swagger UI uses inline styles, and images embedded in its stylesheet.
 SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,7 +35,7 @@ def openapi() -> Response:
 @blueprint.get("/docs")
 @operation({200: str}, media=("text/html",), public=True)
 def show() -> Response:
-    """The same for a person, rendered by Swagger UI from files of this service."""
+    """This document for a person, rendered by Swagger UI from files that this service hosts."""
     response = Response(
         render_template("docs.html", version=page.VERSION, here=_here()), mimetype="text/html"
     )
@@ -45,14 +45,14 @@ def show() -> Response:
 
 
 def _here() -> str:
-    """From the page to our root; relative, since a proxy may serve us below a path that we do not know."""
+    """Relative path from the page to our root, since a proxy may serve us under an unknown prefix."""
     return "../" if request.path.endswith("/") else ""
 
 
 @blueprint.get("/docs/<name>")
 @operation({}, public=True, described=False)
 def file(name: str) -> Response:
-    """A file of Swagger UI."""
+    """One of Swagger UI's files."""
     return send_from_directory(_ui_folder(), name if name in UI_FILES else "", max_age=86400)
 
 

@@ -1,4 +1,4 @@
-"""The steps that the embedding views of all protocols share: ask the engine, encode, answer."""
+"""The steps shared by every protocol's embedding views: ask the engine, encode, respond."""
 
 import base64
 from collections.abc import Callable
@@ -20,7 +20,9 @@ EncodingFormat = Annotated[
 ]
 Dimensions = Annotated[
     int,
-    Meta(ge=1, le=65_536, description="Keep so many dimensions of each vector, and normalise it again."),
+    Meta(
+        ge=1, le=65_536, description="Truncate each vector to this many dimensions, then normalise it again."
+    ),
 ]
 PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
 InputType = Annotated[
@@ -37,7 +39,7 @@ EncodedVectors = Annotated[
         extra_json_schema={
             "type": "array",
             "items": {"anyOf": [_NUMBERS, {"type": "string"}]},
-            "description": "One vector a text, in the order of the texts.",
+            "description": "One vector per text, in the order of the texts.",
         }
     ),
 ]
@@ -54,8 +56,8 @@ Place = Callable[[int], tuple[str, int | None]]
 def ask(request: EmbedRequest, place: Place | None = None) -> Embeddings:
     """The engine's embeddings of texts within the limits.
 
-    `place` says which field, and which item of it, the caller sent as a text of the request; without it
-    they are the items of the field that the protocol has for texts.
+    `place` maps a text's index to the field and item that the caller sent it in; by default that is the
+    same item of the protocol's own field for texts.
     """
     try:
         check_texts(request.texts)
@@ -67,20 +69,20 @@ def ask(request: EmbedRequest, place: Place | None = None) -> Embeddings:
 
 
 def encoded(vectors: Vectors, encoding_format: str) -> Any:
-    """The rows as they are, or each as base64."""
+    """The rows as arrays, or each as base64."""
     if encoding_format == "base64":
         return [base64.b64encode(vector).decode() for vector in vectors]
     return vectors
 
 
 def model_name() -> str:
-    """The name of the model that answers."""
+    """The name of the loaded model."""
     info = context().status().info
     return info.model_name if info else ""
 
 
 def answer_embeddings(body: Any, result: Embeddings) -> Response:
-    """The body, with what Text Embeddings Inference tells in headers: tokens, and times in whole ms."""
+    """The body, with the headers of Text Embeddings Inference: tokens, and times in whole milliseconds."""
     response = answer(body)
     timings = result.timings
     response.headers.extend(

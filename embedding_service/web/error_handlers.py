@@ -1,4 +1,4 @@
-"""Every error of a request becomes JSON here: ours by its class, Werkzeug's by its code, the rest a 500."""
+"""Turns every error into JSON: ours by class, Werkzeug's by status code, anything else as a 500."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from embedding_service.web.protocols import native
 
 log = logging.getLogger(__name__)
 
-# A message may quote what the caller sent, such as a name; no more than this of it is logged.
+# A message may quote what the caller sent, such as a name; at most this many characters are logged.
 LOGGED_CHARACTERS = 200
 
 HTTP_ERROR_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -27,9 +27,9 @@ def register(app: Flask) -> None:
 
 
 def on_service_error(error: ServiceError) -> Response:
-    """The error's own status and error_type in the caller's names, and how long to wait if it says so."""
+    """The error in the words of the caller's protocol, with Retry-After if the error has one."""
     level = logging.WARNING if error.status >= 500 else logging.INFO
-    # Refusals are cheap only if they do not write: an overloaded service must not fill its disk.
+    # Rejections are not logged by default: an overloaded service must not fill its disk.
     level = logging.DEBUG if isinstance(error, Overloaded) else level
     protocol = current_protocol() or native.protocol
     failure = protocol.failure(error)
@@ -40,7 +40,7 @@ def on_service_error(error: ServiceError) -> Response:
 
 
 def add_retry_after(response: Response, error: ServiceError) -> None:
-    """Retry-After in whole seconds, and retry-after-ms for those who can wait less."""
+    """Retry-After in whole seconds, and retry-after-ms for clients that understand it."""
     if error.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_seconds))
         response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_seconds * 1000))
@@ -58,7 +58,7 @@ def on_http_error(error: HTTPException) -> Response:
 
 
 def on_bug(error: Exception) -> Response:
-    """A fault of ours: the log has the details under the request id, the caller gets none."""
+    """A bug in the service: details go to the log under the request id, none to the caller."""
     log.error("A request failed: %s", type(error).__name__, exc_info=error)
     return render(Failure(500, "internal", "the service failed on this request; its log says why"))
 

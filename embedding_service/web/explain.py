@@ -1,4 +1,4 @@
-"""Why a JSON body is not what a view takes: the field, what was sent, and what is allowed."""
+"""Explains why a JSON body is invalid: the field, what was sent, and what is allowed."""
 
 import functools
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from embedding_service.errors import InvalidRequest
 # A value longer than this is described, not quoted.
 QUOTED_CHARACTERS = 40
 
-# What JSON calls the Python types that it is decoded to.
+# JSON's names for the Python types it is decoded to.
 NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false", type(None): "null"}
 
 PLAIN: dict[type[inspect.Type], type] = {
@@ -26,12 +26,12 @@ PLAIN: dict[type[inspect.Type], type] = {
 
 
 def explain(kind: type, raw: bytes) -> InvalidRequest:
-    """The error for a body that is JSON and does not fit the type."""
+    """The error for a body that is valid JSON but does not match the type."""
     try:
         value = msgspec.json.decode(raw)
     except msgspec.ValidationError:
         return InvalidRequest("the body has a number that is out of range")
-    return _fault(_type(kind), value) or InvalidRequest("the body is not as this route takes it")
+    return _fault(_type(kind), value) or InvalidRequest("the body does not match what this route accepts")
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def _type(kind: type) -> inspect.Type:
 def _fault(
     kind: inspect.Type, value: Any, field: str | None = None, index: int | None = None
 ) -> InvalidRequest | None:
-    """The first place where the value is not of the type."""
+    """The first place where the value does not match the type."""
     members = _members(kind)
     for member in members:
         if isinstance(member, inspect.StructType) and isinstance(value, dict):

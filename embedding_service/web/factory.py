@@ -11,7 +11,7 @@ from embedding_service.web.settings import WebSettings
 
 
 def create_app(engine: Engine, settings: WebSettings) -> Flask:
-    """The WSGI application; `engine` answers, `settings` bounds what is asked of it."""
+    """The WSGI application: `engine` does the embedding, `settings` holds the limits."""
     app = Flask("embedding_service", static_folder=None)
     app.request_class = ServiceRequest
     app.url_map.strict_slashes = False

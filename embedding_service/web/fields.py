@@ -1,7 +1,7 @@
-"""Fields that a route does not have: which are ignored, and which must not be.
+"""Unknown fields: which are ignored, and which are rejected.
 
-Callers send ids, names of models and the like, which change nothing. A name that elsewhere changes the
-vectors is refused instead, since its sender would get other vectors than it asked for.
+Callers send ids, model names and the like, which change nothing here. A field that changes the vectors in
+another API is rejected, since ignoring it would return vectors other than those requested.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from typing import Any
 
 from embedding_service.errors import InvalidRequest
 
-# Names that change the vectors in some API or library, with the values that ask for what we do anyway.
+# Fields that change the vectors in some API or library, with the values that match what we do anyway.
 VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
     "dimension": (),
     "dimensions": (),
@@ -54,7 +54,7 @@ VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
 # Those of them that ask for vectors of length 1.
 NORMALIZE_FIELDS = ("normalize", "normalize_embeddings", "normalized")
 
-# What else callers call the texts.
+# Other names that callers use for the texts.
 TEXT_FIELDS = (
     "input",
     "prompt",
@@ -67,7 +67,7 @@ TEXT_FIELDS = (
     "query",
 )
 
-# How alike two names are that are taken for one, from 0 to 1: `normalise` and `normalize` are 0.89.
+# Two names at least this similar (0 to 1) count as the same: `normalise` and `normalize` score 0.89.
 ALIKE = 0.8
 
 
@@ -99,15 +99,15 @@ def check_others(
             raise InvalidRequest("is not supported here, and would change the vectors", field=path)
 
 
-# Kept, since a client that sends such a field sends it with every request.
+# Cached, since a client that sends such a field sends it with every request.
 @functools.lru_cache(maxsize=1024)
 def _nearest(name: str, known: tuple[str, ...]) -> str | None:
-    """The known name that this one is nearly."""
+    """The known name that this one probably misspells."""
     by_spelling = {_spelling(each): each for each in known}
     alike = difflib.get_close_matches(_spelling(name), by_spelling, 1, ALIKE)
     return by_spelling[alike[0]] if alike else None
 
 
 def _spelling(name: str) -> str:
-    """The name without what snake_case, kebab-case and camelCase differ in."""
+    """The name reduced to what snake_case, kebab-case and camelCase have in common."""
     return name.lower().replace("_", "").replace("-", "")

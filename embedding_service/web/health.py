@@ -1,4 +1,4 @@
-"""GET /health, /health/live, /health/ready and /info: what the service says of itself."""
+"""GET /health, /health/live, /health/ready and /info: the service's state, model and limits."""
 
 from typing import Literal, NotRequired, TypedDict
 
@@ -16,7 +16,7 @@ blueprint = Blueprint("health", __name__)
 
 
 class HealthAnswer(TypedDict):
-    """The state of the service, the model once one has been loaded, and why a request would not be served."""
+    """The service's state, its model once loaded, and the reason if it cannot serve requests."""
 
     status: State
     model: NotRequired[str]
@@ -26,13 +26,13 @@ class HealthAnswer(TypedDict):
 
 
 class LiveAnswer(TypedDict):
-    """The process answers."""
+    """The process is alive."""
 
     status: Literal["alive"]
 
 
 class Pooling(TypedDict):
-    """How the vectors of tokens become one."""
+    """How token vectors are combined into one."""
 
     pooling: str
 
@@ -44,7 +44,7 @@ class ModelType(TypedDict):
 
 
 class InfoAnswer(TypedDict):
-    """The model and the limits of a request."""
+    """The model and the request limits."""
 
     model_name: str
     embedding_dimension: int
@@ -70,14 +70,14 @@ class InfoAnswer(TypedDict):
 @blueprint.get("/health/ready")
 @operation({200: HealthAnswer, 503: HealthAnswer}, public=True)
 def health() -> Response:
-    """200 only when a request would be served."""
+    """200 only if the service can serve requests."""
     return _report(context().status())
 
 
 @blueprint.get("/health/live")
 @operation({200: LiveAnswer, 503: HealthAnswer}, public=True)
 def live() -> Response:
-    """503 only when nothing but a new process can help."""
+    """503 only if nothing but a restart can help."""
     if context().engine.must_restart():
         return _report(context().status())
     return _uncached(answer({"status": "alive"}))
@@ -86,7 +86,7 @@ def live() -> Response:
 @blueprint.get("/info")
 @operation({200: InfoAnswer}, raises=(Unavailable,))
 def info() -> Response:
-    """The model and the limits: the user's names, beside them those of Text Embeddings Inference."""
+    """The model and the limits, under our own names and those of Text Embeddings Inference."""
     model, settings = context().require_info(), context().settings
     length = longest_read(model)
     found: InfoAnswer = {
@@ -101,7 +101,7 @@ def info() -> Response:
         "model_type": {"embedding": {"pooling": model.pooling}},
         "max_input_length": length,
         "max_client_batch_size": settings.max_texts_per_request,
-        # TEI's clients size their requests by it; larger ones are split here, so it need not be small.
+        # TEI's clients size their batches by this; we split large requests ourselves, so it may be large.
         "max_batch_tokens": max(model.max_batch_tokens, model.batch_size * length),
         "max_concurrent_requests": settings.max_concurrent_requests,
         "auto_truncate": True,

@@ -1,4 +1,4 @@
-"""The keys that callers may send: from the settings, and from a file that may change while we serve."""
+"""The accepted keys: from the settings, and from a file that may change while we serve."""
 
 import hashlib
 import hmac
@@ -11,7 +11,7 @@ from embedding_service.errors import StartupError
 log = logging.getLogger(__name__)
 
 OPEN_WARNING = (
-    "Whoever reaches %s may use this service: no key is asked for. Set API_KEYS or API_KEYS_FILE, "
+    "Anyone who can reach %s can use this service: no key is required. Set API_KEYS or API_KEYS_FILE, "
     "or HOST=127.0.0.1 for this machine alone"
 )
 
@@ -19,10 +19,10 @@ Version = tuple[int, ...]
 
 
 class KeyRing:
-    """Knows the keys by their hashes only, so that comparing takes the same time whatever is sent."""
+    """Keeps only hashes of the keys, so that comparing takes the same time whatever is sent."""
 
     def __init__(self, listed: str | None, file: str | None) -> None:
-        """`listed` is separated by commas; `file` has a key on each line, and comments after #."""
+        """`listed` is comma-separated; `file` has one key per line, and comments after #."""
         self.required = listed is not None or file is not None
         self._listed = _hashes((listed or "").split(","))
         self._file = Path(file) if file is not None else None
@@ -31,7 +31,7 @@ class KeyRing:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Raises StartupError where keys are asked for and there is none: nobody could use the service."""
+        """Raises StartupError if keys are configured but none is found: nobody could use the service."""
         if self._file is not None:
             try:
                 self._filed = _read(self._file)
@@ -40,10 +40,12 @@ class KeyRing:
                     f"API_KEYS_FILE={str(self._file)!r} cannot be read: {_why(error)}"
                 ) from None
         if self.required and not (self._listed or self._filed):
-            raise StartupError("API_KEYS and API_KEYS_FILE hold no key; leave both empty to serve without")
+            raise StartupError(
+                "API_KEYS and API_KEYS_FILE contain no key; leave both empty to serve without keys"
+            )
 
     def holds(self, key: bytes) -> bool:
-        """Whether this is one of the keys now."""
+        """Whether this is currently one of the keys."""
         if self._file is not None:
             self._refresh(self._file)
         sent = hashlib.sha256(key).digest()
@@ -59,13 +61,13 @@ class KeyRing:
                 return
             with self._lock:
                 if version != self._version:
-                    # The version is the one from before reading: a change meanwhile is seen next time.
+                    # The version is taken before reading, so a change made meanwhile is noticed next time.
                     self._filed, self._version = _read(file), version
-                    log.info("API_KEYS_FILE holds %d keys", len(self._filed))
+                    log.info("Read %d keys from API_KEYS_FILE", len(self._filed))
         except (OSError, ValueError) as error:
             if self._version != ():
                 self._version = ()
-                log.error("API_KEYS_FILE cannot be read, its last keys stay: %s", _why(error))
+                log.error("API_KEYS_FILE cannot be read; its last known keys stay valid: %s", _why(error))
 
 
 def _hashes(keys: list[str]) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Refusing what is too much before it is queued."""
+"""Rejects requests over the limits before they are queued."""
 
 from embedding_service.engine import ModelInfo
 from embedding_service.errors import InvalidRequest, TooLarge

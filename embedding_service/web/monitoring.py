@@ -1,4 +1,4 @@
-"""GET /metrics, and the counting of every request by its route rule."""
+"""GET /metrics, and request counts by route rule."""
 
 from flask import Blueprint, Flask, Response, request
 from prometheus_client import Counter, Histogram
@@ -10,30 +10,30 @@ from embedding_service.web.request import current
 
 blueprint = Blueprint("monitoring", __name__)
 
-# Labels are bounded whatever is sent: a path that no rule matches has this one, a made-up method OTHER.
+# Keeps the number of series bounded: this stands for any unmatched path, OTHER for any unknown method.
 UNMATCHED, OTHER = "unmatched", "other"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-# What is there before it has happened, since a rate needs a zero to rise from. 422 and 424 are what
-# Text Embeddings Inference says for 400 and 500.
+# Series created at 0 before the first such answer, since rate() needs a zero to rise from. Text
+# Embeddings Inference uses 422 and 424 for 400 and 500.
 READING = (200, 401, 500, 503)
 WRITING = (200, *sorted({422, 424, *(kind.status for kind in ServiceError.__subclasses__())}))
 
 
 class RequestCounter:
-    """Counts answers; keeps the labelled children, since finding them costs as much as counting."""
+    """Counts responses; caches the labelled children, since a lookup costs as much as counting."""
 
     def __init__(self) -> None:
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count one answer."""
+        """Count one response."""
         requests, durations = self.children(route, method, status)
         requests.inc()
         durations.observe(seconds)
 
     def children(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
-        """The series with these labels, at 0 where they are new."""
+        """The series with these labels, created at 0 if new."""
         key = (route, method, status)
         if key not in self._children:
             self._children[key] = (
@@ -44,7 +44,7 @@ class RequestCounter:
 
 
 def register(app: Flask) -> None:
-    """Count the app's answers. To be called before other hooks are attached: theirs run within."""
+    """Count the app's responses. Call this before attaching other hooks, so that it wraps them."""
     counter = app.extensions["request_counter"] = RequestCounter()
 
     def end(response: Response) -> Response:
@@ -57,7 +57,7 @@ def register(app: Flask) -> None:
 
 
 def prepare(app: Flask) -> None:
-    """Make the series of every route. To be called when the last blueprint is registered."""
+    """Create the series of every route. Call this once all blueprints are registered."""
     counter: RequestCounter = app.extensions["request_counter"]
     for rule in app.url_map.iter_rules():
         for method in (rule.methods or set()) & {"GET", "POST"}:
@@ -71,6 +71,6 @@ def prepare(app: Flask) -> None:
 @blueprint.get("/metrics")
 @operation({200: str}, media=("text/plain", "application/openmetrics-text"))
 def scrape() -> Response:
-    """All metrics of all processes, in the form that the scraper asks for."""
+    """All metrics of all processes, in the format that the scraper asks for."""
     body, content_type = metrics.exposition(request.headers.get("Accept", ""))
     return Response(body, content_type=content_type)

@@ -1,4 +1,4 @@
-"""The OpenAPI document, made of the routes and of the structs that validate their requests."""
+"""The OpenAPI document, generated from the routes and the structs that validate their requests."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,20 +19,20 @@ REFERENCE = "#/components/schemas/{name}"
 
 HEADERS = {
     "X-Request-ID": "The id of this request in the service's log; the caller's own, if it sent one.",
-    "Retry-After": "Seconds to wait before the next try.",
-    "retry-after-ms": "The same in milliseconds.",
-    "x-compute-tokens": "Tokens that the model read.",
-    "x-total-time": "Milliseconds that the request took.",
-    "x-tokenization-time": "Milliseconds of tokenisation.",
-    "x-queue-time": "Milliseconds in the queue.",
-    "x-inference-time": "Milliseconds in the model.",
-    "x-cache-hits": "Texts answered from the cache of vectors, if CACHE_MB is set.",
+    "Retry-After": "Seconds to wait before retrying.",
+    "retry-after-ms": "Milliseconds to wait before retrying.",
+    "x-compute-tokens": "Tokens read by the model.",
+    "x-total-time": "Total time of the request in milliseconds.",
+    "x-tokenization-time": "Time spent tokenising, in milliseconds.",
+    "x-queue-time": "Time spent in the queue, in milliseconds.",
+    "x-inference-time": "Time spent in the model, in milliseconds.",
+    "x-cache-hits": "Texts answered from the vector cache, if CACHE_MB is set.",
 }
 ON_EVERY, ON_WAIT, ON_VECTORS = tuple(HEADERS)[:1], tuple(HEADERS)[1:3], tuple(HEADERS)[3:]
 
 
 def document(app: Flask) -> dict[str, Any]:
-    """The OpenAPI document of every route of the app that has an Operation."""
+    """The OpenAPI document, covering every route that has an Operation."""
     described = [(rule, view, found) for rule, view, found in _operations(app)]
     schemas = Schemas([kind for _, view, found in described for kind in _types(app, view, found)])
     paths: dict[str, dict[str, Any]] = {}
@@ -47,9 +47,9 @@ def document(app: Flask) -> dict[str, Any]:
         "info": {
             "title": "Embedding service",
             "version": __version__,
-            "description": "Text embeddings, for the clients of several APIs, from one model and one queue.",
+            "description": "Text embeddings through several APIs, from one model and one queue.",
         },
-        # Relative to this document, which a proxy may serve below a path that we do not know.
+        # Relative to this document, since a proxy may serve it under an unknown prefix.
         "servers": [{"url": "."}],
         "paths": paths,
         "components": {
@@ -63,7 +63,7 @@ def document(app: Flask) -> dict[str, Any]:
 
 
 class Schemas:
-    """The JSON schemas of types, the named ones as references to `components`."""
+    """JSON schemas of types; named types are references to `components`."""
 
     def __init__(self, types: list[Any]) -> None:
         distinct = list({repr(kind): kind for kind in types}.values())
@@ -135,7 +135,7 @@ def _responses(
 
 
 def _outcomes(app: Flask, view: Callable[..., Any], found: Operation) -> Iterator[tuple[int, list[Any]]]:
-    """Every status that the view can answer, with the types of its body (none for no body)."""
+    """Every status that the view can return, with the types of its body (empty for no body)."""
     for part_view, part in _variants(view, found):
         protocol = _protocol(app, part_view)
         for status, kind in part.answers.items():
@@ -151,7 +151,7 @@ def _types(app: Flask, view: Callable[..., Any], found: Operation) -> list[Any]:
 
 
 def _variants(view: Callable[..., Any], found: Operation) -> list[tuple[Callable[..., Any], Operation]]:
-    """The operation, and that of the other protocol on the same route."""
+    """The operation, and the one of another protocol on the same route, if any."""
     parts = [(view, found)]
     if found.variant is not None and (variant := operation_of(found.variant)) is not None:
         parts.append((found.variant, variant))
@@ -159,7 +159,7 @@ def _variants(view: Callable[..., Any], found: Operation) -> list[tuple[Callable
 
 
 def _protocol(app: Flask, view: Callable[..., Any]) -> Protocol:
-    """The protocol whose errors the view answers."""
+    """The protocol that renders the view's errors."""
     for endpoint, function in app.view_functions.items():
         if function is view:
             found = app.blueprints.get(endpoint.rpartition(".")[0])

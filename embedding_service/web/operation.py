@@ -1,4 +1,4 @@
-"""What a view takes, answers and raises, said beside it: the OpenAPI document is made of this."""
+"""What a view accepts, returns and raises, declared beside it; the OpenAPI document is built from this."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -34,11 +34,11 @@ ON_BODY = (
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One view. `answers` has the type of the body by status: a tuple for one of several, None for none.
+    """One view. `answers` maps each status to its body's type: a tuple for alternatives, None for no body.
 
-    `media` are the content types of the answers; errors are always JSON. `variant` is a view of
-    another protocol that answers the same route when its fields are sent. `public` views are read
-    without a key; `described` ones are in the OpenAPI document.
+    `media` lists the content types of the answers; errors are always JSON. `variant` is another
+    protocol's view, which handles the same route if its fields are sent. `public` views need no key;
+    `described` ones appear in the OpenAPI document.
     """
 
     answers: Mapping[int, Any]
@@ -51,7 +51,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     variant: Callable[..., Any] | None
 
 
-# Where a view carries its Operation.
+# The attribute that holds a view's Operation.
 ATTRIBUTE = "operation"
 
 
@@ -66,7 +66,7 @@ def operation(
     described: bool = True,
     variant: Callable[..., Any] | None = None,
 ) -> Callable[[View], View]:
-    """Describe the view below; `body` is the very decoder that validates its requests."""
+    """Describe the decorated view; `body` is the same decoder that validates its requests."""
 
     def describe(view: View) -> View:
         found = Operation(
@@ -86,5 +86,5 @@ def operation(
 
 
 def operation_of(view: Callable[..., Any]) -> Operation | None:
-    """What was said of the view, if anything."""
+    """The view's Operation, if it has one."""
     return getattr(view, ATTRIBUTE, None)

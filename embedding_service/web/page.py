@@ -1,4 +1,4 @@
-"""GET /: the page where a person tries texts, and its files; everything on it comes from this service."""
+"""GET /: a page for trying out texts, and its files; it loads nothing from other hosts."""
 
 import hashlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from embedding_service.web.operation import operation
 
 STATIC = Path(__file__).with_name("static")
 
-# Part of every file's address, so that a browser may keep a file for good and still gets a new one.
+# Part of every file's URL, so that browsers can cache files forever and still get new versions.
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(STATIC.iterdir()))).hexdigest()[:12]
 
 SECURITY_HEADERS = {
@@ -27,7 +27,7 @@ blueprint = Blueprint("page", __name__, template_folder="templates")
 @blueprint.get("/")
 @operation({200: str}, media=("text/html",), public=True)
 def page() -> Response:
-    """The page; it asks /health, /info and POST /embed for everything that it shows."""
+    """The page; everything it shows comes from /health, /info and POST /embed."""
     response = Response(render_template("page.html", version=VERSION), mimetype="text/html")
     response.headers["Cache-Control"] = "no-cache"
     response.headers.extend(SECURITY_HEADERS)
@@ -37,7 +37,7 @@ def page() -> Response:
 @blueprint.get("/static/<version>/<path:name>")
 @operation({}, public=True, described=False)
 def static_file(version: str, name: str) -> Response:
-    """One of the page's files; another version's address gets ours, and must not be kept."""
+    """One of the page's files; the URL of another version gets the current file, uncached."""
     response = send_from_directory(STATIC, name)
     known = version == VERSION
     response.headers["Cache-Control"] = "public, max-age=31536000, immutable" if known else "no-cache"

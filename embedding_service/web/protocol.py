@@ -1,4 +1,4 @@
-"""Protocol: the routes of one API, its names for things, and the form of its errors."""
+"""Protocol: the routes of one API, its field names, and its error format."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from embedding_service.web.request import current
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """An error before it is worded; `index` and `field` as in ServiceError, in the caller's names."""
+    """An error before rendering; `index` and `field` as in ServiceError, but with the protocol's names."""
 
     status: int
     error_type: str
@@ -21,7 +21,7 @@ class Failure(msgspec.Struct, frozen=True):
 
     @property
     def message(self) -> str:
-        """The sentence for a person."""
+        """The error as a sentence."""
         return sentence(self.reason, self.index, self.field)
 
 
@@ -29,7 +29,7 @@ Render = Callable[[Failure], tuple[Mapping[str, Any], int]]
 
 
 class Protocol(Blueprint):
-    """A blueprint whose errors are rendered its own way, also those of unknown paths below `paths`."""
+    """A blueprint with its own error format, also used for unknown paths below `paths`."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Protocol(Blueprint):
         paths: tuple[str, ...] = (),
         names: Mapping[str, str] | None = None,
     ) -> None:
-        """`error` is the type of the body that `render` makes of a Failure, beside the status.
+        """`error` is the type of the body that `render` returns along with the status.
 
-        `names` has the fields of EmbedRequest that are called something else here.
+        `names` maps fields of EmbedRequest to this protocol's names for them.
         """
         super().__init__(name, __name__)
         self.title = title
@@ -53,7 +53,7 @@ class Protocol(Blueprint):
         self._names = names or {}
 
     def failure(self, error: ServiceError) -> Failure:
-        """The error in this protocol's names."""
+        """The error, with this protocol's names."""
         field = error.field if error.index is None else error.field or "texts"
         if field is not None:
             field = self._names.get(field, field)
@@ -61,12 +61,12 @@ class Protocol(Blueprint):
 
 
 def set_protocol(protocol: Protocol) -> None:
-    """Answer the rest of this request in another protocol than its route's own."""
+    """Answer this request in another protocol than its route's own."""
     current().protocol = protocol
 
 
 def current_protocol() -> Protocol | None:
-    """The protocol of this request, if any: chosen, of its route, or of its path."""
+    """The protocol of this request, if any: set explicitly, or found by its route or its path."""
     found = current().protocol or current_app.blueprints.get(request.blueprint or "")
     if isinstance(found, Protocol):
         return found

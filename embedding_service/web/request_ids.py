@@ -1,4 +1,4 @@
-"""The id of a request in its answer and on the lines that are logged while it is under way."""
+"""Puts a request's id into its response and on every line logged during the request."""
 
 from flask import Flask, Response
 
@@ -7,7 +7,7 @@ from embedding_service.web.request import current, current_id
 
 
 def register(app: Flask) -> None:
-    """Attach to the app's answers, and to this process's log."""
+    """Attach to the app's responses and to this process's log."""
     logs.request_id = current_id
     app.after_request(_end)
 

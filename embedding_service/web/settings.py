@@ -1,10 +1,10 @@
-"""What the web half needs to know."""
+"""The settings of the web half."""
 
 import msgspec
 
 
 class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys and the limits of a request; the fields mean what they mean in config.py."""
+    """Keys and request limits; the fields are described in config.py."""
 
     max_texts_per_request: int = 4096
     max_text_characters: int = 100_000

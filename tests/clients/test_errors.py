@@ -120,7 +120,7 @@ def test_the_openai_sdk_raises_its_own_exception_without_a_key():
     app = create_app(FailingEngine(), WebSettings(api_keys="the-key"))
     with (
         sdk(app) as client,
-        pytest.raises(openai.AuthenticationError, match="a valid key is needed") as caught,
+        pytest.raises(openai.AuthenticationError, match="a valid key is required") as caught,
     ):
         client.embeddings.create(input="x", model="any")
     assert caught.value.code == "invalid_api_key"

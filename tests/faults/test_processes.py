@@ -250,7 +250,7 @@ def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start
         process.wait(10)  # else the next turn may find it once more, dying
     code = running.process.wait(30)
     assert code == 70
-    assert "ended 5 times in 60 s, at last by signal 9" in running.log()
+    assert "ended 5 times in 60 s, most recently by signal 9" in running.log()
     record(
         "model process that dies again and again",
         "killed 5 times",
