@@ -26,18 +26,18 @@ DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130
 
 SHOWN_FAILURES = 20
 
-GOES_ON = "\nThe same command goes on from here."
-READ_ONCE = "\nWhat was read from it cannot be read again; --restart begins again."
+GOES_ON = "\nRun the same command to resume."
+READ_ONCE = "\nThe stream cannot be read again; run with --restart to begin again."
 
 DESCRIPTION = """\
 Embed every row of a file: .jsonl (objects with a text field, or bare strings), .json (an array of them), .txt
-(a text on each line), .csv and .tsv (with a header) or .parquet, each also compressed with gzip or Zstandard.
-The same command goes on where an interrupted run stopped."""
+(a text on each line), .csv and .tsv (with a header) or .parquet, optionally compressed with gzip or
+Zstandard. After an interruption, run the same command to resume."""
 
 EXIT_CODES = """\
-exit codes: 0 every row has its vector; 3 finished, but some rows are bad: they are NaN in .npy, null with
+exit codes: 0 every row has a vector; 3 finished, but some rows are bad: they are NaN in .npy, null with
 an error in .jsonl and .parquet, and listed with their lines in OUTPUT.errors.jsonl; 2 could not begin;
-1 stopped before the end, or 130 interrupted: the same command goes on"""
+1 stopped before the end, 130 interrupted: run the same command to resume"""
 
 
 PROG = "python -m embedding_service.embed_file"
@@ -46,30 +46,44 @@ PROG = "python -m embedding_service.embed_file"
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, epilog=EXIT_CODES)
-    made.add_argument("input", type=Path, help="the file, or - for standard input")
-    made.add_argument("-o", "--output", type=Path, required=True, help="ends in .npy, .jsonl or .parquet")
-    made.add_argument("--url", help="the service to ask, as localhost:8001; without it the model runs here")
-    made.add_argument("--api-key", help="its API key; the environment's API_KEY does not show in `ps`")
-    made.add_argument("--field", default="text", help="the field or column with the text (text)")
+    made.add_argument("input", type=Path, help="input file, or - for standard input")
     made.add_argument(
-        "--format", choices=FORMATS, help="of the input, if its name does not say it (jsonl for -)"
-    )
-    made.add_argument("--delimiter", help="of .csv and .tsv: one character, or tab")
-    made.add_argument("--input-type", choices=["query", "document"], help="use the model's prompt for it")
-    made.add_argument("--dimensions", type=_positive, help="cut the vectors to this length")
-    made.add_argument("--batch", type=_positive, default=256, help="texts in one request (256)")
-    made.add_argument("--in-flight", type=_positive, default=4, help="requests at the same time (4)")
-    made.add_argument(
-        "--give-up-after", type=float, default=600.0, help="seconds without one success, then stop (600)"
+        "-o", "--output", type=Path, required=True, help="output file: .npy, .jsonl or .parquet"
     )
     made.add_argument(
-        "--restart", action="store_true", help="replace the output, and forget an interrupted run"
+        "--url", help="URL of the service, such as localhost:8001; by default the model runs here"
+    )
+    made.add_argument(
+        "--api-key",
+        help="API key of the service; unlike this option, the variable API_KEY does not show in `ps`",
+    )
+    made.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
+    made.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="format of the input, if its name does not tell (default for -: jsonl)",
+    )
+    made.add_argument("--delimiter", help="delimiter of .csv and .tsv: one character, or tab")
+    made.add_argument(
+        "--input-type", choices=["query", "document"], help="use the model's prompt for this kind of text"
+    )
+    made.add_argument("--dimensions", type=_positive, help="truncate the vectors to this many dimensions")
+    made.add_argument("--batch", type=_positive, default=256, help="texts per request (default: 256)")
+    made.add_argument("--in-flight", type=_positive, default=4, help="concurrent requests (default: 4)")
+    made.add_argument(
+        "--give-up-after",
+        type=float,
+        default=600.0,
+        help="stop after this many seconds without a success (default: 600)",
+    )
+    made.add_argument(
+        "--restart", action="store_true", help="replace the output and discard an interrupted run"
     )
     return made
 
 
 class Work(msgspec.Struct):
-    """A run that is ready to begin."""
+    """A run, ready to begin."""
 
     source: Source
     rows: Iterator[Row]
@@ -79,7 +93,7 @@ class Work(msgspec.Struct):
 
 
 def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Run the command line; the result is the exit code."""
+    """Run the command line; returns the exit code."""
     arguments = parser(prog).parse_args(given)
     try:
         work = _prepare(arguments)
@@ -96,7 +110,7 @@ def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
     try:
         return _embed(arguments, work)
     except (StartupError, Stopped, OSError) as error:
-        # A StartupError now means that the input cannot be read on.
+        # From here on a StartupError means that the rest of the input cannot be read.
         ending = "" if isinstance(error, StartupError) else goes_on
         print(f"Stopped: {error}{ending}", file=sys.stderr)
         return STOPPED
@@ -140,7 +154,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         initial=part.rows,
         unit=" texts",
         dynamic_ncols=True,
-        # A log file needs no line for every tenth of a second.
+        # Progress ten times a second is too much for a log file.
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     ) as bar:
 
@@ -165,7 +179,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
             raise
     if work.source.has_changed((part.job.input_bytes, part.job.input_hash)):
         part.close()
-        raise StartupError(f"{arguments.input} changed while it was read; --restart begins again")
+        raise StartupError(f"{arguments.input} changed while it was being read; --restart begins again")
     part.seal()
     outputs.finish(part, arguments.output)
     work.embedder.close()
@@ -175,7 +189,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
 def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
     if arguments.url:
         return RemoteEmbedder(arguments.url, arguments.api_key or config.client_api_key(), options)
-    # Imported here: with --url nothing of the model's half is needed.
+    # Imported here, since --url does not need it.
     from embedding_service.inference.local import LocalEngine
     from embedding_service.inference.settings import ModelSettings
 
@@ -190,9 +204,12 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
 
 
 def _report(output: Path, part: Part, truncated: int) -> int:
-    print(f"{part.rows} rows are in {output}", file=sys.stderr)
+    print(f"Wrote {part.rows} rows to {output}", file=sys.stderr)
     if truncated:
-        print(f"{truncated} texts of this run are longer than the model reads and were cut", file=sys.stderr)
+        print(
+            f"{truncated} texts of this run were longer than the model's limit and were truncated",
+            file=sys.stderr,
+        )
     if not part.failures:
         return DONE
     print(f"{part.failures} rows are bad, listed in {errors_path(output)}:", file=sys.stderr)
@@ -221,7 +238,7 @@ def execute(given: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
     code = main(given, prog)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: it would wait for requests in flight, whose answers nobody reads any more.
+    # Not sys.exit: it would wait for requests in flight whose answers are no longer needed.
     os._exit(code)
 
 

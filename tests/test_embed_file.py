@@ -656,15 +656,15 @@ REFUSED = {
     "number.jsonl": (b'{"id": 1, "text": "a"}\n', ["--field", "id"], "'id' is not a string but int", ""),
     "lines.jsonl": (b"plain text\n" * 3, [], "not valid JSON", "--format"),
     "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', [], "not a JSON array", "--format jsonl"),
-    "trailing.json": (b'["a"] ["b"]', [], "something stands after its array", ""),
+    "trailing.json": (b'["a"] ["b"]', [], "there is something after the array", ""),
     "empty.json": (b" \n", [], "the file is empty", ""),
     "empty.csv": (b"", [], "the file is empty", ""),
     "header.csv": (b'text,"id\na,1\n', [], "the header cannot be read, line 1", "never closed"),
     "semicolon.csv": (b"id;text\n1;a\n", [], "there is no column 'text'; the header is id;text", ""),
     "wide.csv": (b"text\na\n", ["--delimiter", "::"], "--delimiter '::' must be one character", ""),
     "lines.txt": (b"a\n", ["--delimiter", ";"], "--delimiter is for csv and tsv", "read as txt"),
-    "utf16.csv": ("text\na\n".encode("utf-16"), [], "it is UTF-16; UTF-8 is read", ""),
-    "utf16.jsonl": ('"a"\n'.encode("utf-16"), [], "it is UTF-16; UTF-8 is read", ""),
+    "utf16.csv": ("text\na\n".encode("utf-16"), [], "it is UTF-16; only UTF-8 is supported", ""),
+    "utf16.jsonl": ('"a"\n'.encode("utf-16"), [], "it is UTF-16; only UTF-8 is supported", ""),
     "text.parquet": (b"PAR1 not", [], "not a sound parquet file", ""),
     "numbers.parquet": (written("parquet"), ["--field", "id"], "the column 'id' holds int64, not text", ""),
     "names.parquet": (written("parquet"), ["--field", "body"], "no column 'body'; it has id, text", ""),
@@ -802,7 +802,7 @@ def test_an_input_that_changes_meanwhile_gives_no_output(tmp_path, monkeypatch, 
     served = Served(Meddling())
     try:
         assert main(monkeypatch, corpus, "-o", output, "--url", served.url) == 1
-        assert "changed while it was read" in capsys.readouterr().err and not output.exists()
+        assert "changed while it was being read" in capsys.readouterr().err and not output.exists()
         assert main(monkeypatch, corpus, "-o", output, "--url", served.url) == 2
         assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--restart") == 0
     finally:

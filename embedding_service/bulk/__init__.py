@@ -1,1 +1,1 @@
-"""Embedding a whole file: rows in, vectors out, in memory that does not grow with the file."""
+"""Embedding a whole file in constant memory: rows in, vectors out."""

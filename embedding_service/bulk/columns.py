@@ -1,4 +1,4 @@
-"""Rows of a .parquet file, from one column of text; row i is counted as line i + 1."""
+"""Rows of a .parquet file, from one text column; row i counts as line i + 1."""
 
 import io
 import shutil
@@ -14,12 +14,12 @@ BATCH_ROWS = 1024
 
 
 def read(file: io.BufferedReader, field: str) -> Iterator[Row]:
-    """A row for each value of the column. Raises StartupError if there is none, or if it holds no text."""
+    """A row for each value of the column. Raises StartupError if it does not exist or is not text."""
     with _opened(file) as table:
         kind = _kind_of_text(table.schema_arrow, field)
         number = 0
         for batch in table.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
-            # As bytes, so that a value that is not UTF-8 spoils only its own row.
+            # As bytes, so that a value that is not UTF-8 fails only its own row.
             for raw in batch.column(0).cast(kind).cast("large_binary").to_pylist():
                 yield make_row(number, number + 1, _text, raw)
                 number += 1
@@ -48,13 +48,13 @@ def _opened(file: io.BufferedReader) -> Iterator[Any]:
     with ExitStack() as stack:
         opened: BinaryIO = file
         if not (isinstance(file.raw, io.FileIO) and file.seekable()):
-            # The end says where the rows are: what can be read only once is copied to the disk.
+            # Parquet's index is at the end of the file, so a stream is copied to disk first.
             opened = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file, opened, 1 << 20)
         try:
             yield stack.enter_context(parquet.ParquetFile(opened))
         except pyarrow.ArrowInvalid as error:
-            raise StartupError(f"it is not a sound parquet file: {error}") from None
+            raise StartupError(f"it is not a valid parquet file: {error}") from None
 
 
 def _kind_of_text(schema: Any, field: str) -> Any:

@@ -1,4 +1,4 @@
-"""The input as it was before gzip or Zstandard, told by its first bytes rather than by its name."""
+"""Decompresses gzip and Zstandard input, detected by its first bytes rather than its name."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ except ImportError:
 
 ENDINGS = (".gz", ".zst")
 
-# What reading raises if the compressed file is cut off or damaged.
+# Raised on reading if the compressed file is truncated or damaged.
 DAMAGED: tuple[type[Exception], ...] = (
     EOFError,
     zlib.error,
@@ -27,7 +27,7 @@ DAMAGED: tuple[type[Exception], ...] = (
 
 
 def decompressed(file: io.BufferedReader) -> io.BufferedReader:
-    """What the file holds. Raises StartupError if the package for it is missing."""
+    """The decompressed file. Raises StartupError if the package for it is missing."""
     head = file.peek(4)
     inner: Any
     if head.startswith(b"\x1f\x8b"):

@@ -1,4 +1,4 @@
-"""Rows that are the elements of one JSON array, of .json: found by their brackets, one at a time."""
+"""Rows of .json files, the elements of one array: split by their brackets, one at a time."""
 
 import io
 import re
@@ -14,7 +14,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
 
 
 def read(file: io.BufferedReader, parse: Callable[[bytes], str]) -> Iterator[Row]:
-    """A row for each element. Raises StartupError if there is no array, or no end to it."""
+    """A row for each element. Raises StartupError if there is no array or it is not closed."""
     line = _enter(file)
     for number, raw in enumerate(_elements(file)):
         text = raw.lstrip()
@@ -24,19 +24,19 @@ def read(file: io.BufferedReader, parse: Callable[[bytes], str]) -> Iterator[Row
 
 
 def _enter(file: io.BufferedReader) -> int:
-    """Read as far as the array's bracket: the number of its line."""
+    """Read up to the array's opening bracket; returns its line number."""
     line = 1
     while byte := file.read(1):
         if byte == b"[":
             return line
         if byte.strip():
-            raise StartupError("it is not a JSON array; for an object on each line there is --format jsonl")
+            raise StartupError("it is not a JSON array; for one object per line use --format jsonl")
         line += byte == b"\n"
     raise StartupError("the file is empty")
 
 
 def _elements(file: io.BufferedReader) -> Iterator[bytes]:
-    """The bytes of each element, with the space around them."""
+    """The bytes of each element, with surrounding whitespace."""
     buffer, scanned, depth, is_first = b"", 0, 0, True
     while block := file.read(BLOCK_BYTES):
         buffer += block
@@ -72,4 +72,4 @@ def _require_end(rest: bytes, file: io.BufferedReader) -> None:
         rest = file.read(BLOCK_BYTES)
         if not rest:
             return
-    raise StartupError("something stands after its array")
+    raise StartupError("there is something after the array")

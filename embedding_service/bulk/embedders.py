@@ -1,4 +1,4 @@
-"""Who embeds: a service behind a URL, or an engine in this process; both fail with a ServiceError."""
+"""What does the embedding: a service behind a URL or an engine in this process. Both raise ServiceError."""
 
 import base64
 import contextlib
@@ -20,14 +20,14 @@ REQUEST_SECONDS = 600.0
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for every text."""
+    """Options that apply to every text."""
 
     input_type: Literal["query", "document"] | None = None
     dimensions: int | None = None
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """What embeds, and how many texts it takes at once."""
+    """The embedder's model, and how many texts it accepts at once."""
 
     model: str
     fingerprint: str
@@ -41,25 +41,25 @@ class Embedder(Protocol):
         """Raises a ServiceError."""
 
     def embed(self, texts: list[str]) -> tuple[Vectors, int]:
-        """A vector for each text, and how many of the texts were cut. Raises a ServiceError."""
+        """A vector for each text, and how many texts were truncated. Raises a ServiceError."""
 
     def close(self) -> None:
-        """Give its resources back."""
+        """Release its resources."""
 
 
 class Stopped(Exception):
-    """The run cannot go on; what it has done is kept."""
+    """The run cannot continue; finished work is kept."""
 
 
 class Lost(ServiceError):
-    """Nobody answered at the address, or not as this service does."""
+    """Nothing answered at the URL, or something other than this service did."""
 
     status = 503
     error_type = "unavailable"
 
 
 class Answered(ServiceError):
-    """An error that the service answered with."""
+    """An error response from the service."""
 
     def __init__(self, error: "_Error", status: int, retry_after_seconds: float | None) -> None:
         about_text = error.index is not None and error.reason is not None
@@ -154,7 +154,7 @@ class RemoteEmbedder:
 
 
 class LocalEmbedder:
-    """An engine in this process, bounded as the service would bound it."""
+    """An engine in this process, with the service's limits."""
 
     def __init__(self, engine: Engine, options: Options, max_text_characters: int) -> None:
         self._engine = engine
@@ -194,7 +194,7 @@ class LocalEmbedder:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """How long an answer asks to wait: `retry-after-ms`, else Retry-After as seconds or as a date."""
+    """How long the response asks to wait: `retry-after-ms`, else Retry-After in seconds or as a date."""
     with contextlib.suppress(KeyError, ValueError):
         return max(0.0, float(headers["retry-after-ms"]) / 1000)
     value = headers.get("Retry-After", "")

@@ -1,4 +1,4 @@
-"""Rows that are lines, of .txt and .jsonl: row i is line i + 1, whatever stands there."""
+"""Rows of .txt and .jsonl files, one per line: row i is line i + 1, even if it is blank or invalid."""
 
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -25,7 +25,7 @@ def count(file: BinaryIO) -> int:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """The lines without their ends; None for one that is too long."""
+    """The lines without their line endings; None for one that is too long."""
     while line := file.readline(MAX_BYTES):
         if not line.endswith(b"\n") and len(line) == MAX_BYTES:
             while (more := file.readline(MAX_BYTES)) and not more.endswith(b"\n"):

@@ -19,7 +19,7 @@ Block = tuple[int, Vectors, dict[int, str]]
 
 
 def writer(output: Path) -> Callable[[Part, Path], None]:
-    """What turns a part into `output`, by its ending. Raises StartupError for one that nobody writes."""
+    """The function that turns a part into `output`, by suffix. Raises StartupError if it is unsupported."""
     writers = {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
     chosen = writers.get(output.suffix.lower())
     if chosen is None:
@@ -30,9 +30,9 @@ def writer(output: Path) -> Callable[[Part, Path], None]:
 
 
 def finish(part: Part, output: Path) -> None:
-    """Make the output from the sealed part; it appears under its name only when it is whole."""
+    """Make the output from the sealed part; it gets its name only once it is complete."""
     writer(output)(part, output)
-    # In this order: while there is a part, its job must be known.
+    # In this order: a part without its job file could not be resumed.
     part.path.unlink(missing_ok=True)
     part.job_path.unlink()
 
@@ -81,7 +81,7 @@ def _open(part: Part) -> Vectors:
 
 def _blocks(part: Part) -> Iterator[Block]:
     """Row number of the first vector, some vectors, and the errors among them by row number."""
-    # Mapped anew for each block: the pages of one long mapping would count as memory of ours.
+    # Map the file again for each block: the pages of one long mapping would count as our memory.
     errors = _errors(part.errors_path)
     pending = next(errors, None)
     for first in range(0, part.rows, BLOCK_ROWS):

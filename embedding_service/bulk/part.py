@@ -1,4 +1,4 @@
-"""The unfinished output: vectors that grow in place, so that a run killed at any moment can go on."""
+"""The unfinished output: vectors appended in place, so that a run killed at any moment can resume."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from embedding_service.errors import StartupError
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What makes two runs the same work: a run goes on only with what an equal one began."""
+    """Identifies the work of a run: a run resumes only a part whose job equals its own."""
 
     input_bytes: int
     input_hash: str
@@ -29,7 +29,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: int | None
 
 
-# What is compared, as a message calls it.
+# How messages describe each compared field.
 _COMPARED = {
     "input_bytes": "an input of so many bytes:",
     "input_hash": "an input with the hash",
@@ -44,7 +44,7 @@ _COMPARED = {
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A bad row as it stands in the errors file."""
+    """A bad row, as recorded in the errors file."""
 
     row: int
     line: int
@@ -52,14 +52,14 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Part:
-    """`OUTPUT.part`, a .npy file with one row for each row of the input, and the bad rows beside it.
+    """`OUTPUT.part`, a .npy file with one row per input row, and a list of the bad rows beside it.
 
-    What has been done is read from the files themselves: complete rows of vectors count, a torn one
-    does not. The errors of a chunk are written before its vectors, so none is ever missing.
+    Progress is read from the files themselves: complete rows of vectors count, a partly written one
+    does not. A chunk's errors are written before its vectors, so none is ever missing.
     """
 
     def __init__(self, output: Path, job: Job, *, restart: bool = False) -> None:
-        """Begin, or go on. Raises StartupError where what was begun is other work."""
+        """Begin or resume. Raises StartupError if the existing part belongs to a different job."""
         self.path = part_path(output)
         self.job_path = job_path(output)
         self.errors_path = errors_path(output)
@@ -93,7 +93,7 @@ class Part:
         self.rows += len(vectors)
 
     def seal(self) -> None:
-        """Write the header that says how many rows there are, and put everything on the disk."""
+        """Write the header with the final number of rows, and sync to disk."""
         self._file.seek(0)
         self._file.write(_header(self.rows, self.job.dimension))
         self._file.flush()
@@ -101,7 +101,7 @@ class Part:
         self.close()
 
     def close(self) -> None:
-        """Close the files; what is in them stays for the next run."""
+        """Close the files, keeping their contents for the next run."""
         self._file.close()
         if self._errors is not None:
             self._errors.close()
@@ -109,14 +109,14 @@ class Part:
     def _begin(self, job: Job, restart: bool) -> None:
         if self.job_path.exists() and _read_job(self.job_path) is None and not restart:
             self.path.unlink()
-            raise StartupError(f"{self.job_path} is not of a run; --restart replaces it")
+            raise StartupError(f"{self.job_path} does not belong to a run; --restart replaces it")
         self.errors_path.unlink(missing_ok=True)
         _write_whole(self.job_path, msgspec.json.encode(job))
 
     def _require_same(self, job: Job) -> None:
         begun = _read_job(self.job_path)
         if begun is None:
-            raise StartupError(f"{self.path} is not of a run that can go on; --restart replaces it")
+            raise StartupError(f"{self.path} does not belong to a run that can resume; --restart replaces it")
         differing = _differing(begun, msgspec.to_builtins(job))
         if differing:
             raise StartupError(f"{self.path} was begun with {'; '.join(differing)}; --restart begins again")
@@ -152,7 +152,7 @@ class Part:
 
 
 def _header(rows: int, dimension: int) -> bytes:
-    """The .npy header; numpy leaves room in it, so that its length does not depend on `rows`."""
+    """The .npy header; numpy pads it, so its length does not depend on `rows`."""
     buffer = io.BytesIO()
     what: dict[str, Any] = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
     np.lib.format.write_array_header_1_0(buffer, what)
@@ -160,7 +160,7 @@ def _header(rows: int, dimension: int) -> bytes:
 
 
 def _read_job(path: Path) -> dict[str, Any] | None:
-    """What a run was begun with; None if the file is missing or was not written by one."""
+    """The job that a run began with; None if the file is missing or invalid."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
@@ -168,7 +168,7 @@ def _read_job(path: Path) -> dict[str, Any] | None:
 
 
 def _differing(begun: dict[str, Any], job: dict[str, Any]) -> list[str]:
-    """What is another, with its old and its new value."""
+    """Describe each differing field, with its old and new values."""
     if begun.get("fingerprint") != job["fingerprint"] and begun.get("model") != job["model"]:
         return [f"the model {_shown(begun.get('model'))}, now {_shown(job['model'])}"]
     return [
@@ -189,10 +189,10 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _claim(path: Path) -> BinaryIO:
-    """Open or create the part for this run alone."""
+    """Open or create the part, locked for this run."""
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
     _lock(file, path)
-    # A run that finished meanwhile has given this file another name: it is that run's output now.
+    # Another run may have finished and renamed this file in the meantime: it is now that run's output.
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
         file.close()
         raise StartupError(f"another run has just finished {path}")
@@ -200,14 +200,14 @@ def _claim(path: Path) -> BinaryIO:
 
 
 def _begin_again(claimed: BinaryIO, path: Path) -> BinaryIO:
-    """A new part in place of the old one, whose content stays if it has another name too."""
+    """Replace the old part by a new one; its content survives under any other hard link."""
     with claimed:
         path.unlink()
         return _claim(path)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep a second run out; the lock goes with the process, however it ends."""
+    """Lock out other runs; the lock is released when the process ends, however it ends."""
     try:
         import fcntl
     except ImportError:  # Windows

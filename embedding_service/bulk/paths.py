@@ -1,4 +1,4 @@
-"""The files that a run writes, and the check that writing them destroys nothing."""
+"""The files that a run writes, and the check that writing them overwrites nothing else."""
 
 import os
 import stat
@@ -15,22 +15,22 @@ def part_path(output: Path) -> Path:
 
 
 def job_path(output: Path) -> Path:
-    """What the unfinished output was begun with."""
+    """The job that the unfinished output was begun with."""
     return output.with_name(f"{output.name}.part.json")
 
 
 def errors_path(output: Path) -> Path:
-    """The bad rows of an output, one JSON object a line."""
+    """The bad rows of an output, one JSON object per line."""
     return output.with_name(f"{output.name}{ERRORS}")
 
 
 def new_path(path: Path) -> Path:
-    """Where a file is written before it takes the place of `path`."""
+    """The temporary file that is renamed to `path` once complete."""
     return path.with_name(f"{path.name}.part.new")
 
 
 def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None:
-    """Raise StartupError if the run could write over its input or over anything that is not its own."""
+    """Raise StartupError if the run would overwrite its input or any file that is not its own."""
     if not output.parent.is_dir():
         raise StartupError(f"{output.parent} is not a folder")
     if not os.access(output.parent, os.W_OK | os.X_OK):
@@ -47,11 +47,11 @@ def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None
         except FileNotFoundError:
             continue
         if not stat.S_ISREG(found.st_mode):
-            raise StartupError(f"{path} is there and is not a file that can be replaced")
+            raise StartupError(f"{path} exists and is not a regular file")
         other = taken.setdefault((found.st_dev, found.st_ino), str(path))
         if other != str(path):
             raise StartupError(f"{path} is the same file as {other}; choose another output")
     if not restart and not part.exists():
         for path in (output, errors):
             if path.exists():
-                raise StartupError(f"{path} is there already; --restart replaces it")
+                raise StartupError(f"{path} already exists; --restart replaces it")

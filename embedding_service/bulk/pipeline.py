@@ -18,16 +18,16 @@ from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
 from embedding_service.errors import ServiceError, StartupError
 
-# A request carries at most this many characters, however few texts they are.
+# The most characters in one request, unless a single text has more.
 CHUNK_CHARACTERS = 1_000_000
 
 PROBE = "probe"
 
-# Statuses that say nothing of the texts: wait, then ask again; and those that no waiting mends.
+# Statuses that have nothing to do with the texts: those to retry after a wait, and those that never recover.
 WAIT = {429, 502, 503}
 HOPELESS = {401, 403, 404, 405}
 
-# A text alone may fail so often before it is a bad row.
+# How often a single text may fail before its row is declared bad.
 TRIES = 3
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 30.0
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Some rows, embedded: NaN where one is bad; and how many texts were cut."""
+    """Embedded rows, NaN for each bad one, and how many texts were truncated."""
 
     vectors: Vectors
     bad: list[Row]
@@ -44,12 +44,12 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class Patient:
-    """An embedder that is asked again when it is busy or away, and that finds the text that is refused."""
+    """Retries an embedder that is busy or unreachable, and isolates the texts that it rejects."""
 
     def __init__(
         self, embedder: Embedder, give_up_seconds: float, tell: Callable[[str], None] = lambda _message: None
     ) -> None:
-        """Waits for the embedder to be ready. Raises StartupError where it will not embed as asked."""
+        """Waits for the embedder to be ready. Raises StartupError if it will not embed as asked."""
         self._embedder = embedder
         self._give_up_seconds = give_up_seconds
         self._tell = tell
@@ -63,15 +63,15 @@ class Patient:
             raise StartupError(str(error)) from None
 
     def stop(self) -> None:
-        """Wait for nothing any more."""
+        """End all waits and allow no more."""
         self._stopping.set()
 
     def close(self) -> None:
-        """Give the embedder's resources back."""
+        """Release the embedder's resources."""
         self._embedder.close()
 
     def embed(self, rows: list[Row]) -> Chunk:
-        """Embed the rows that have a text. Raises Stopped where the embedder is of no use any more."""
+        """Embed the rows that have a text. Raises Stopped if the embedder can no longer be used."""
         good = [row for row in rows if not row.error]
         outcomes, truncated = self._embed([row.text for row in good]) if good else ([], 0)
         vectors = np.full((len(rows), self.dimension), np.nan, np.float32)
@@ -84,7 +84,7 @@ class Patient:
         return Chunk(vectors, sorted(bad, key=lambda row: row.number), truncated)
 
     def _embed(self, texts: list[str]) -> tuple[list[Vectors | str], int]:
-        """A vector for each text, or what is wrong with it: on a refusal, by halving."""
+        """A vector or an error for each text; halves a rejected batch to find the bad texts."""
         try:
             return self._vectors(texts)
         except ServiceError as error:
@@ -95,13 +95,13 @@ class Patient:
         return left[0] + right[0], left[1] + right[1]
 
     def _embed_refused(self, texts: list[str], error: ServiceError) -> tuple[list[Vectors | str], int]:
-        """The last tries of one text; only a fault of the service's own is worth another one."""
+        """Retry a single failed text, but only if the fault may be the service's."""
         tries = 1
         for attempt in count():
             if error.status < 500 or tries == TRIES:
                 break
             self._wait(error, attempt)
-            # While the service fails at everything, it is not this text's fault.
+            # If the service fails on everything, this text is not to blame.
             if self._is_well():
                 try:
                     return self._vectors(texts)
@@ -112,7 +112,7 @@ class Patient:
     def _vectors(self, texts: list[str]) -> tuple[list[Vectors | str], int]:
         vectors, truncated = self._persist(lambda: self._embedder.embed(texts))
         if vectors.shape[1] != self.dimension:
-            raise Stopped(f"the vectors have {vectors.shape[1]} numbers now, and had {self.dimension}")
+            raise Stopped(f"the vectors have {vectors.shape[1]} dimensions now; they had {self.dimension}")
         return list(vectors), truncated
 
     def _is_well(self) -> bool:
@@ -123,7 +123,7 @@ class Patient:
         return True
 
     def _persist(self, ask: Callable[[], Result]) -> Result:
-        """Ask until there is an answer; raises the ServiceErrors that may be the texts' own fault."""
+        """Ask until there is an answer; raises those ServiceErrors that the texts may have caused."""
         was_away = False
         for attempt in count():
             try:
@@ -143,17 +143,17 @@ class Patient:
         raise AssertionError("unreachable")
 
     def _require_same_model(self) -> None:
-        """Who comes back may be another: its vectors must not stand beside the first one's."""
+        """A restarted service may run another model: its vectors must not mix with the earlier ones."""
         found = self._embedder.describe()
         if self._known and found.fingerprint != self._known.fingerprint:
-            raise Stopped(f"the service has another model now: {found.model}, and had {self._known.model}")
+            raise Stopped(f"the service now runs another model: {found.model} instead of {self._known.model}")
 
     def _wait(self, error: ServiceError, attempt: int) -> None:
         if isinstance(error, Lost) and self._known is None:
             raise Stopped(error.message)
         asked = error.retry_after_seconds
         seconds = min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS) if asked is None else asked
-        # Those who were told to wait equally long must not all come back at once.
+        # Jitter, so that clients told to wait equally long do not all return at once.
         seconds *= 1 + random.random() / 4
         if time.monotonic() + seconds - self._last_success > self._give_up_seconds:
             raise Stopped(f"nothing was embedded in {self._give_up_seconds:.0f} s: {error.message}")
@@ -172,7 +172,7 @@ def run(
     in_flight: int,
     on_chunk: Callable[[Chunk], None],
 ) -> None:
-    """Embed the rows and append them to the part, in their order. Memory holds a few chunks at a time."""
+    """Embed the rows and append them to the part in order, holding only a few chunks in memory."""
     pool = ThreadPoolExecutor(in_flight, thread_name_prefix="embed")
     pending: deque[Future[Chunk]] = deque()
 
@@ -184,7 +184,7 @@ def run(
     try:
         for chunk in chunks(rows, chunk_rows):
             pending.append(pool.submit(embedder.embed, chunk))
-            # Twice as many as are in flight, so that one slow chunk does not idle the others.
+            # Twice the number in flight, so that one slow chunk does not leave the other threads idle.
             if len(pending) >= 2 * in_flight:
                 write_oldest()
         while pending:
@@ -195,7 +195,7 @@ def run(
 
 
 def chunks(rows: Iterable[Row], chunk_rows: int) -> Iterator[list[Row]]:
-    """Rows in lists of at most `chunk_rows`, and of CHUNK_CHARACTERS unless one row alone has more."""
+    """Lists of at most `chunk_rows` rows, and of CHUNK_CHARACTERS unless a single row has more."""
     chunk: list[Row] = []
     characters = 0
     for row in rows:

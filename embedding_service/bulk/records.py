@@ -1,4 +1,4 @@
-"""Rows that are records, of .csv and .tsv: read strictly, and found again after a fault in their quotes."""
+"""Rows of .csv and .tsv files: parsed strictly, resynchronising after a quoting error."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ def _rows(lines: "_Lines", field: str, delimiter: str) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file; those that a record has taken can be read again."""
+    """The lines of a file; lines consumed by a record can be pushed back."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -53,12 +53,12 @@ class _Lines:
         self.number = 0
 
     def begin(self) -> int:
-        """A record begins: the number of its line."""
+        """Begin a record; returns its line number."""
         self.taken, self._characters = [], 0
         return self.number + 1
 
     def back_to_second(self) -> None:
-        """The lines after the first that the record has taken are read again."""
+        """Push back the record's lines after its first."""
         self._again.extendleft(reversed(self.taken[1:]))
         self.number -= len(self.taken) - 1
 
@@ -81,13 +81,13 @@ class _Lines:
         if len(line) == MAX_BYTES and line[-1] not in "\r\n":
             while (more := self._file.readline(MAX_BYTES)) and more[-1] not in "\r\n":
                 pass
-            # Still too long whenever it is read again.
+            # Keeps it too long if it is read again.
             line += "\n"
         return line
 
 
 class _Fault(msgspec.Struct):
-    """A record that cannot be read, on the line where the quote at fault opens."""
+    """A record that cannot be parsed; `line` is where the faulty quote opens."""
 
     first_line: int
     line: int
@@ -97,7 +97,7 @@ class _Fault(msgspec.Struct):
     def said(self) -> str:
         if self.last_line == self.line:
             return self.error
-        return f"{self.error}; what stands as far as line {self.last_line} is taken as part of it"
+        return f"{self.error}; everything up to line {self.last_line} is treated as part of it"
 
 
 def _header(lines: _Lines, delimiter: str) -> list[str]:
@@ -109,9 +109,9 @@ def _header(lines: _Lines, delimiter: str) -> list[str]:
 
 
 def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple[int, list[str] | str]]:
-    """Each record that is not blank, or why there is none, and its line.
+    """Each non-blank record, or the error in its place, with its line number.
 
-    After a fault, reading goes on at the next line with a record of `width` fields or with another fault.
+    After a fault, parsing resumes at the next line that holds a record of `width` fields or another fault.
     """
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     fault: _Fault | None = None
@@ -120,7 +120,7 @@ def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple
         found = _record_or_fault(lines, reader, first, delimiter, None if fault else width)
         if isinstance(found, _Fault):
             lines.back_to_second()
-            # What follows the first line of a record may meet the same quote again.
+            # Parsing again from the record's second line may hit the same quote.
             if fault and fault.line != found.line:
                 yield fault.line, fault.said()
             fault = fault if fault and fault.line == found.line else found
@@ -129,7 +129,7 @@ def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple
             fault.last_line = max(fault.last_line, first if found else 0)
         else:
             if fault:
-                # If a record begins on that line, an earlier quote is at fault.
+                # If a record begins on that line, an earlier quote caused the fault.
                 yield fault.line if fault.line < first else fault.first_line, fault.said()
                 fault = None
             if found is None:
@@ -141,10 +141,10 @@ def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple
 def _record_or_fault(
     lines: _Lines, reader: Iterator[list[str]], first: int, delimiter: str, width: int | None
 ) -> list[str] | _Fault | None:
-    """The next record, or why it cannot be read; None at the end.
+    """The next record or its fault; None at the end of the file.
 
-    A record over several lines without `width` fields is a fault too: a quote that was not closed has
-    taken in the records up to the next quote.
+    A record of several lines that does not have `width` fields is a fault too: an unclosed quote has
+    swallowed the records up to the next quote.
     """
     try:
         record = next(reader, None)
@@ -152,14 +152,14 @@ def _record_or_fault(
         return _fault(lines, first, delimiter, error)
     if record is None or width in (None, len(record)) or len(lines.taken) == 1:
         return record
-    over = f"{len(lines.taken)} lines are a record of {len(record)} fields, not {width}"
+    over = f"{len(lines.taken)} lines form a record of {len(record)} fields, not {width}"
     return _Fault(first, first, f"{over}; a quote may not be closed", first)
 
 
 def _fault(lines: _Lines, first: int, delimiter: str, error: Exception) -> _Fault:
-    """What is wrong with the record at hand, and where."""
+    """What is wrong with the current record, and where."""
     text, d = "".join(lines.taken), re.escape(delimiter)
-    # The fields before the fault are whole: the one that comes after them is at fault.
+    # The fields before the fault parse cleanly; the one after them is to blame.
     whole = re.compile(rf'(?:(?:"(?:[^"]++|"")*+"|(?!")[^{d}\r\n]*+){d})*+').match(text)
     begins = whole.end() if whole else 0
     line = first + len(re.findall(r"\r\n|\r|\n", text[:begins]))
@@ -170,7 +170,7 @@ def _fault(lines: _Lines, first: int, delimiter: str, error: Exception) -> _Faul
     elif "end of data" in str(error):
         said = "the quote that opens here is never closed"
     elif line == lines.number:
-        said = "there is more in the field after its closing quote"
+        said = "there is text after the field's closing quote"
     else:
         said = f"the quote that opens here is not closed before another on line {lines.number}"
     return _Fault(first, line, said, line)

@@ -1,4 +1,4 @@
-"""A row: a numbered text of the input, or what is wrong with it; and how a text is taken out of its bytes."""
+"""A row: a numbered text of the input, or its error; and how texts are parsed from raw bytes."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-# A line, record or element longer than this is not held in memory.
+# Longer lines, records or elements are never held in memory.
 MAX_BYTES = 16 << 20
 TOO_LONG = f"longer than {MAX_BYTES} bytes"
 
@@ -15,7 +15,7 @@ SHOWN_NAMES = 20
 
 
 class Row(msgspec.Struct, frozen=True):
-    """Row `number` (from 0), beginning on `line` (from 1): a text, or what is wrong with it."""
+    """Row `number` (from 0), beginning on `line` (from 1), with its text or its error."""
 
     number: int
     line: int
@@ -24,17 +24,17 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class BadRow(ValueError):
-    """A row that holds no text; the message says why."""
+    """A row without a usable text; the message says why."""
 
 
 class _Wanted(msgspec.Struct):
-    """Of an object only the field with the text; the others are not even decoded."""
+    """Decodes only an object's text field and skips the others."""
 
     value: Any = UNSET
 
 
 def make_row(number: int, line: int, parse: Callable[[Any], str], raw: Any) -> Row:
-    """The row that `parse` finds in what was read."""
+    """The row that `parse` makes of the raw value."""
     try:
         return Row(number, line, text=parse(raw))
     except BadRow as error:
@@ -50,7 +50,7 @@ def decode(raw: bytes) -> str:
 
 
 def encodable(text: str) -> str:
-    """A text without half characters. Raises BadRow."""
+    """The text, if it has no lone surrogates. Raises BadRow."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -59,7 +59,7 @@ def encodable(text: str) -> str:
 
 
 def json_text(field: str) -> Callable[[bytes], str]:
-    """What takes the text out of a JSON string, or of the field of a JSON object. It raises BadRow."""
+    """A parser that gets the text from a JSON string or from a field of a JSON object. It raises BadRow."""
     wanted = msgspec.defstruct("Wanted", [("value", Any, UNSET)], bases=(_Wanted,), rename={"value": field})
     decoder = msgspec.json.Decoder(wanted | str)
 
@@ -84,7 +84,7 @@ def json_text(field: str) -> Callable[[bytes], str]:
 
 
 def _leniently(raw: bytes, error: Exception) -> Any:
-    """What Python's json reads besides, since it also writes it: NaN, Infinity and half characters."""
+    """Accept what Python's json also writes: NaN, Infinity and lone surrogates."""
     try:
         return json.loads(raw.decode())
     except (ValueError, RecursionError):
@@ -99,6 +99,6 @@ def _names(raw: bytes) -> str:
 
 
 def shown(names: Iterable[str]) -> str:
-    """The names of fields or columns, in a line of moderate length."""
+    """Names of fields or columns, shortened to fit a message."""
     found = [name[:60] for name in names]
     return ", ".join(found[:SHOWN_NAMES]) + (", …" if len(found) > SHOWN_NAMES else "")

@@ -1,4 +1,4 @@
-"""The input: a file or standard input, in which format its rows are, and whether it is still the same."""
+"""The input: a file or standard input, its format, and whether it has changed."""
 
 import codecs
 import hashlib
@@ -16,12 +16,12 @@ from embedding_service.bulk import columns, compression, elements, lines, record
 from embedding_service.bulk.rows import Row, decode, json_text
 from embedding_service.errors import StartupError
 
-# If the first rows are all bad, the options are wrong rather than the rows.
+# If this many first rows are all bad, the options are probably wrong, not the rows.
 HEAD_ROWS = 100
 
 
 class Format(msgspec.Struct, frozen=True):
-    """How rows are read with a field and a delimiter, and counted if there is a faster way."""
+    """How to read rows, given a field and a delimiter, and how to count them if there is a faster way."""
 
     read: Callable[[io.BufferedReader, str, str], Iterator[Row]]
     count: Callable[[io.BufferedReader], int] | None = None
@@ -42,12 +42,12 @@ FORMATS = {
 
 
 class Source:
-    """The rows of a file, or of a stream: standard input or a pipe, which can be read only once."""
+    """The rows of a file, or of a stream (standard input or a pipe), which can be read only once."""
 
     def __init__(
         self, path: Path, field: str, format: str | None = None, delimiter: str | None = None
     ) -> None:
-        """Raises StartupError if there is no such file or format, and OSError if it cannot be read."""
+        """Raises StartupError if the file or format does not exist, and OSError if it cannot be read."""
         self._path = path
         self.name = "standard input" if path == Path("-") else str(path)
         self.stat = self._stat()
@@ -76,7 +76,7 @@ class Source:
             return self._format.count(file)
 
     def identify(self) -> tuple[int, str]:
-        """Size and hash: two inputs with the same ones are the same."""
+        """Size and hash, which identify the content."""
         if self.is_stream:
             return 0, self.name
         with self._path.open("rb") as file:
@@ -86,7 +86,7 @@ class Source:
         return size, digest
 
     def has_changed(self, identity: tuple[int, str]) -> bool:
-        """Whether the file is another than the one identified."""
+        """Whether the file differs from the one identified."""
         if self.is_stream or not self._looks_changed():
             return False
         self.stat = self._stat()
@@ -118,13 +118,13 @@ class Source:
 
     @contextmanager
     def _open(self) -> Iterator[io.BufferedReader]:
-        """The decompressed bytes after a byte order mark; an error names the input."""
+        """The decompressed bytes after any byte order mark; errors name the input."""
         with open(0, "rb", closefd=False) if self._path == Path("-") else self._path.open("rb") as raw:
             try:
                 file = compression.decompressed(raw)
                 head = file.peek(3)
                 if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise StartupError("it is UTF-16; UTF-8 is read")
+                    raise StartupError("it is UTF-16; only UTF-8 is supported")
                 if head.startswith(codecs.BOM_UTF8):
                     file.read(len(codecs.BOM_UTF8))
                 yield file
@@ -135,7 +135,7 @@ class Source:
 
 
 def require_texts(rows: Iterator[Row]) -> Iterator[Row]:
-    """The same rows. Raises StartupError if the first ones are all bad."""
+    """Pass the rows through. Raises StartupError if the first ones are all bad."""
     head = []
     for row in islice(rows, HEAD_ROWS):
         head.append(row)
