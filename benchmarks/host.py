@@ -214,7 +214,7 @@ class Bench:
 @contextlib.contextmanager
 def _crowd(port: int) -> Iterator[None]:
     """Clients that have asked once and stay, and others that send a byte of a request each second."""
-    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(IDLE_CLIENTS)]
+    idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(IDLE_CLIENTS)]
     for sock in idle:
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     for sock in idle:

@@ -36,12 +36,11 @@ def instant(runtime):
     vectors = (made / numpy.linalg.norm(made, axis=1, keepdims=True)).astype(numpy.float32)
 
     def forward(batch, *_others, **_named):
-        return vectors[: sum(len(part.rows) if hasattr(part, "rows") else 1 for part in batch)]
+        return vectors[: sum(len(part.rows) for part in batch)]
 
-    owners = getattr(runtime, "lanes", None)
-    for owner in [*owners, runtime.whole] if isinstance(owners, list) else [runtime]:
-        if owner is not None:
-            owner.forward = forward
+    for lane in (*runtime.lanes, runtime.whole):
+        if lane is not None:
+            lane.forward = forward
     return runtime
 
 
