@@ -261,7 +261,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
         (["corpus.jsonl", "-o", "v.xlsx"], "must end in .npy, .jsonl, .parquet"),
         (["corpus.jsonl", "-o", "nowhere/v.npy"], "is not a folder"),
         (["corpus.jsonl", "-o", "there.npy"], "--restart replaces it"),
-        (["corpus.jsonl", "-o", "folder.npy"], "is not a file that can be replaced"),
+        (["corpus.jsonl", "-o", "folder.npy"], "exists and is not a regular file"),
         (["corpus.jsonl", "-o", "v.npy.errors.jsonl"], "for lists of bad rows"),
         (["corpus.jsonl", "-o", "v" * 250 + ".npy"], "name too long"),
         (["corpus.pdf", "-o", "v.npy"], "must end in .jsonl"),
@@ -346,7 +346,7 @@ def test_a_folder_or_a_pipe_where_the_run_writes_is_left_alone(
     make(output.with_name(output.name + suffix))
     assert main(monkeypatch, corpus, "-o", output, *restart) == 2
     said = capsys.readouterr().err
-    assert "is not a file that can be replaced" in said and said.count("\n") == 1
+    assert "exists and is not a regular file" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("suffix", OURS[1:4])
@@ -665,7 +665,7 @@ REFUSED = {
     "lines.txt": (b"a\n", ["--delimiter", ";"], "--delimiter is for csv and tsv", "read as txt"),
     "utf16.csv": ("text\na\n".encode("utf-16"), [], "it is UTF-16; only UTF-8 is supported", ""),
     "utf16.jsonl": ('"a"\n'.encode("utf-16"), [], "it is UTF-16; only UTF-8 is supported", ""),
-    "text.parquet": (b"PAR1 not", [], "not a sound parquet file", ""),
+    "text.parquet": (b"PAR1 not", [], "not a valid parquet file", ""),
     "numbers.parquet": (written("parquet"), ["--field", "id"], "the column 'id' holds int64, not text", ""),
     "names.parquet": (written("parquet"), ["--field", "body"], "no column 'body'; it has id, text", ""),
 }

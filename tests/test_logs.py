@@ -71,7 +71,7 @@ def test_every_line_of_a_service_is_json(start, tmp_path, level):
     service.post("/embed", {"texts": 3})
     assert service.stop(signal.SIGTERM) == 0
     records = [json.loads(line) for line in service.log().splitlines()]
-    assert {"gunicorn.error", "inference.model"} <= {
+    assert {"gunicorn.error", "inference.loading"} <= {
         record["logger"] for record in records
     } or level == "info"
     assert not [r for r in records if "loss_type" in r["message"] or "Current configuration" in r["message"]]
