@@ -13,7 +13,7 @@ from embedding_service.web.factory import create_app
 from embedding_service.web.openapi import document
 from embedding_service.web.settings import WebSettings
 
-KINDS = [kind for kind in errors.ServiceError.__subclasses__() if kind is not errors.NotFound]
+KINDS = [kind for kind in errors.BY_NAME.values() if kind is not errors.NotFound]
 
 BODIES = {
     "/embed": {"texts": "x"},
