@@ -39,7 +39,7 @@ MAX_BACKLOG = 2048
 # At most this much of an unread body is read to keep the connection.
 DRAINED = 32_768
 
-# So many bodies over this size may be in memory at once; the others wait on their clients' side.
+# At most LARGE_BODIES bodies over LARGE_BODY bytes are in memory at once; other clients wait to send theirs.
 LARGE_BODY, LARGE_BODIES = 65_536, 128
 
 # What the server answers without Flask, for gunicorn's own errors; any other of them is a 400.
