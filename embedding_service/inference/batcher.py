@@ -263,9 +263,8 @@ class Batcher:
             raise DeadlineExceeded("the deadline passed in the queue")
         texts = [text for job, first, size in pieces for text in job.texts[first : first + size]]
         request, runtime = job.request, self._runtime
-        parallel = len(texts) >= PARALLEL_TEXTS and (
-            runtime.uses_accelerator or (not self._running and len(texts) > INLINE_TEXTS)
-        )
+        idle = not self._running and size > INLINE_TEXTS
+        parallel = len(texts) >= PARALLEL_TEXTS and (runtime.uses_accelerator or idle)
         try:
             prepared = runtime.prepare(
                 texts, job.prompt, request.input_type, request.truncation_side, parallel=parallel
@@ -315,16 +314,15 @@ class Batcher:
         running = self._identical.add(job, first, texts)
         job.pieces.append(piece)
         job.tokenized += size
-        tokens = sum(lengths.tolist())
-        job.tokens += tokens
+        job.read_tokens += sum(lengths.tolist())
         if running:
             keep = ~np.isin(rows, running)
             lengths, rows = lengths[keep], rows[keep]
         if len(rows):
             self._queue.push(job, lengths, rows, piece.prepared.group)
         if job.tokenized == len(job.texts):
-            self._admission.release(job.charge - job.tokens)
-            job.charge = job.tokens
+            self._admission.release(job.charge - job.read_tokens)
+            job.charge = job.read_tokens
 
     # Running
 
@@ -467,11 +465,10 @@ class Batcher:
         for taker, places, span in takers:
             taker.accept(places, (vectors if taker.wants_raw else unit)[span])
             taker.computed(*when)
-            if not taker.remaining and self._end(taker):
-                done.append(taker)
         if self._cache is not None:
             self._keep(self._cache, part, vectors)
-        self._identical.settle(job, rows)
+        self._identical.deliver(job, rows)
+        done += [taker for taker, _, _ in takers if not taker.remaining and self._end(taker)]
 
     def _measure(self, tokens: int, padded: int, began: float, ended: float, lane: Lane) -> None:
         self._admission.measure(tokens, ended)

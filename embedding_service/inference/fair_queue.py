@@ -3,7 +3,7 @@
 import heapq
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +108,7 @@ class FairQueue:
             lengths = np.concatenate((flow.lengths, lengths))
             rows = np.concatenate((flow.rows, rows))
         if len(lengths) > 1:
-            order = np.argsort(lengths, kind="stable")
+            order = lengths.argsort(kind="stable")
             lengths, rows = lengths[order], rows[order]
         flow.tokens = sum(lengths.tolist())
         flow.lengths, flow.rows, flow.group = lengths, rows, group
@@ -189,20 +189,27 @@ def _take(fellows: list[Flow], limit: int, free: int) -> tuple[list[tuple[Flow, 
 
 
 def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[list[tuple[Flow, IntArray]], int]:
-    starts = np.cumsum([0] + [len(flow.rows) for flow in fellows])
+    starts = [0, *accumulate([len(flow.rows) for flow in fellows])]
+    if len(fellows) == 1:
+        flow, before = fellows[0], fellows[0].tokens
+        low, high = densest(flow.lengths, starts[1] - 1, limit, free)
+        taken = flow.take(low, high)
+        flow.tag += before - flow.tokens
+        return [(flow, taken)], before - flow.tokens
     lengths = np.concatenate([flow.lengths for flow in fellows])
     # Stable, and each flow is in order, so that a range of the whole is a range of each flow.
-    order = np.argsort(lengths, kind="stable")
-    head = int(np.flatnonzero(order == starts[1] - 1)[0])
+    order = lengths.argsort(kind="stable")
+    head = int((order == starts[1] - 1).argmax())
     low, high = densest(lengths[order], head, limit, free)
-    chosen = np.sort(order[low:high])
-    cuts = np.searchsorted(chosen, starts).tolist()
+    chosen = order[low:high]
+    chosen.sort()
+    cuts = chosen.searchsorted(starts).tolist()
     batch, served = [], 0
     for index, flow in enumerate(fellows):
         size = cuts[index + 1] - cuts[index]
         if size:
             before = flow.tokens
-            first = int(chosen[cuts[index]] - starts[index])
+            first = int(chosen[cuts[index]]) - starts[index]
             batch.append((flow, flow.take(first, first + size)))
             flow.tag += before - flow.tokens
             served += before - flow.tokens
@@ -219,17 +226,20 @@ def densest(lengths: IntArray, head: int, limit: int, free: int) -> tuple[int, i
     first = max(0, head + 1 - room)
     near: Indices = np.maximum(1, lengths[first : head + room]).astype(np.int64)
     at = head - first
-    sums = np.concatenate(([0], np.cumsum(near)))
+    sums = np.zeros(len(near) + 1, np.int64)
+    near.cumsum(out=sums[1:])
     # Which text is the longest: the last of each length from the head's on.
-    ends = at + np.flatnonzero(np.append(near[at + 1 :] != near[at:-1], True))
+    is_end = np.ones(len(near) - at, np.bool_)
+    np.not_equal(near[at + 1 :], near[at:-1], out=is_end[:-1])
+    ends = at + is_end.nonzero()[0]
     if len(ends) > MOST_ENDS:
         ends = ends[np.linspace(0, len(ends) - 1, MOST_ENDS).astype(np.int64)]
     lows = np.arange(at + 1)
-    highs = np.clip(lows + (limit // near[ends])[:, None] - 1, at, ends[:, None])
-    total = sums[highs + 1] - sums[lows]
+    highs = np.maximum(at, np.minimum(lows + (limit // near[ends])[:, None] - 1, ends[:, None]))
+    total = sums[highs + 1] - sums[: at + 1]
     padded = near[highs] * (highs - lows + 1)
     fits = (padded <= limit) & (padded - total <= np.maximum(free, PADDING_SHARE * padded))
-    best = int(np.argmax(np.where(fits, total, -1)))
+    best = int((total * fits).argmax())
     if not fits.flat[best]:
         return head, head + 1
     return first + best % (at + 1), first + int(highs.flat[best]) + 1

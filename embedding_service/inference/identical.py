@@ -1,5 +1,6 @@
 """Identical texts are computed once, within a request and among those that wait or run. No lock."""
 
+from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -142,8 +143,17 @@ class IdenticalTexts:
                     if other is not flow:
                         yield position, other, place
 
-    def settle(self, flow: Sharer, rows: IntArray) -> None:
+    def deliver(self, flow: Sharer, rows: IntArray) -> None:
         """These rows of a batch have been delivered."""
+        if flow.shares or flow.finished:
+            self.settle(flow, rows)
+            return
+        # Nobody else knows them: out they go, without a look at each.
+        texts = map(flow.texts.__getitem__, rows.tolist())
+        deque(map(self._known[flow.context].__delitem__, texts), maxlen=0)
+
+    def settle(self, flow: Sharer, rows: IntArray) -> None:
+        """Nobody need wait for these rows of a batch any more."""
         known = self._known[flow.context]
         for row in rows.tolist():
             text = flow.texts[row]

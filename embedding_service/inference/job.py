@@ -26,6 +26,16 @@ class Piece:
     prepared: Prepared
     offset: int
 
+    @property
+    def lengths(self) -> IntArray:
+        """The tokens of each text."""
+        return self.prepared.lengths[self.offset : self.offset + self.count]
+
+    @property
+    def truncated(self) -> BoolArray:
+        """Whether each text was cut."""
+        return self.prepared.truncated[self.offset : self.offset + self.count]
+
 
 @dataclass(slots=True, eq=False)
 class Part:
@@ -56,7 +66,7 @@ class Job(Sharer):
     characters: int
     charge: int
     hits: int | None = None
-    tokens: int = 0
+    read_tokens: int = 0
     pieces: list[Piece] = field(default_factory=list)
     tokenized: int = 0
     remaining: int = 0
@@ -107,11 +117,10 @@ class Job(Sharer):
 
     def outcome(self, normalized: bool) -> Embeddings:
         """The answer. `normalized` says that the model's vectors are of length 1."""
-        lengths, truncated = self._lengths()
-        vectors = self.vectors
+        vectors, tokens, truncated = self.vectors, self.read_tokens, self._truncated()
         if self.reduction is not None:
             vectors = self._expanded(self.reduction, normalized)
-            lengths, truncated = self._expanded_lengths(self.reduction, lengths, truncated)
+            tokens, truncated = self._expanded_counts(self.reduction)
         assert vectors is not None
         request = self.request
         if request.dimensions is not None:
@@ -119,8 +128,8 @@ class Job(Sharer):
             vectors = normalize(vectors) if request.normalize else np.ascontiguousarray(vectors)
         return Embeddings(
             vectors=vectors,
-            tokens=sum(lengths.tolist()),
-            truncated=np.flatnonzero(truncated).tolist() if True in truncated.tolist() else [],
+            tokens=tokens,
+            truncated=truncated,
             timings=Timings(
                 tokenization_ms=self.tokenization_seconds * 1e3,
                 queue_ms=max(0.0, self.started - self.submitted - self.tokenization_seconds) * 1e3,
@@ -129,16 +138,14 @@ class Job(Sharer):
             cache_hits=self.hits,
         )
 
-    def _lengths(self) -> tuple[IntArray, BoolArray]:
-        """Of the texts computed, the tokens of each and whether it was cut."""
-        if not self.pieces:
-            return np.empty(0, np.int32), np.empty(0, np.bool_)
-        spans = [(piece.prepared, slice(piece.offset, piece.offset + piece.count)) for piece in self.pieces]
-        lengths = [prepared.lengths[span] for prepared, span in spans]
-        truncated = [prepared.truncated[span] for prepared, span in spans]
-        if len(spans) == 1:
-            return lengths[0], truncated[0]
-        return np.concatenate(lengths), np.concatenate(truncated)
+    def _truncated(self) -> list[int]:
+        """Of the texts computed, those that were cut."""
+        return [
+            piece.first + row
+            for piece in self.pieces
+            for row, cut in enumerate(piece.truncated.tolist())
+            if cut
+        ]
 
     def _expanded(self, reduction: Reduction, normalized: bool) -> Vectors:
         found = [] if self.vectors is None else [self.vectors]
@@ -148,16 +155,14 @@ class Job(Sharer):
         expanded: Vectors = np.concatenate(found)[reduction.places]
         return expanded
 
-    def _expanded_lengths(
-        self, reduction: Reduction, lengths: IntArray, truncated: BoolArray
-    ) -> tuple[IntArray, BoolArray]:
-        cached_lengths = np.array([entry.tokens for entry in reduction.cached], np.int32)
-        cached_truncated = np.array([entry.truncated for entry in reduction.cached], np.bool_)
-        places = reduction.places
-        return (
-            np.concatenate((lengths, cached_lengths))[places],
-            np.concatenate((truncated, cached_truncated))[places],
-        )
+    def _expanded_counts(self, reduction: Reduction) -> tuple[int, list[int]]:
+        lengths = [length for piece in self.pieces for length in piece.lengths.tolist()]
+        truncated = [cut for piece in self.pieces for cut in piece.truncated.tolist()]
+        lengths += [entry.tokens for entry in reduction.cached]
+        truncated += [entry.truncated for entry in reduction.cached]
+        places = reduction.places.tolist()
+        cut_places = [index for index, place in enumerate(places) if truncated[place]]
+        return sum([lengths[place] for place in places]), cut_places
 
 
 def merged(batch: Sequence[Part]) -> list[Slice]:

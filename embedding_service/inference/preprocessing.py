@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -145,11 +145,13 @@ class RustTokenizer:
             check_unicode(texts)
             raise
         lists = [encoding.ids for encoding in encodings]
-        lengths = np.fromiter(map(len, lists), np.int32, len(lists))
-        offsets = np.zeros(len(lists) + 1, np.int32)
-        np.cumsum(lengths, out=offsets[1:])
+        offsets = np.array([0, *accumulate(map(len, lists))], np.int32)
+        lengths = offsets[1:] - offsets[:-1]
         ids = np.fromiter(chain.from_iterable(lists), np.int32, int(offsets[-1]))
-        truncated = np.fromiter((bool(one.overflowing) for one in encodings), np.bool_, len(lists))
+        truncated = lengths >= self._max_length
+        for row in truncated.nonzero()[0].tolist():
+            # Or just as long as may be.
+            truncated[row] = bool(encodings[row].overflowing)
         return Prepared(lengths, truncated, prompt_length, TokenIds(ids, offsets, prompt_length))
 
     def _cutting(self, side: Side | None) -> Tokenizer:

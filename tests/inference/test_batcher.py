@@ -318,6 +318,21 @@ def test_a_text_is_charged_with_what_the_model_can_read_of_it(build):
         assert isinstance(answer.wait(), Embeddings)
 
 
+def test_what_waits_is_counted_in_the_tokens_that_were_read(build):
+    runtime = FakeRuntime()
+    batcher, gate = held(build, runtime)
+    before = batcher.queued_tokens
+    answers = [
+        submit(batcher, [text(n % 90 + 3, f"{n} {size}") for n in range(size)]) for size in (1, 20, 600)
+    ]
+    wait_until(lambda: len(runtime.prepared) == 1 + 621)
+    tokens = sum(n % 90 + 3 for size in (1, 20, 600) for n in range(size))
+    wait_until(lambda: batcher.queued_tokens == before + tokens)
+    gate.open()
+    assert sum(answer.wait().tokens for answer in answers) == tokens
+    assert batcher.queued_tokens == 0
+
+
 def test_a_request_without_texts_is_refused(build):
     with pytest.raises(InvalidRequest):
         submit(build(FakeRuntime()), [])
