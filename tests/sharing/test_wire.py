@@ -1,0 +1,124 @@
+"""The messages: they arrive as they were sent, however the bytes are cut; a batch leaves in one call."""
+
+import random
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from embedding_service.engine import Embeddings, EmbedRequest, Status, Timings
+from embedding_service.errors import InvalidRequest, Overloaded
+from embedding_service.sharing import wire
+from embedding_service.sharing.server import Connection
+
+
+@pytest.fixture
+def ends():
+    sockets = socket.socketpair(socket.AF_UNIX)
+    yield sockets
+    for one in sockets:
+        one.close()
+
+
+def call(number: int, *texts: str) -> wire.Call:
+    return wire.Call(number, EmbedRequest(texts=list(texts), deadline=1.5, prompt_name="query"))
+
+
+def result(seed: int, texts: int, dimension: int, cache_hits: int | None = None) -> Embeddings:
+    vectors = np.random.default_rng(seed).standard_normal((texts, dimension)).astype(np.float32)
+    timings = Timings(tokenization_ms=1.0, queue_ms=2.0, inference_ms=float(seed))
+    return Embeddings(vectors=vectors, tokens=seed, truncated=[seed], timings=timings, cache_hits=cache_hits)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_calls_arrive_as_they_were_sent_however_the_bytes_are_cut(ends, seed):
+    chance = random.Random(seed)
+    sent = [
+        call(n, *["é" * chance.choice([0, 3, 200, 70_000]) for _ in range(chance.randint(1, 3))])
+        for n in range(40)
+    ]
+    raw = b"".join(bytes(view) for view in wire._framed(sent))
+
+    def write() -> None:
+        first = 0
+        while first < len(raw):
+            last = first + chance.choice([1, 7, 100, 5000, 65_536, 300_000])
+            ends[0].sendall(raw[first:last])
+            first = last
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    channel, received = wire.Channel(ends[1]), []
+    while len(received) < len(sent):
+        received += channel.receive_all()
+    writer.join()
+    assert received == sent
+
+
+def test_calls_that_came_together_are_received_together(ends):
+    sent = [call(n, "text") for n in range(20)]
+    wire.Channel(ends[0]).send(*sent)
+    assert wire.Channel(ends[1]).receive_all() == sent
+
+
+def test_answers_arrive_with_their_own_vectors(ends):
+    sent = [result(1, 1, 384), result(2, 3, 5, cache_hits=2), result(3, 64, 384)]
+    replies = wire.Replies([wire.Answer.of(n, one) for n, one in enumerate(sent)])
+    notice = wire.StatusNotice(Status(state="loading"))
+    wire.Channel(ends[0]).send((replies, [one.vectors for one in sent]), notice)
+    channel = wire.Channel(ends[1])
+    message, payload = channel.receive()
+    assert isinstance(message, wire.Replies)
+    for (number, got), (expected, one) in zip(message.results(payload), enumerate(sent), strict=True):
+        assert number == expected
+        assert np.array_equal(got.vectors, one.vectors)
+        assert (got.tokens, got.truncated, got.timings) == (one.tokens, one.truncated, one.timings)
+        assert got.cache_hits == one.cache_hits
+    assert channel.receive()[0] == notice
+
+
+def test_all_outcomes_of_a_batch_leave_in_one_system_call():
+    class Counted:
+        """As much of a socket as sending needs."""
+
+        def __init__(self) -> None:
+            self.sent: list[bytes] = []
+
+        def sendmsg(self, views, *_others) -> int:
+            self.sent.append(b"".join(views))
+            return len(self.sent[-1])
+
+        def recv_into(self, _view) -> int:
+            open_end.wait()
+            return 0
+
+        def shutdown(self, _how) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    class Server:
+        class engine:
+            cancel_all = staticmethod(lambda _receiver: None)
+
+        forget = staticmethod(lambda _connection: None)
+
+    open_end = threading.Event()
+    sock = Counted()
+    connection = Connection(sock, Server)
+    connection._answer([(n, result(n, 2, 8)) for n in range(30)] + [(30, Overloaded("full"))])
+    open_end.set()
+    assert len(sock.sent) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidRequest("is bad", index=3), Overloaded("full", retry_after_seconds=2)]
+)
+def test_errors_arrive_whole(ends, error):
+    wire.Channel(ends[0]).send(wire.Failure.of(7, error))
+    message, _ = wire.Channel(ends[1]).receive()
+    got = message.error()
+    assert type(got) is type(error)
+    assert vars(got) == vars(error)
