@@ -113,7 +113,7 @@ def test_a_small_request_does_not_wait_for_the_bulk_that_has_its_text(build):
     runtime = FakeRuntime(separate_bulk=True, max_batch_tokens=100)
     batcher, gate = held(build, runtime)
     bulk = submit(batcher, [text(10, n) for n in range(2000)])
-    wait_until(lambda: len(runtime.prepared) == 2001)
+    wait_until(lambda: bulk.job.tokenized == 2000)
     small = submit(batcher, [text(10, 0)])
     before: list[bool] = []
 
