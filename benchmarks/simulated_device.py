@@ -1,0 +1,181 @@
+"""How busy the model process keeps an accelerator: a simulated one, so that no GPU is needed.
+
+The device takes batches of two lanes, one after the other. A batch costs the host a fixed time to launch, in
+which it holds the interpreter's lock, and the device a time by its tokens, padding included; the lane waits
+for the result. All else is real: the socket, the tokenizer, the queue, packing and delivering. The clients
+are processes, one for each web worker; each client sends its next request as soon as it has an answer.
+
+python -m benchmarks.simulated_device --tokens-per-second 200000
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.texts import Texts
+from embedding_service import metrics
+from embedding_service.engine import EmbedRequest, Vectors
+from embedding_service.inference import local, source
+from embedding_service.inference.budget import BatchBudget, BatchCost
+from embedding_service.inference.loading import load
+from embedding_service.inference.model import Model
+from embedding_service.inference.preprocessing import Preprocessor
+from embedding_service.inference.runtime import Batch
+from embedding_service.inference.settings import ModelSettings
+from embedding_service.sharing import server, wire
+
+DIMENSION, BATCH_TOKENS = 384, 32 * 256
+MADE = np.random.default_rng(1).standard_normal((16_384, DIMENSION)).astype(np.float32)
+
+
+@dataclass
+class Device:
+    """Computes one batch at a time, however many lanes there are."""
+
+    tokens_per_second: float
+    launch_seconds: float
+    batches: int = 0
+    busy_seconds: float = 0.0
+    free_at: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, tokens: int) -> None:
+        """Launch a batch and wait for its end."""
+        launched = time.thread_time() + self.launch_seconds
+        while time.thread_time() < launched:
+            pass
+        with self.lock:
+            seconds = tokens / self.tokens_per_second
+            self.free_at = max(self.free_at, time.monotonic()) + seconds
+            self.batches += 1
+            self.busy_seconds += seconds
+            ends = self.free_at
+        time.sleep(max(0.0, ends - time.monotonic()))
+
+
+@dataclass
+class Stream:
+    """A lane: packs its batches as a real one does."""
+
+    device: Device
+    preprocessor: Preprocessor
+
+    def forward(self, batch: Batch) -> Vectors:
+        rows, width = self.preprocessor.pack(batch)["input_ids"].shape
+        self.device.run(rows * width)
+        return MADE[:rows]
+
+
+def on_device(runtime: Model, device: Device, streams: int) -> Model:
+    """The loaded model, as if it ran on the device."""
+    runtime.lanes = [Stream(device, runtime.preprocessor) for _ in range(streams)]
+    runtime.whole = None
+    runtime.uses_accelerator, runtime.separate_bulk, runtime.normalized = True, False, True
+    runtime.max_batch_tokens = BATCH_TOKENS
+    cost = BatchCost(device.launch_seconds, 1 / device.tokens_per_second)
+    runtime.budget = BatchBudget(cost, max_seq_length=256, max_batch_tokens=BATCH_TOKENS)
+    return runtime
+
+
+def clients(sock: socket.socket, count: int, texts: int, sentences: list[str], first: int) -> None:
+    """A web worker's side of the socket: keeps `count` requests under way until it is closed."""
+    channel = wire.Channel(sock)
+    numbers = iter(range(10**9))
+
+    def call() -> wire.Call:
+        number = next(numbers)
+        # No two under way are alike, since identical texts are computed once.
+        own = [f"{first} {sentences[(number * texts + n) % len(sentences)]}" for n in range(texts)]
+        return wire.Call(number, EmbedRequest(texts=own, deadline=time.monotonic() + 60))
+
+    with contextlib.suppress(wire.Closed):
+        channel.send(*[call() for _ in range(count)])
+        while True:
+            message, _ = channel.receive()
+            if isinstance(message, wire.Replies):
+                channel.send(*[call() for _ in message.answers])
+
+
+@contextlib.contextmanager
+def web_workers(
+    engine: local.LocalEngine, workers: int, count: int, texts: int, sentences: list[str]
+) -> Iterator[None]:
+    """So many processes, which share `count` clients."""
+    owner: Any = SimpleNamespace(engine=engine, forget=lambda _connection: None)
+    ours, pids = [], []
+    for worker in range(workers):
+        here, there = socket.socketpair(socket.AF_UNIX)
+        pid = os.fork()
+        if not pid:
+            here.close()
+            clients(there, count // workers, texts, sentences, worker)
+            os._exit(0)
+        there.close()
+        ours.append(here)
+        pids.append(pid)
+    # Threads only once all have been forked.
+    for sock in ours:
+        server.Connection(sock, owner)
+    try:
+        yield
+    finally:
+        for sock in ours:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens-per-second", type=float, default=200_000)
+    parser.add_argument("--launch-ms", type=float, default=0.5)
+    parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    metrics.share(Path(tempfile.mkdtemp()))
+    sentences = Texts(source.resolve(source.DEFAULT_MODEL, None).folder).sentences(4096)
+    print(
+        "| clients | texts a request | web workers | device busy | texts/s | texts a batch | CPU of a core |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for count, texts, workers in ((64, 32, 1), (256, 1, 4)):
+        device = Device(arguments.tokens_per_second, arguments.launch_ms / 1e3)
+
+        def simulated(settings: ModelSettings, device: Device = device) -> Model:
+            return on_device(load(settings), device, arguments.streams)
+
+        settings = ModelSettings(embedding_model=source.DEFAULT_MODEL, device="cpu", backend="torch")
+        engine = local.LocalEngine(settings, load=simulated)
+        engine.loaded.wait()
+        with web_workers(engine, workers, count, texts, sentences):
+            time.sleep(1)
+            before = (time.monotonic(), time.process_time(), device.busy_seconds, device.batches)
+            served = metrics.BATCH_TEXTS._sum.get()
+            time.sleep(arguments.seconds)
+            after = (time.monotonic(), time.process_time(), device.busy_seconds, device.batches)
+            served = metrics.BATCH_TEXTS._sum.get() - served
+        seconds, cpu, busy, batches = (last - first for first, last in zip(before, after, strict=True))
+        print(
+            f"| {count} | {texts} | {workers} | {busy / seconds:.1%} | {served / seconds:.0f} "
+            f"| {served / batches:.0f} | {cpu / seconds:.0%} |",
+            flush=True,
+        )
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()
