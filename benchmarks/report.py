@@ -54,12 +54,12 @@ def verdicts(results: dict[str, Any]) -> str:
     if "service" in rows.get("one", {}):
         mine, most = rows["one"]["service"]["p50_ms"], rows["one"]["raw"]["p50_ms"] + ALONE_MS
         lines.append((mine <= most, f"one sentence alone, p50: {mine:.2f} ms, bar {most:.2f}"))
-    for name, other, least in BARS:
+    for name, other, bar in BARS:
         if {"service", other} <= rows.get(name, {}).keys():
             systems = rows[name]
             rate = systems[other]["texts_per_second"]
-            if other == "raw" and rate > FAST_RAW:
-                least = FAST_BAR.get(name, least)
+            is_fast = other == "raw" and rate > FAST_RAW
+            least = FAST_BAR.get(name, bar) if is_fast else bar
             ratio = systems["service"]["texts_per_second"] / rate
             lines.append((ratio >= least, f"{titles[name]}: {ratio:.2f} x {LABELS[other]}, bar {least:.2f}"))
     padding = results["padding_of_mix"]
