@@ -1,5 +1,6 @@
 """RemoteEngine: what a web worker holds of the model processes."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -26,45 +27,61 @@ log = logging.getLogger(__name__)
 RECONNECT_SECONDS = 0.05
 RETRY_AFTER_SECONDS = 1.0
 
+# How often overdue requests are looked for.
+EXPIRY_SECONDS = 0.1
+
 Outcome = Embeddings | list[TokenizedText] | ServiceError
 
 
 class Waiter:
     """A thread that waits for one outcome. A bare lock: an Event costs three times as much."""
 
-    __slots__ = ("_lock", "outcome")
+    __slots__ = ("_lock", "due", "outcome")
 
-    def __init__(self) -> None:
+    def __init__(self, due: float) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
+        self.due = due
         self.outcome: Outcome | None = None
 
     def finish(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self._lock.release()
 
-    def wait(self, seconds: float) -> Outcome | None:
-        return self.outcome if self._lock.acquire(timeout=max(0.0, seconds)) else None
+    def wait(self) -> Outcome:
+        self._lock.acquire()
+        assert self.outcome is not None
+        return self.outcome
 
 
-class Link:
-    """The connection to one model process, made again for as long as this worker lives."""
+class ModelConnection:
+    """The connection to one model process, restored for as long as this worker lives.
+
+    Three threads, which are greenlets in a web worker: one connects and reads; one sends, together, the
+    calls of all requests that arrived together; one fails requests whose answer is overdue, so that
+    no request needs a timer of its own.
+    """
 
     def __init__(self, path: str, on_refused: Callable[[], None]) -> None:
         self._path = path
         self._on_refused = on_refused
-        self._lock = threading.Lock()
         self._channel: wire.Channel | None = None
         self._waiters: dict[int, Waiter] = {}
+        self._unsent: dict[int, wire.Call | wire.Tokenize] = {}
+        # Released if there are calls to send; `_is_sending` says that the sender will look again.
+        self._calls = threading.Lock()
+        self._calls.acquire()
+        self._is_sending = False
         self._numbers = count()
         self._was_healthy = False
         self._known = threading.Event()
         self.status = Status(state="loading", reason="the model process is starting")
-        threading.Thread(target=self._live, name="link", daemon=True).start()
+        for target in (self._live, self._send_forever, self._expire_forever):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     @property
     def load(self) -> int:
-        """Requests sent and not yet answered."""
+        """Requests not yet answered."""
         return len(self._waiters)
 
     def embed(self, request: EmbedRequest) -> Embeddings:
@@ -80,27 +97,50 @@ class Link:
         return outcome
 
     def _ask(self, kind: Any, request: EmbedRequest | TokenizeRequest) -> Embeddings | list[TokenizedText]:
-        waiter = Waiter()
-        with self._lock:
-            channel = self._channel
-            if channel is None:
-                raise self._lost()
-            number = next(self._numbers)
-            self._waiters[number] = waiter
-        try:
-            channel.send(kind(number, request), until=request.deadline)
-            outcome = waiter.wait(request.deadline - time.monotonic() + GRACE_SECONDS)
-        except wire.Closed:
-            raise self._lost() from None
-        except TimeoutError:
-            outcome = None
-        finally:
+        waiter = Waiter(request.deadline + GRACE_SECONDS)
+        number = next(self._numbers)
+        self._waiters[number] = waiter
+        if self._channel is None:
+            # Checked only now: if the connection is lost in between, `_disconnect` has seen this waiter.
             self._waiters.pop(number, None)
-        if outcome is None:
-            raise DeadlineExceeded("the model did not answer before the deadline")
+            raise self._lost()
+        self._unsent[number] = kind(number, request)
+        if not self._is_sending:
+            self._is_sending = True
+            self._wake_sender()
+        outcome = waiter.wait()
         if isinstance(outcome, ServiceError):
             raise outcome
         return outcome
+
+    def _wake_sender(self) -> None:
+        # Two threads may both have seen that nobody sends; greenlets cannot.
+        with contextlib.suppress(RuntimeError):
+            self._calls.release()
+
+    def _send_forever(self) -> None:
+        while True:
+            self._calls.acquire()
+            self._is_sending = False
+            calls = [self._unsent.pop(number) for number in list(self._unsent)]
+            channel = self._channel
+            if channel is not None and calls:
+                with contextlib.suppress(wire.Closed):
+                    channel.send(*calls)
+
+    def _expire_forever(self) -> None:
+        pause = threading.Event()
+        while True:
+            pause.wait(EXPIRY_SECONDS)
+            now = time.monotonic()
+            for number in [number for number, waiter in list(self._waiters.items()) if waiter.due < now]:
+                self._unsent.pop(number, None)
+                self._finish(number, DeadlineExceeded("the model did not answer before the deadline"))
+
+    def _finish(self, number: int, outcome: Outcome) -> None:
+        waiter = self._waiters.pop(number, None)
+        if waiter is not None:
+            waiter.finish(outcome)
 
     def settle(self, seconds: float) -> None:
         """Wait until the model process has said how it is, or it is known that none listens."""
@@ -118,9 +158,7 @@ class Link:
                 self._on_refused()
                 pause.wait(RECONNECT_SECONDS)
                 continue
-            channel = wire.Channel(sock)
-            with self._lock:
-                self._channel = channel
+            self._channel = channel = wire.Channel(sock)
             try:
                 while True:
                     self._receive(*channel.receive())
@@ -135,34 +173,27 @@ class Link:
         match message:
             case wire.Replies():
                 for number, result in message.results(payload):
-                    waiter = self._waiters.pop(number, None)
-                    if waiter is not None:
-                        waiter.finish(result)
+                    self._finish(number, result)
             case wire.Tokenized():
-                waiter = self._waiters.pop(message.number, None)
-                if waiter is not None:
-                    waiter.finish(message.texts)
+                self._finish(message.number, message.texts)
             case wire.Failure():
-                waiter = self._waiters.pop(message.number, None)
-                if waiter is not None:
-                    waiter.finish(message.error())
+                self._finish(message.number, message.error())
             case wire.StatusNotice():
                 self.status = message.status
                 self._was_healthy |= message.status.state == "healthy"
                 self._known.set()
 
     def _disconnect(self) -> None:
-        with self._lock:
-            self._channel = None
-            waiters = list(self._waiters.values())
-            self._waiters.clear()
-            state, reason = ("loading", "the model process is starting")
-            if self._was_healthy:
-                state, reason = "unhealthy", "the model process was lost and is being started again"
-                log.error("The model process was lost with %d requests in flight", len(waiters))
-            self.status = Status(state=state, reason=reason, info=self.status.info)  # type: ignore[arg-type]
-        for waiter in waiters:
-            waiter.finish(self._lost())
+        self._channel = None
+        numbers = list(self._waiters)
+        state, reason = ("loading", "the model process is starting")
+        if self._was_healthy:
+            state, reason = "unhealthy", "the model process was lost and is being started again"
+            log.error("The model process was lost with %d requests in flight", len(numbers))
+        self.status = Status(state=state, reason=reason, info=self.status.info)  # type: ignore[arg-type]
+        for number in numbers:
+            self._unsent.pop(number, None)
+            self._finish(number, self._lost())
 
     def _lost(self) -> Unavailable:
         return Unavailable(self.status.reason, retry_after_seconds=RETRY_AFTER_SECONDS)
@@ -171,7 +202,7 @@ class Link:
 class RemoteEngine:
     """Embeds in the model processes that the supervisor keeps; requests go to the least loaded.
 
-    Survives a fork (gunicorn --preload): each process makes its own connections.
+    Survives a fork (gunicorn --preload): each process makes its own connections, when it first needs them.
     """
 
     def __init__(
@@ -183,7 +214,9 @@ class RemoteEngine:
         self._socket_paths = [str(supervisor.folder.socket(index)) for index in range(model_processes)]
         self._gone = False
         self._connecting = threading.Lock()
-        self._connect()
+        self._connections: list[ModelConnection] = []
+        self._alive()
+        os.register_at_fork(after_in_child=self._leave)
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         return self._least_loaded().embed(request)
@@ -191,16 +224,16 @@ class RemoteEngine:
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         return self._least_loaded().tokenize(request)
 
-    def _least_loaded(self) -> Link:
-        ready = [link for link in self._alive() if link.status.state == "healthy"]
+    def _least_loaded(self) -> ModelConnection:
+        ready = [connection for connection in self._alive() if connection.status.state == "healthy"]
         if not ready:
             raise Unavailable(self.status().reason, retry_after_seconds=RETRY_AFTER_SECONDS)
-        return min(ready, key=lambda link: link.load)
+        return min(ready, key=lambda connection: connection.load)
 
     def status(self) -> Status:
         if self._gone:
             return Status(state="unhealthy", reason="the supervisor of the model process is gone")
-        statuses = [link.status for link in self._alive()]
+        statuses = [connection.status for connection in self._alive()]
         order = ("healthy", "unhealthy", "loading", "draining")
         return min(statuses, key=lambda status: order.index(status.state))
 
@@ -209,22 +242,23 @@ class RemoteEngine:
 
     def settle(self, seconds: float) -> None:
         """Wait for the first word of each model process, so that a new worker does not begin with a 503."""
-        for link in self._alive():
-            link.settle(seconds)
+        for connection in self._alive():
+            connection.settle(seconds)
 
     def close(self) -> None:
         """Nothing to do: the connections end with the process."""
 
-    def _alive(self) -> list[Link]:
-        if self._process != os.getpid():
+    def _alive(self) -> list[ModelConnection]:
+        if not self._connections:
             with self._connecting:
-                if self._process != os.getpid():
-                    self._connect()
-        return self._links
+                if not self._connections:
+                    self._connections = [ModelConnection(path, self._refused) for path in self._socket_paths]
+        return self._connections
 
-    def _connect(self) -> None:
-        self._links = [Link(path, self._refused) for path in self._socket_paths]
-        self._process = os.getpid()
+    def _leave(self) -> None:
+        """In a forked child, to which the parent's connections and threads mean nothing."""
+        self._connecting = threading.Lock()
+        self._connections = []
 
     def _refused(self) -> None:
         """No model process listens; that is the supervisor's business unless it is dead itself."""

@@ -8,8 +8,6 @@ import contextlib
 import select
 import socket
 import struct
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -154,32 +152,21 @@ def _framed(messages: Sequence[Sendable]) -> list[memoryview]:
 
 
 class Channel:
-    """One connected socket. Any thread may send; one thread receives."""
+    """One connected socket. One thread at a time sends, and one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._sending = threading.Lock()
         self._received = memoryview(bytearray(BUFFER_BYTES))
         self._first = self._last = 0
 
-    def send(self, *messages: Sendable, until: float | None = None) -> None:
-        """Send messages; one system call for all of them.
-
-        Raises Closed, or TimeoutError if the other side has not accepted them by `until`
-        (time.monotonic()); after that the channel is usable only if nothing had been sent.
-        """
-        views = _framed(messages)
-        if not self._sending.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
-            raise TimeoutError
-        try:
-            self._send_all(views, until)
-        finally:
-            self._sending.release()
+    def send(self, *messages: Sendable) -> None:
+        """Send messages, all of them in one system call if the socket has room. Raises Closed."""
+        self.send_rest(_framed(messages))
 
     def try_send(self, *messages: Sendable) -> list[memoryview]:
-        """Send what the other side accepts at once, and return the rest for `send_rest`.
+        """Send as much as the socket has room for, and return the rest for `send_rest`. Raises Closed.
 
-        The caller must send nothing else before the rest. Raises Closed.
+        The caller must send nothing else before the rest.
         """
         views = _framed(messages)
         while views and self._send(views):
@@ -187,8 +174,10 @@ class Channel:
         return views
 
     def send_rest(self, views: list[memoryview]) -> None:
-        """Send what `try_send` left, however long it takes. Raises Closed."""
-        self._send_all(views, None)
+        """Send what `try_send` returned, however long it takes. Raises Closed."""
+        while views:
+            if not self._send(views):
+                self._wait_writable()
 
     def receive(self) -> tuple[Message, bytearray]:
         """The next message and its payload. Raises Closed."""
@@ -219,16 +208,8 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _send_all(self, views: list[memoryview], until: float | None) -> None:
-        begun = False
-        while views:
-            if self._send(views):
-                begun = True
-            else:
-                self._wait_writable(until, begun)
-
     def _send(self, views: list[memoryview]) -> bool:
-        """Send what the other side accepts at once and drop it from the list; False if that is nothing."""
+        """Send as much as the socket has room for and drop it from the list; False if it is full."""
         try:
             sent = self._socket.sendmsg(views[:512], (), socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -241,20 +222,13 @@ class Channel:
             views[0] = views[0][sent:]
         return True
 
-    def _wait_writable(self, until: float | None, begun: bool) -> None:
-        """Wait for the other side to read; a timeout in the middle of a message closes the channel."""
+    def _wait_writable(self) -> None:
         poll = select.poll()
         try:
             poll.register(self._socket, select.POLLOUT)
         except ValueError:
             raise Closed("this side closed the connection") from None
-        left = None if until is None else max(0.0, until - time.monotonic())
-        if poll.poll(None if left is None else left * 1e3):
-            return
-        if not begun:
-            raise TimeoutError
-        self.close()
-        raise Closed("the other side does not read")
+        poll.poll()
 
     def _exactly(self, size: int) -> bytearray:
         """The next bytes; small messages that arrive together cost a single system call."""

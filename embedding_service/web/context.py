@@ -1,9 +1,7 @@
 """What views get from the running app: the engine, the limits, and whether it is draining."""
 
-import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from flask import Flask, current_app
 
@@ -33,13 +31,17 @@ class Context:
         self.engine = engine
         self.settings = settings
         self.draining: Callable[[], bool] = lambda: False
-        self._places = threading.BoundedSemaphore(settings.max_concurrent_requests)
+        # One item for each further request that may be in flight: a list is a semaphore that never waits.
+        self._places = [None] * settings.max_concurrent_requests
         self._seconds_per_request = 0.0
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """Engine.embed; raises Overloaded if this worker has too many requests in flight."""
-        with self._place():
+        began = self._enter()
+        try:
             result = self.engine.embed(request)
+        finally:
+            self._leave(began)
         timings = result.timings
         metrics.record_embedding(
             timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
@@ -48,24 +50,28 @@ class Context:
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         """Engine.tokenize, with the same limit as `embed`."""
-        with self._place():
+        began = self._enter()
+        try:
             return self.engine.tokenize(request)
+        finally:
+            self._leave(began)
 
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        if not self._places.acquire(blocking=False):
+    def _enter(self) -> float:
+        """Take one of the places for concurrent requests; returns the time. Raises Overloaded."""
+        try:
+            self._places.pop()
+        except IndexError:
             # In half the time a request takes, about half of the requests in flight will be done.
             raise Overloaded(
                 "this web worker is at its limit of concurrent requests",
                 retry_after_seconds=max(0.05, self._seconds_per_request / 2),
-            )
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._places.release()
-            seconds = time.monotonic() - began
-            self._seconds_per_request += LATEST_WEIGHT * (seconds - self._seconds_per_request)
+            ) from None
+        return time.monotonic()
+
+    def _leave(self, began: float) -> None:
+        self._places.append(None)
+        seconds = time.monotonic() - began
+        self._seconds_per_request += LATEST_WEIGHT * (seconds - self._seconds_per_request)
 
     def status(self) -> Status:
         """The engine's status, or draining."""

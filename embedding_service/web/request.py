@@ -1,8 +1,8 @@
 """The current request: its start time, id, deadline, and protocol."""
 
+import random
 import re
 import time
-import uuid
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +31,8 @@ class ServiceRequest(Request):
     def id(self) -> str:
         """The caller's id if it is well-formed, else a new one."""
         given = self.environ.get("HTTP_X_REQUEST_ID", "")
-        return given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        # Unique, not secret: the operating system's randomness would cost a system call.
+        return given if SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
     @property
     def deadline(self) -> float:

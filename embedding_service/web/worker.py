@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import functools
 import os
 import time
 import uuid
@@ -141,6 +142,13 @@ class Listener(StreamServer):  # type: ignore[misc]
         self.close()
 
 
+@functools.lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    """The Date header; formatting it costs as much as sending a short answer."""
+    date: str = util.http_date(second)
+    return date
+
+
 class Answer(wsgi.Response):  # type: ignore[misc]
     """Gunicorn's response; the headers wait for the body, so that both leave in one packet."""
 
@@ -156,8 +164,18 @@ class Answer(wsgi.Response):  # type: ignore[misc]
 
     def send_headers(self) -> None:
         if not self.headers_sent:
-            lines = [*self.default_headers(), *(f"{name}: {value}\r\n" for name, value in self.headers)]
-            self._head = "".join([*lines, "\r\n"]).encode("latin-1")
+            major, minor = self.req.version
+            connection = "close" if self.should_close() else "keep-alive"
+            lines = [
+                f"HTTP/{major}.{minor} {self.status}",
+                f"Server: {self.version}",
+                f"Date: {_date(int(time.time()))}",
+                f"Connection: {connection}",
+            ]
+            if self.chunked:
+                lines.append("Transfer-Encoding: chunked")
+            lines += [f"{name}: {value}" for name, value in self.headers]
+            self._head = "\r\n".join([*lines, "", ""]).encode("latin-1")
             self.headers_sent = True
 
     def _emit_body(self, data: bytes) -> None:
@@ -202,6 +220,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
         ]
 
     def init_process(self) -> None:
+        # Gunicorn's parser reads a dozen settings for each request, and each would be looked up in three
+        # steps. An attribute of the instance is found in one.
+        self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         self.pool = Pool(self.worker_connections)
         self._idle: set[PatientSocket] = set()
         self._large_bodies = BoundedSemaphore(LARGE_BODIES)
