@@ -131,6 +131,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_state.leave)
 
 
+def add(amounts: Iterable[tuple[SharedValue, float]]) -> None:
+    """Add to several values at once."""
+    with _state.lock:
+        for value, amount in amounts:
+            value._cells[value._index] += amount
+
+
 def share(folder: Path) -> None:
     """Count in this folder from now on. A forked child must call this itself."""
     with _state.lock:

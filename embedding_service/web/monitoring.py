@@ -1,9 +1,10 @@
 """GET /metrics, and request counts by route rule."""
 
-from flask import Blueprint, Flask, Response, request
-from prometheus_client import Counter, Histogram
+from typing import Any
 
-from embedding_service import metrics
+from flask import Blueprint, Flask, Response, request
+
+from embedding_service import metrics, multiprocess
 from embedding_service.errors import ServiceError
 from embedding_service.web.operation import operation
 from embedding_service.web.request import current
@@ -24,21 +25,20 @@ class RequestCounter:
     """Counts responses; caches the labelled children, since a lookup costs as much as counting."""
 
     def __init__(self) -> None:
-        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._children: dict[tuple[str, str, int], tuple[Any, metrics.Distribution]] = {}
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one response."""
         requests, durations = self.children(route, method, status)
-        requests.inc()
-        durations.observe(seconds)
+        multiprocess.add(((requests, 1.0), *durations.amounts(seconds)))
 
-    def children(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+    def children(self, route: str, method: str, status: int) -> tuple[Any, metrics.Distribution]:
         """The series with these labels, created at 0 if new."""
         key = (route, method, status)
         if key not in self._children:
             self._children[key] = (
-                metrics.REQUESTS.labels(route, method, str(status)),
-                metrics.REQUEST_SECONDS.labels(route, method),
+                metrics.REQUESTS.labels(route, method, str(status))._value,
+                metrics.Distribution(metrics.REQUEST_SECONDS.labels(route, method)),
             )
         return self._children[key]
 
