@@ -1,8 +1,11 @@
-"""The command line: `embedding-service serve`, `embed` and `download`; `python app.py` is `serve`."""
+"""The command line: `embedding-service serve`, `embed` and others; `python app.py` is `serve`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
 
 from embedding_service import __version__, config, logs
 from embedding_service.errors import StartupError
@@ -15,6 +18,7 @@ commands:
   serve           serve over HTTP (the default settings: port 8001 of every address)
   embed           embed the rows of a file
   download        fetch a model into the cache, check it, and exit
+  calibrate       find the ranges for answers in int8 and uint8
 
 `embedding-service COMMAND --help` describes each."""
 
@@ -22,7 +26,7 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser("embedding-service", DESCRIPTION, COMMANDS)
-    parser.add_argument("command", choices=["serve", "embed", "download"], metavar="COMMAND")
+    parser.add_argument("command", choices=["serve", "embed", "download", "calibrate"], metavar="COMMAND")
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What follows the command belongs to it, --help included.
     command = parser.parse_args(given[:1] or ["--help"]).command
@@ -32,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         embed_file.execute(given[1:], prog="embedding-service embed")
     if command == "download":
         return download(given[1:])
+    if command == "calibrate":
+        return calibrate(given[1:])
     return serve(given[1:], prog="embedding-service serve")
 
 
@@ -76,6 +82,34 @@ def download(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return EX_CONFIG
     print(f"{given.model} is in {found.folder} ({found.origin})")
+    return 0
+
+
+def calibrate(arguments: Sequence[str]) -> int:
+    """Write the ranges of the model's vectors over the lines of a file; returns the exit code."""
+    parser = _parser(
+        "embedding-service calibrate",
+        "Embed the lines of a text file with the model of the settings, and write the smallest and largest "
+        "number of each dimension to a file for INT8_RANGES. Some thousand lines like those that you will "
+        "embed are enough.",
+        "exit codes: 0 the ranges are written; 78 the file or the model cannot be used",
+    )
+    parser.add_argument("texts", type=Path, metavar="TEXTS", help="text file, one text on each line")
+    parser.add_argument("-o", "--output", type=Path, default=Path("int8-ranges.json"), help="(%(default)s)")
+    given = parser.parse_args(arguments)
+    from embedding_service import calibration
+
+    try:
+        texts = calibration.read_texts(given.texts)
+        ranges = calibration.ranges_of(texts, config.start({}))
+        given.output.write_bytes(msgspec.json.encode(ranges))
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return EX_CONFIG
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
+    print(f"{given.output}: the ranges of {len(texts)} texts. Serve with INT8_RANGES={given.output}")
     return 0
 
 

@@ -130,6 +130,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="Size in MiB of each model process's cache of vectors; 0 turns it off.",
         ),
     ] = 0
+    int8_ranges: Annotated[
+        str | None,
+        Meta(
+            description=(
+                "File of ranges for answers in int8 and uint8, written by `embedding-service calibrate`."
+            )
+        ),
+    ] = None
     request_timeout_seconds: Annotated[
         float, Meta(gt=0, le=3600, description="Time limit of a request in seconds; a late request gets 504.")
     ] = 60.0

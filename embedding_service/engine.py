@@ -72,6 +72,17 @@ class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
     special: dict[int, str]
 
 
+class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
+    """The smallest and largest number of each dimension, over calibration texts.
+
+    `fingerprint` is that of the model that they were found with, for vectors of length 1.
+    """
+
+    fingerprint: str
+    minimum: list[float]
+    maximum: list[float]
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The loaded model and how it runs."""
 
@@ -88,6 +99,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     max_batch_tokens: int
     fingerprint: str
+    # For int8 and uint8 answers, if INT8_RANGES is set; they are part of the fingerprint then.
+    int8_ranges: Int8Ranges | None = None
     # True if texts are not truncated at `max_seq_length`, as with static embedding models.
     reads_whole_texts: bool = False
 

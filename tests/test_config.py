@@ -222,7 +222,9 @@ def test_env_example_has_every_setting_with_its_default_and_sentence():
 
 
 def test_the_readme_table_has_every_setting_with_its_default_and_sentence():
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`)? ?\| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `([A-Z0-9_]+)` \| (?:`(.*?)`)? ?\| (.*) \|$", (ROOT / "README.md").read_text(), re.M
+    )
     assert rows == [
         (field.name.upper(), _documented_default(field.default), _description(field)) for field in FIELDS
     ]

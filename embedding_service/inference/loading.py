@@ -3,11 +3,12 @@
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
 
-from embedding_service.engine import ModelInfo
+from embedding_service.engine import Int8Ranges, ModelInfo
 from embedding_service.inference.backends import Backend
 from embedding_service.inference.backends.choice import choose_backend, convert
 from embedding_service.inference.backends.torch import open_session
@@ -15,11 +16,13 @@ from embedding_service.inference.checkpoint import Checkpoint, read_checkpoint
 from embedding_service.inference.cores import available_cores
 from embedding_service.inference.cost_cache import CostCache
 from embedding_service.inference.device import computes_bfloat16, device_name, prepare_libraries
+from embedding_service.inference.fingerprint import with_ranges
 from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor, choose_preprocessor
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.warm_up import find_cost, warm_up
+from embedding_service.quantization import read_ranges
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ def load(settings: ModelSettings) -> Model:
     began = time.monotonic()
     threads = max(1, available_cores() // settings.model_processes)
     checkpoint = read_checkpoint(settings)
+    ranges = None
+    if settings.int8_ranges:
+        ranges = read_ranges(Path(settings.int8_ranges).expanduser(), checkpoint.fingerprint)
     prepare_libraries(checkpoint.device, threads)
     preprocessor = choose_preprocessor(
         checkpoint.model,
@@ -41,7 +47,7 @@ def load(settings: ModelSettings) -> Model:
         threads=threads if checkpoint.on_cpu else 1,
     )
     backend = choose_backend(checkpoint, preprocessor, settings, threads=threads)
-    model = _assemble(settings, checkpoint, preprocessor, backend)
+    model = _assemble(settings, checkpoint, preprocessor, backend, ranges)
     log.info(
         "Loaded %s (%s) on %s: %s, %s, %d dimensions, %d tokens, threads: %d, batches of %d tokens "
         "(%.0f ms), in %.1f s",
@@ -92,7 +98,11 @@ def _compare_formats(
 
 
 def _assemble(
-    settings: ModelSettings, checkpoint: Checkpoint, preprocessor: Preprocessor, backend: Backend
+    settings: ModelSettings,
+    checkpoint: Checkpoint,
+    preprocessor: Preprocessor,
+    backend: Backend,
+    ranges: Int8Ranges | None,
 ) -> Model:
     lanes = [SessionLane(preprocessor, session) for session in backend.sessions]
     whole = SessionLane(preprocessor, backend.whole) if backend.whole else None
@@ -135,7 +145,8 @@ def _assemble(
             prompts=checkpoint.prompts,
             batch_size=settings.batch_size,
             max_batch_tokens=warm.max_batch_tokens,
-            fingerprint=checkpoint.fingerprint,
+            fingerprint=with_ranges(checkpoint.fingerprint, ranges) if ranges else checkpoint.fingerprint,
+            int8_ranges=ranges,
             reads_whole_texts=checkpoint.reads_whole_texts,
         ),
     )

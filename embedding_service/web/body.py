@@ -1,6 +1,7 @@
 """Reading requests and writing responses: bytes to a validated struct, and a dict to bytes."""
 
 import functools
+import zlib
 from codecs import BOM_UTF8
 from typing import Any, Generic, TypeVar, cast, get_args
 
@@ -15,6 +16,7 @@ from embedding_service.web.fields import check_others
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
+GZIP = ("gzip", "x-gzip")
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -110,8 +112,11 @@ def _not_json(reason: str) -> ServiceError:
 
 def read() -> bytes:
     """The whole body. Raises TooLarge, UnsupportedMediaType, or InvalidRequest if it is empty."""
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise UnsupportedMediaType("compressed bodies are not supported; send plain JSON")
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", *GZIP):
+        raise UnsupportedMediaType(
+            f"the content encoding {encoding[:50]} is not supported; send gzip or none"
+        )
     limit = context().settings.max_body_bytes
     length = request.content_length
     if (length or 0) > limit:
@@ -129,7 +134,28 @@ def read() -> bytes:
         raise InvalidRequest(f"the body ended after {len(raw)} of {length} bytes")
     if not raw:
         raise InvalidRequest("the body is empty; send a JSON object")
+    if encoding in GZIP:
+        raw = _inflated(raw, limit)
     return raw.removeprefix(BOM_UTF8)
+
+
+def _inflated(raw: bytes, limit: int) -> bytes:
+    """The body without its compression. Raises TooLarge as soon as it exceeds the limit."""
+    parts: list[bytes] = []
+    room = limit + 1
+    try:
+        while raw:
+            member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            parts.append(member.decompress(raw, room))
+            room -= len(parts[-1])
+            if room <= 0:
+                raise TooLarge(f"the body is over {limit} bytes once it is decompressed")
+            if not member.eof:
+                raise InvalidRequest("the gzip body is not complete")
+            raw = member.unused_data
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is not valid gzip: {error}") from None
+    return b"".join(parts)
 
 
 def answer(body: Any, status: int = 200) -> Response:

@@ -1,14 +1,18 @@
 """The steps shared by every protocol's embedding views: ask the engine, encode, respond."""
 
 import base64
+import io
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from flask import Response
+import numpy as np
+import numpy.typing as npt
+from flask import Response, request
 from msgspec import Meta
 
 from embedding_service.engine import Embeddings, EmbedRequest, Vectors
 from embedding_service.errors import ServiceError
+from embedding_service.quantization import Precision, quantize
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
 from embedding_service.web.limits import check_texts
@@ -16,7 +20,18 @@ from embedding_service.web.request import current
 
 EncodingFormat = Annotated[
     Literal["float", "base64"],
-    Meta(description="base64 is the vector's little-endian float32, in a quarter of the bytes."),
+    Meta(
+        description="base64 is the vector's little-endian bytes: float32, unless `precision` says otherwise."
+    ),
+]
+PrecisionField = Annotated[
+    Precision,
+    Meta(
+        description=(
+            "Number format of the vectors. binary and ubinary pack the signs of eight dimensions into a "
+            "byte; int8 and uint8 need INT8_RANGES."
+        )
+    ),
 ]
 Dimensions = Annotated[
     int,
@@ -53,22 +68,30 @@ def listed(texts: str | list[str]) -> list[str]:
 Place = Callable[[int], tuple[str, int | None]]
 
 
-def ask(request: EmbedRequest, place: Place | None = None) -> Embeddings:
+def ask(wanted: EmbedRequest, place: Place | None = None) -> Embeddings:
     """The engine's embeddings of texts within the limits.
 
     `place` maps a text's index to the field and item that the caller sent it in; by default that is the
     same item of the protocol's own field for texts.
     """
     try:
-        check_texts(request.texts)
-        return context().embed(request)
+        check_texts(wanted.texts)
+        return context().embed(wanted)
     except ServiceError as error:
         if place is not None and error.index is not None:
             error.field, error.index = place(error.index)
         raise
 
 
-def encoded(vectors: Vectors, encoding_format: str) -> Any:
+def in_precision(vectors: Vectors, precision: Precision | None, field: str = "precision") -> npt.NDArray[Any]:
+    """The vectors in the number format that the caller asked for. Raises InvalidRequest."""
+    if precision is None or precision == "float32":
+        return vectors
+    info = context().status().info
+    return quantize(vectors, precision, info.int8_ranges if info else None, field)
+
+
+def encoded(vectors: npt.NDArray[Any], encoding_format: str) -> Any:
     """The rows as arrays, or each as base64."""
     if encoding_format == "base64":
         return [base64.b64encode(vector).decode() for vector in vectors]
@@ -81,9 +104,30 @@ def model_name() -> str:
     return info.model_name if info else ""
 
 
+NPY = "application/x-npy"
+
+
+def wants_npy() -> bool:
+    """Whether the caller asks for the vectors as one array in numpy's own format."""
+    return NPY in request.headers.get("Accept", "")
+
+
+def answer_npy(vectors: npt.NDArray[Any], result: Embeddings) -> Response:
+    """The vectors as a .npy file, of shape (texts, numbers); the rest of the answer is in the headers."""
+    file = io.BytesIO()
+    np.save(file, vectors, allow_pickle=False)
+    response = _with_headers(Response(file.getvalue(), mimetype=NPY), result)
+    response.headers["x-model"] = model_name()
+    response.headers["x-truncated-texts"] = str(len(result.truncated))
+    return response
+
+
 def answer_embeddings(body: Any, result: Embeddings) -> Response:
     """The body, with the headers of Text Embeddings Inference: tokens, and times in whole milliseconds."""
-    response = answer(body)
+    return _with_headers(answer(body), result)
+
+
+def _with_headers(response: Response, result: Embeddings) -> Response:
     timings = result.timings
     response.headers.extend(
         [

@@ -319,7 +319,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def _answer(self, request: Any, client: PatientSocket, address: Any) -> bool:
         """Whether another request may follow."""
         body = request.body.reader
-        if getattr(body, "length", LARGE_BODY) < LARGE_BODY:
+        # A body that is compressed may become large.
+        is_small = getattr(body, "length", LARGE_BODY) < LARGE_BODY
+        if is_small and not any(name == "CONTENT-ENCODING" for name, _ in request.headers):
             return self._call_app(request, client, address)
         with self._large_bodies:
             return self._call_app(request, client, address)

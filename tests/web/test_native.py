@@ -1,6 +1,8 @@
 """POST /embed: what it accepts, what it answers, and how it refuses."""
 
 import base64
+import gzip
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -96,9 +98,44 @@ def test_forms_get_a_415_with_the_way_out(client, content_type):
     assert "-H 'Content-Type: application/json'" in response.json["error"]
 
 
-def test_compressed_bodies_get_a_415(client):
-    response = client.post("/embed", data=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+@pytest.mark.parametrize("encoding", ["br", "zstd", "deflate", "gzip, gzip"])
+def test_bodies_compressed_in_another_way_than_gzip_get_a_415(client, encoding):
+    response = client.post("/embed", data=b"\x1f\x8b", headers={"Content-Encoding": encoding})
     assert (response.status_code, response.json["error_type"]) == (415, "unsupported_media_type")
+    assert response.json["error"] == f"the content encoding {encoding} is not supported; send gzip or none"
+
+
+WHOLE = gzip.compress(b'{"texts": "a"}')
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "error"),
+    [
+        (gzip.compress(b'{"texts"') + gzip.compress(b': "a"}'), 200, None),
+        (WHOLE[:-5], 400, "the gzip body is not complete"),
+        (WHOLE[:10] + b"\xff" + WHOLE[11:], 400, "the body is not valid gzip"),
+        (WHOLE + b"rest", 400, "the body is not valid gzip"),
+        (gzip.compress(b" " * 2035 + b'{"texts":"a"}'), 200, None),
+        (gzip.compress(b" " * 2036 + b'{"texts":"a"}'), 413, "the body is over 2048 bytes once it is"),
+        (gzip.compress(bytes(100_000)), 413, "the body is over 2048 bytes once it is"),
+    ],
+    ids=["two members", "cut off", "damaged", "something after it", "just fits", "a byte more", "a bomb"],
+)
+def test_a_gzip_body_counts_as_what_it_holds(client, sent, status, error):
+    response = client.post("/embed", data=sent, headers={"Content-Encoding": "gzip"})
+    assert response.status_code == status
+    assert error is None or response.json["error"].startswith(error)
+
+
+def test_a_bomb_is_not_inflated(client):
+    """A body of 1 MB would become 1 GB; memory must not notice."""
+    bomb = gzip.compress(bytes(1 << 20)) * 2
+    tracemalloc.start()
+    try:
+        assert client.post("/embed", data=bomb, headers={"Content-Encoding": "gzip"}).status_code == 413
+        assert tracemalloc.get_traced_memory()[1] < 1 << 19
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,23 @@ from embedding_service.engine import Embeddings, EmbedRequest
 from embedding_service.errors import InvalidRequest
 from embedding_service.web.body import BodyDecoder, read
 from embedding_service.web.embedding import (
+    NPY,
     Dimensions,
     EncodedVectors,
     EncodingFormat,
     InputType,
+    PrecisionField,
     PromptName,
     answer_embeddings,
+    answer_npy,
     ask,
     encoded,
+    in_precision,
     listed,
     model_name,
+    wants_npy,
 )
-from embedding_service.web.operation import operation
+from embedding_service.web.operation import JSON, operation
 from embedding_service.web.protocol import Failure, Protocol, set_protocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
@@ -66,6 +71,7 @@ class EmbedBody(msgspec.Struct, frozen=True):
     dimensions: Dimensions | None = None
     truncate: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = True
     encoding_format: EncodingFormat | None = "float"
+    precision: PrecisionField | None = "float32"
 
 
 class Usage(TypedDict):
@@ -79,7 +85,7 @@ class EmbedAnswer(TypedDict):
     """The embeddings, in the order of the texts."""
 
     embeddings: EncodedVectors
-    dimension: int
+    dimension: Annotated[int, Meta(description="Dimensions of a vector, before binary packs them.")]
     model: str
     count: int
     processing_time_ms: float
@@ -98,7 +104,7 @@ _fields_decoder = msgspec.json.Decoder(Fields)
 
 
 @protocol.post("/embed")
-@operation({200: EmbedAnswer}, body=_decoder, embeds=True, variant=tei.embed)
+@operation({200: EmbedAnswer}, media=(JSON, NPY), body=_decoder, embeds=True, variant=tei.embed)
 def embed() -> Response:
     """Embed one text or many; a body of Text Embeddings Inference gets its bare vectors."""
     raw = read()
@@ -120,7 +126,10 @@ def embed() -> Response:
             truncate=body.truncate is not False,
         )
     )
-    return answer_embeddings(_answer(result, body.encoding_format or "float"), result)
+    vectors = in_precision(result.vectors, body.precision)
+    if wants_npy():
+        return answer_npy(vectors, result)
+    return answer_embeddings(_answer(result, encoded(vectors, body.encoding_format or "float")), result)
 
 
 def _is_for_tei(raw: bytes) -> bool:
@@ -135,9 +144,8 @@ def _is_left_out(field: Raw | UnsetType) -> bool:
     return isinstance(field, UnsetType) or bytes(field) == b"null"
 
 
-def _answer(result: Embeddings, encoding_format: str) -> EmbedAnswer:
+def _answer(result: Embeddings, vectors: Any) -> EmbedAnswer:
     count, dimension = result.vectors.shape
-    vectors: Any = encoded(result.vectors, encoding_format)
     return {
         "embeddings": vectors,
         "dimension": dimension,

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from embedding_service.engine import EmbedRequest
 from embedding_service.errors import InvalidRequest, NotFound, Unavailable
+from embedding_service.quantization import Precision
 from embedding_service.web.body import BodyDecoder, answer, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
@@ -19,6 +20,7 @@ from embedding_service.web.embedding import (
     answer_embeddings,
     ask,
     encoded,
+    in_precision,
     listed,
     model_name,
 )
@@ -76,6 +78,19 @@ protocol = Protocol(
 )
 
 
+# Voyage's names for the number formats.
+PRECISIONS: dict[str, Precision] = {
+    "int8": "int8",
+    "uint8": "uint8",
+    "binary": "binary",
+    "ubinary": "ubinary",
+}
+OutputDtype = Annotated[
+    Literal["float", "float32", "int8", "uint8", "binary", "ubinary"],
+    Meta(description="Number format of the vectors, as Voyage names them; see `precision` of /embed."),
+]
+
+
 class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     """Texts to embed."""
 
@@ -88,6 +103,7 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     user: Annotated[str, Meta(description="Not used.")] | None = None
     input_type: InputType | None = None
     output_dimension: Annotated[Dimensions, Meta(description="Voyage's name for dimensions.")] | None = None
+    output_dtype: OutputDtype | None = None
     truncation: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
 
 
@@ -156,7 +172,9 @@ def embeddings() -> Response:
             truncate=body.truncation is not False,
         )
     )
-    vectors = encoded(result.vectors, body.encoding_format or "float")
+    precision = PRECISIONS.get(body.output_dtype or "float")
+    numbers = in_precision(result.vectors, precision, field="output_dtype")
+    vectors = encoded(numbers, body.encoding_format or "float")
     data: list[OpenAIEmbedding] = [
         {"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)
     ]

@@ -1,0 +1,51 @@
+"""Finds the ranges that int8 and uint8 need, by embedding texts with the model of the settings."""
+
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from embedding_service.config import Config
+from embedding_service.engine import EmbedRequest, Int8Ranges
+from embedding_service.errors import StartupError
+from embedding_service.inference.local import LocalEngine
+from embedding_service.inference.settings import ModelSettings
+from embedding_service.quantization import find_ranges
+
+BATCH = 256
+BATCH_SECONDS = 600.0
+
+# With fewer texts, most others would lie outside of the ranges.
+FEWEST_TEXTS = 100
+
+
+def read_texts(path: Path) -> list[str]:
+    """The lines of a file that are not blank. Raises OSError, or StartupError if they are too few."""
+    try:
+        texts = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise StartupError(f"{path} is not a text file in UTF-8: {error.reason}") from None
+    if len(texts) < FEWEST_TEXTS:
+        raise StartupError(f"{path} has {len(texts)} texts; at least {FEWEST_TEXTS} are needed")
+    return texts
+
+
+def ranges_of(texts: list[str], settings: Config) -> Int8Ranges:
+    """The ranges of the texts' vectors of length 1. Raises StartupError if the model cannot be loaded."""
+    model = msgspec.convert(settings, ModelSettings, from_attributes=True)
+    engine = LocalEngine(msgspec.structs.replace(model, int8_ranges=None))
+    engine.loaded.wait()
+    if engine.startup_error is not None:
+        raise engine.startup_error
+    info = engine.status().info
+    if info is None:
+        raise StartupError(engine.status().reason)
+    vectors = [
+        engine.embed(
+            EmbedRequest(texts=texts[first : first + BATCH], deadline=time.monotonic() + BATCH_SECONDS)
+        ).vectors
+        for first in range(0, len(texts), BATCH)
+    ]
+    engine.close()
+    return find_ranges(np.concatenate(vectors), info.fingerprint)
