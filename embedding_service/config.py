@@ -115,6 +115,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_text_characters: Annotated[
         int, Meta(ge=1, le=100_000_000, description="Maximum number of characters in a text.")
     ] = 100_000
+    default_overflow: Annotated[
+        Literal["truncate", "error", "mean"],
+        Meta(
+            description=(
+                "What happens to texts longer than the model reads if a request does not say: truncate, "
+                "error, or mean (of their pieces)."
+            )
+        ),
+    ] = "truncate"
     max_body_bytes: Annotated[
         int, Meta(ge=1024, le=1 << 31, description="Maximum size of a request body in bytes.")
     ] = 32 << 20

@@ -67,6 +67,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     made.add_argument(
         "--input-type", choices=["query", "document"], help="use the model's prompt for this kind of text"
     )
+    made.add_argument(
+        "--overflow",
+        choices=["truncate", "error", "mean"],
+        help="for texts longer than the model reads: cut them (default), refuse them, or embed them in "
+        "pieces and write the mean",
+    )
     made.add_argument("--dimensions", type=_positive, help="truncate the vectors to this many dimensions")
     made.add_argument("--batch", type=_positive, default=256, help="texts per request (default: 256)")
     made.add_argument("--in-flight", type=_positive, default=4, help="concurrent requests (default: 4)")
@@ -128,7 +134,9 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     rows = require_texts(source.rows())
     size, digest = source.identify()
     total = source.count()
-    options = Options(input_type=arguments.input_type, dimensions=arguments.dimensions)
+    options = Options(
+        input_type=arguments.input_type, dimensions=arguments.dimensions, overflow=arguments.overflow
+    )
     embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
     job = Job(
         input_bytes=size,
@@ -141,6 +149,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         dimension=embedder.dimension,
         input_type=options.input_type,
         dimensions=options.dimensions,
+        overflow=options.overflow,
     )
     part = Part(arguments.output, job, restart=arguments.restart)
     rest = dropwhile(lambda row: row.number < part.rows, rows)

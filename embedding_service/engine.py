@@ -42,7 +42,8 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
 
     `tokens` counts what the model read, special tokens and prompt included;
     `truncated` lists the indices of the texts that were cut; `cache_hits` counts those that a cache
-    answered, and is None if there is no cache.
+    answered, and is None if there is no cache. `chunks` counts the pieces that over-long texts were
+    embedded in, one for each other text; it is None if texts were not cut into pieces.
     """
 
     vectors: Vectors
@@ -50,6 +51,7 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
     truncated: list[int]
     timings: Timings
     cache_hits: int | None = None
+    chunks: int | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +83,27 @@ class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     minimum: list[float]
     maximum: list[float]
+
+
+class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts to cut into pieces that the model can read whole, each with the prompt in front of it.
+
+    Neighbouring pieces share at most `overlap` tokens. `deadline` and the prompt as in EmbedRequest.
+    """
+
+    texts: list[str]
+    deadline: float
+    prompt_name: str | None = None
+    input_type: Literal["query", "document"] | None = None
+    overlap: int = 0
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of a text: its characters from `start` to before `stop`, and how many tokens they are."""
+
+    start: int
+    stop: int
+    tokens: int
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +144,9 @@ class Engine(Protocol):
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         """The tokens of the texts, untruncated; raises a ServiceError, by the request's deadline."""
+
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        """The pieces of each text; raises a ServiceError, by the request's deadline."""
 
     def status(self) -> Status:
         """The state of the model; never blocks."""

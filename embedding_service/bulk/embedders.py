@@ -14,6 +14,7 @@ import numpy as np
 
 from embedding_service.engine import EmbedRequest, Engine, Vectors
 from embedding_service.errors import ServiceError, StartupError, TooLarge, Unavailable
+from embedding_service.overflow import Overflow, embed_means
 
 # A request may wait in the service's queue behind many others.
 REQUEST_SECONDS = 600.0
@@ -24,6 +25,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     input_type: Literal["query", "document"] | None = None
     dimensions: int | None = None
+    overflow: Overflow | None = None
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,14 +177,17 @@ class LocalEmbedder:
                 index=next(i for i, text in enumerate(texts) if len(text) == longest),
             )
         try:
-            result = self._engine.embed(
-                EmbedRequest(
-                    texts=texts,
-                    deadline=time.monotonic() + REQUEST_SECONDS,
-                    input_type=self._options.input_type,
-                    dimensions=self._options.dimensions,
-                )
+            request = EmbedRequest(
+                texts=texts,
+                deadline=time.monotonic() + REQUEST_SECONDS,
+                input_type=self._options.input_type,
+                dimensions=self._options.dimensions,
+                truncate=self._options.overflow != "error",
             )
+            if self._options.overflow == "mean":
+                result = embed_means(self._engine, request, 0, sys.maxsize)
+            else:
+                result = self._engine.embed(request)
         except Unavailable as error:
             if self._engine.must_restart():
                 raise Stopped(f"the model is lost: {error.message}") from None

@@ -27,6 +27,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     dimension: int
     input_type: str | None
     dimensions: int | None
+    overflow: str | None = None
 
 
 # How messages describe each compared field.
@@ -40,6 +41,7 @@ _COMPARED = {
     "dimension": "vectors of length",
     "input_type": "--input-type",
     "dimensions": "--dimensions",
+    "overflow": "--overflow",
 }
 
 

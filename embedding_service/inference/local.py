@@ -4,13 +4,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from embedding_service import logs, metrics
 from embedding_service.engine import (
     GRACE_SECONDS,
+    Chunk,
     Embeddings,
     EmbedRequest,
     ModelInfo,
+    SplitRequest,
     Status,
     TokenizedText,
     TokenizeRequest,
@@ -30,8 +33,10 @@ from embedding_service.inference.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
-# Between two pieces of so many texts a tokenisation looks at its deadline.
+# How many texts are tokenised before the deadline is checked again.
 TOKENIZE_PIECE_TEXTS = 64
+
+Tokenized = TypeVar("Tokenized")
 
 
 class LocalEngine:
@@ -102,15 +107,29 @@ class LocalEngine:
         return outcome
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
+        def list_tokens(runtime: Runtime, texts: list[str]) -> list[TokenizedText]:
+            return runtime.list_tokens(texts, request.add_special_tokens)
+
+        return self._in_pieces(request, list_tokens)
+
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        def split(runtime: Runtime, texts: list[str]) -> list[list[Chunk]]:
+            return runtime.split(texts, request.prompt_name, request.input_type, request.overlap)
+
+        return self._in_pieces(request, split)
+
+    def _in_pieces(
+        self, request: TokenizeRequest | SplitRequest, step: Callable[[Runtime, list[str]], list[Tokenized]]
+    ) -> list[Tokenized]:
+        """Tokenise some of the texts at a time, so that the deadline is kept."""
         if self._runtime is None:
             raise Unavailable(self._status.reason, retry_after_seconds=1)
-        tokenized: list[TokenizedText] = []
+        found: list[Tokenized] = []
         for first in range(0, len(request.texts), TOKENIZE_PIECE_TEXTS):
             if time.monotonic() > request.deadline:
                 raise DeadlineExceeded("the deadline passed before the texts were tokenised")
-            piece = request.texts[first : first + TOKENIZE_PIECE_TEXTS]
             try:
-                tokenized += self._runtime.list_tokens(piece, request.add_special_tokens)
+                found += step(self._runtime, request.texts[first : first + TOKENIZE_PIECE_TEXTS])
             except ServiceError as error:
                 if error.index is not None:
                     error.index += first
@@ -118,7 +137,7 @@ class LocalEngine:
             except Exception:
                 log.exception("Tokenisation failed")
                 raise ModelFailure("the request could not be tokenised") from None
-        return tokenized
+        return found
 
     def status(self) -> Status:
         return self._status

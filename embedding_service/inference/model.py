@@ -7,11 +7,12 @@ from typing import Literal
 
 from sentence_transformers import SentenceTransformer
 
-from embedding_service.engine import ModelInfo, TokenizedText, Vectors
+from embedding_service.engine import Chunk, ModelInfo, TokenizedText, Vectors
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.budget import BatchBudget
 from embedding_service.inference.preprocessing import Preprocessor
 from embedding_service.inference.runtime import Lane, Prepared, Side, Slice
+from embedding_service.inference.splitting import Splitter
 from embedding_service.inference.token_list import TokenLister
 
 
@@ -63,6 +64,15 @@ class Model:
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         return self._lister.list(texts, add_special_tokens)
 
+    def split(
+        self,
+        texts: Sequence[str],
+        prompt_name: str | None,
+        input_type: Literal["query", "document"] | None,
+        overlap: int,
+    ) -> list[list[Chunk]]:
+        return self._splitter.split(texts, self.prompt(prompt_name, input_type), overlap)
+
     def forward_exact(self, one: Slice) -> Vectors:
         return self._exact.forward([one])
 
@@ -71,6 +81,12 @@ class Model:
     @cached_property
     def _lister(self) -> TokenLister:
         return TokenLister(self.sentence_transformer)
+
+    @cached_property
+    def _splitter(self) -> Splitter:
+        return Splitter(
+            self.sentence_transformer, None if self.info.reads_whole_texts else self.max_seq_length
+        )
 
     @cached_property
     def _exact(self) -> Lane:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.engine import ModelInfo, TokenizedText, Vectors
+from embedding_service.engine import Chunk, ModelInfo, TokenizedText, Vectors
 from embedding_service.inference.budget import BatchBudget
 
 IntArray = npt.NDArray[np.int32]
@@ -108,6 +108,15 @@ class Runtime(Protocol):
 
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         """Every token of the texts, for a person to look at; raises InvalidRequest."""
+
+    def split(
+        self,
+        texts: Sequence[str],
+        prompt_name: str | None,
+        input_type: Literal["query", "document"] | None,
+        overlap: int,
+    ) -> list[list[Chunk]]:
+        """The pieces of texts that the model can read whole; raises InvalidRequest."""
 
     def forward_exact(self, one: Slice) -> Vectors:
         """The vector of one text, of shape (1, dimension), computed in float32 throughout."""

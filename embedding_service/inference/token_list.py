@@ -11,18 +11,27 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.inference.preprocessing import check_unicode
 
 
+def untruncated_tokenizer(model: SentenceTransformer) -> Tokenizer:
+    """A copy of the model's tokenizer that neither truncates nor pads.
+
+    Raises InvalidRequest if it cannot tell where a token is in the text.
+    """
+    own: Any = getattr(model[0], "tokenizer", None)
+    backend = getattr(own, "backend_tokenizer", own)
+    if not isinstance(backend, Tokenizer):
+        raise InvalidRequest("this model's tokenizer does not tell its tokens")
+    tokenizer: Tokenizer = Tokenizer.from_str(backend.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class TokenLister:
     """Lists every token of a text with its place in it: slower than RustTokenizer, and it never cuts."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         """Raises InvalidRequest if the model's tokenizer does not tell where a token stands."""
-        own: Any = getattr(model[0], "tokenizer", None)
-        backend = getattr(own, "backend_tokenizer", own)
-        if not isinstance(backend, Tokenizer):
-            raise InvalidRequest("this model's tokenizer does not tell its tokens")
-        self._tokenizer: Tokenizer = Tokenizer.from_str(backend.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = untruncated_tokenizer(model)
 
     def list(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         """The tokens of each text, at offsets in its characters; raises InvalidRequest."""

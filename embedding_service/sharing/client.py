@@ -12,8 +12,10 @@ from typing import Any
 
 from embedding_service.engine import (
     GRACE_SECONDS,
+    Chunk,
     Embeddings,
     EmbedRequest,
+    SplitRequest,
     Status,
     TokenizedText,
     TokenizeRequest,
@@ -30,7 +32,7 @@ RETRY_AFTER_SECONDS = 1.0
 # How often overdue requests are looked for.
 EXPIRY_SECONDS = 0.1
 
-Outcome = Embeddings | list[TokenizedText] | ServiceError
+Outcome = Embeddings | list[TokenizedText] | list[list[Chunk]] | ServiceError
 
 
 class Waiter:
@@ -67,7 +69,7 @@ class ModelConnection:
         self._on_refused = on_refused
         self._channel: wire.Channel | None = None
         self._waiters: dict[int, Waiter] = {}
-        self._unsent: dict[int, wire.Call | wire.Tokenize] = {}
+        self._unsent: dict[int, wire.Call | wire.Tokenize | wire.Split] = {}
         # Released if there are calls to send; `_is_sending` says that the sender will look again.
         self._calls = threading.Lock()
         self._calls.acquire()
@@ -96,7 +98,13 @@ class ModelConnection:
         assert isinstance(outcome, list)
         return outcome
 
-    def _ask(self, kind: Any, request: EmbedRequest | TokenizeRequest) -> Embeddings | list[TokenizedText]:
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        """Send the request and wait for its outcome."""
+        outcome: Any = self._ask(wire.Split, request)
+        assert isinstance(outcome, list)
+        return outcome
+
+    def _ask(self, kind: Any, request: Any) -> Any:
         waiter = Waiter(request.deadline + GRACE_SECONDS)
         number = next(self._numbers)
         self._waiters[number] = waiter
@@ -174,7 +182,7 @@ class ModelConnection:
             case wire.Replies():
                 for number, result in message.results(payload):
                     self._finish(number, result)
-            case wire.Tokenized():
+            case wire.Tokenized() | wire.Chunks():
                 self._finish(message.number, message.texts)
             case wire.Failure():
                 self._finish(message.number, message.error())
@@ -223,6 +231,9 @@ class RemoteEngine:
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         return self._least_loaded().tokenize(request)
+
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        return self._least_loaded().split(request)
 
     def _least_loaded(self) -> ModelConnection:
         ready = [connection for connection in self._alive() if connection.status.state == "healthy"]

@@ -79,7 +79,7 @@ class Connection:
                 if calls:
                     engine.submit_all(calls, self._answer)
                 for message in messages:
-                    if isinstance(message, wire.Tokenize):
+                    if isinstance(message, wire.Tokenize | wire.Split):
                         self._server.tokenizing.submit(self._tokenize, message)
         except wire.Closed:
             pass
@@ -111,15 +111,18 @@ class Connection:
             self._outbox.append((wire.Replies(answers), vectors))
         self._flush()
 
-    def _tokenize(self, message: wire.Tokenize) -> None:
+    def _tokenize(self, message: wire.Tokenize | wire.Split) -> None:
+        engine, number = self._server.engine, message.number
         try:
-            self.send(wire.Tokenized(message.number, self._server.engine.tokenize(message.request)))
+            if isinstance(message, wire.Split):
+                self.send(wire.Chunks(number, engine.split(message.request)))
+            else:
+                self.send(wire.Tokenized(number, engine.tokenize(message.request)))
         except ServiceError as error:
-            self.send(wire.Failure.of(message.number, error))
+            self.send(wire.Failure.of(number, error))
         except Exception:
-            log.exception("Listing tokens failed")
-            failure = ModelFailure("the request could not be tokenised")
-            self.send(wire.Failure.of(message.number, failure))
+            log.exception("Tokenisation failed")
+            self.send(wire.Failure.of(number, ModelFailure("the request could not be tokenised")))
 
 
 class ModelServer:

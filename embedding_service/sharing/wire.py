@@ -15,8 +15,10 @@ import msgspec
 import numpy as np
 
 from embedding_service.engine import (
+    Chunk,
     Embeddings,
     EmbedRequest,
+    SplitRequest,
     Status,
     Timings,
     TokenizedText,
@@ -94,6 +96,20 @@ class Tokenized(msgspec.Struct, frozen=True, tag=True, array_like=True):
     texts: list[TokenizedText]
 
 
+class Split(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Web to model: cut these texts into pieces."""
+
+    number: int
+    request: SplitRequest
+
+
+class Chunks(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Model to web: the pieces asked for."""
+
+    number: int
+    texts: list[list[Chunk]]
+
+
 class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Model to web: a ServiceError, by the name of its class."""
 
@@ -126,7 +142,7 @@ class StatusNotice(msgspec.Struct, frozen=True, tag=True, array_like=True):
     status: Status
 
 
-Message = Call | Replies | Tokenize | Tokenized | Failure | StatusNotice
+Message = Call | Replies | Tokenize | Tokenized | Split | Chunks | Failure | StatusNotice
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

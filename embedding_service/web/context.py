@@ -7,10 +7,12 @@ from flask import Flask, current_app
 
 from embedding_service import metrics
 from embedding_service.engine import (
+    Chunk,
     Embeddings,
     EmbedRequest,
     Engine,
     ModelInfo,
+    SplitRequest,
     Status,
     TokenizedText,
     TokenizeRequest,
@@ -53,6 +55,14 @@ class Context:
         began = self._enter()
         try:
             return self.engine.tokenize(request)
+        finally:
+            self._leave(began)
+
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        """Engine.split, with the same limit as `embed`."""
+        began = self._enter()
+        try:
+            return self.engine.split(request)
         finally:
             self._leave(began)
 

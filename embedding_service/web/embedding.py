@@ -5,13 +5,15 @@ import io
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from flask import Response, request
 from msgspec import Meta
 
 from embedding_service.engine import Embeddings, EmbedRequest, Vectors
-from embedding_service.errors import ServiceError
+from embedding_service.errors import InvalidRequest, ServiceError
+from embedding_service.overflow import Overflow, embed_means
 from embedding_service.quantization import Precision, quantize
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
@@ -65,18 +67,55 @@ def listed(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
+OverflowField = Annotated[
+    Overflow,
+    Meta(
+        description=(
+            "What happens to texts that are longer than the model reads: truncate cuts them, error refuses "
+            "them, and mean embeds them in pieces and answers the mean."
+        )
+    ),
+]
+ChunkOverlap = Annotated[
+    int, Meta(ge=0, le=65_536, description="Tokens that neighbouring pieces of a text share at most.")
+]
+
+
+def overflow_of(overflow: Overflow | None, truncate: bool | None, field: str = "truncate") -> Overflow:
+    """What the caller wants of over-long texts, by either field, or DEFAULT_OVERFLOW.
+
+    `field` is the caller's name for `truncate`, for the error if the two contradict each other.
+    """
+    if truncate is None:
+        return overflow or context().settings.default_overflow
+    if overflow is not None and truncate != (overflow == "truncate"):
+        raise InvalidRequest("contradicts overflow; send one of the two", field=field)
+    return "truncate" if truncate else (overflow or "error")
+
+
 Place = Callable[[int], tuple[str, int | None]]
 
 
-def ask(wanted: EmbedRequest, place: Place | None = None) -> Embeddings:
-    """The engine's embeddings of texts within the limits.
+def ask(
+    wanted: EmbedRequest,
+    place: Place | None = None,
+    *,
+    overflow: Overflow | None = None,
+    overlap: int | None = None,
+) -> Embeddings:
+    """The engine's embeddings of texts within the limits; with `overflow`, `wanted.truncate` is ignored.
 
     `place` maps a text's index to the field and item that the caller sent it in; by default that is the
     same item of the protocol's own field for texts.
     """
     try:
         check_texts(wanted.texts)
-        return context().embed(wanted)
+        if overflow is None or overflow == "truncate":
+            return context().embed(wanted)
+        if overflow == "mean":
+            most = context().settings.max_texts_per_request
+            return embed_means(context(), wanted, overlap or 0, most)
+        return context().embed(msgspec.structs.replace(wanted, truncate=False))
     except ServiceError as error:
         if place is not None and error.index is not None:
             error.field, error.index = place(error.index)

@@ -1,5 +1,7 @@
 """The settings of the web half."""
 
+from typing import Literal
+
 import msgspec
 
 
@@ -11,5 +13,6 @@ class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 << 20
     request_timeout_seconds: float = 60.0
     max_concurrent_requests: int = 512
+    default_overflow: Literal["truncate", "error", "mean"] = "truncate"
     api_keys: str | None = None
     api_keys_file: str | None = None

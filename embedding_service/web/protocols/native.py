@@ -1,16 +1,20 @@
 """POST /embed: the service's own API."""
 
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
+import numpy as np
 from flask import Response
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from embedding_service.engine import Embeddings, EmbedRequest
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, ServiceError
+from embedding_service.overflow import embed_chunks
 from embedding_service.web.body import BodyDecoder, read
+from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     NPY,
+    ChunkOverlap,
     Dimensions,
     EncodedVectors,
     EncodingFormat,
@@ -24,9 +28,12 @@ from embedding_service.web.embedding import (
     in_precision,
     listed,
     model_name,
+    overflow_of,
     wants_npy,
 )
+from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import JSON, operation
+from embedding_service.web.partial import embed_good_ones
 from embedding_service.web.protocol import Failure, Protocol, set_protocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
@@ -69,7 +76,30 @@ class EmbedBody(msgspec.Struct, frozen=True):
     prompt_name: PromptName | None = None
     input_type: InputType | None = None
     dimensions: Dimensions | None = None
-    truncate: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = True
+    truncate: (
+        Annotated[bool, Meta(description="true is overflow: truncate, and false is overflow: error.")] | None
+    ) = None
+    overflow: (
+        Annotated[
+            Literal["truncate", "error", "mean", "chunks"],
+            Meta(
+                description=(
+                    "What happens to texts that are longer than the model reads: truncate cuts them, error "
+                    "refuses them, mean embeds them in pieces and answers the mean, and chunks answers a "
+                    "vector for each piece."
+                )
+            ),
+        ]
+        | None
+    ) = None
+    chunk_overlap: ChunkOverlap | None = 0
+    on_error: (
+        Annotated[
+            Literal["fail", "null"],
+            Meta(description="null answers null for a bad text, and lists its error, instead of failing."),
+        ]
+        | None
+    ) = "fail"
     encoding_format: EncodingFormat | None = "float"
     precision: PrecisionField | None = "float32"
 
@@ -79,6 +109,23 @@ class Usage(TypedDict):
 
     tokens: Annotated[int, Meta(description="Tokens read, special ones and prompts included.")]
     truncated: Annotated[list[int], Meta(description="Indices of the texts that were cut.")]
+    chunks: NotRequired[Annotated[int, Meta(description="Pieces embedded, with overflow: mean or chunks.")]]
+
+
+class Piece(TypedDict):
+    """The piece of a text that a vector is of: its characters from `start` to before `end`."""
+
+    text: int
+    start: int
+    end: int
+
+
+class TextError(TypedDict):
+    """Why a text has no vector."""
+
+    index: int
+    error_type: str
+    reason: str
 
 
 class EmbedAnswer(TypedDict):
@@ -90,6 +137,12 @@ class EmbedAnswer(TypedDict):
     count: int
     processing_time_ms: float
     usage: Usage
+    chunks: NotRequired[
+        Annotated[list[Piece], Meta(description="With overflow: chunks, the piece of each vector.")]
+    ]
+    errors: NotRequired[
+        Annotated[list[TextError], Meta(description="With on_error: null, the texts without a vector.")]
+    ]
 
 
 class Fields(msgspec.Struct, frozen=True):
@@ -115,21 +168,43 @@ def embed() -> Response:
             raise
         set_protocol(tei.protocol)
         return tei.embed_raw(raw)
-    result = ask(
-        EmbedRequest(
-            texts=listed(body.texts),
-            deadline=current().deadline,
-            normalize=body.normalize is not False,
-            prompt_name=body.prompt_name,
-            input_type=body.input_type,
-            dimensions=body.dimensions,
-            truncate=body.truncate is not False,
-        )
+    wanted = EmbedRequest(
+        texts=listed(body.texts),
+        deadline=current().deadline,
+        normalize=body.normalize is not False,
+        prompt_name=body.prompt_name,
+        input_type=body.input_type,
+        dimensions=body.dimensions,
     )
-    vectors = in_precision(result.vectors, body.precision)
+    if body.overflow == "chunks":
+        return _in_chunks(body, wanted)
+    overflow = overflow_of(body.overflow, body.truncate)
+    if body.on_error == "null":
+        result, errors = embed_good_ones(
+            lambda part: ask(part, overflow=overflow, overlap=body.chunk_overlap),
+            wanted,
+            body.dimensions or context().require_info().embedding_dimension,
+        )
+        return _answer(body, result, errors=errors)
+    return _answer(body, ask(wanted, overflow=overflow, overlap=body.chunk_overlap))
+
+
+def _in_chunks(body: EmbedBody, wanted: EmbedRequest) -> Response:
+    if body.truncate:
+        raise InvalidRequest("contradicts overflow; send one of the two", field="truncate")
+    if body.on_error == "null":
+        raise InvalidRequest("cannot be null with overflow: chunks", field="on_error")
     if wants_npy():
-        return answer_npy(vectors, result)
-    return answer_embeddings(_answer(result, encoded(vectors, body.encoding_format or "float")), result)
+        raise InvalidRequest("chunks needs a JSON answer, for the places of the pieces", field="overflow")
+    check_texts(wanted.texts)
+    most = context().settings.max_texts_per_request
+    result, chunks = embed_chunks(context(), wanted, body.chunk_overlap or 0, most)
+    places: list[Piece] = [
+        {"text": index, "start": chunk.start, "end": chunk.stop}
+        for index, own in enumerate(chunks)
+        for chunk in own
+    ]
+    return _answer(body, result, chunks=places)
 
 
 def _is_for_tei(raw: bytes) -> bool:
@@ -144,13 +219,39 @@ def _is_left_out(field: Raw | UnsetType) -> bool:
     return isinstance(field, UnsetType) or bytes(field) == b"null"
 
 
-def _answer(result: Embeddings, vectors: Any) -> EmbedAnswer:
+def _answer(
+    body: EmbedBody,
+    result: Embeddings,
+    *,
+    chunks: list[Piece] | None = None,
+    errors: dict[int, ServiceError] | None = None,
+) -> Response:
+    numbers = result.vectors
+    if errors and body.precision not in (None, "float32", "float16"):
+        # Whole numbers have no NaN.
+        numbers = np.nan_to_num(numbers)
+    vectors = in_precision(numbers, body.precision)
+    if wants_npy():
+        return answer_npy(vectors, result)
     count, dimension = result.vectors.shape
-    return {
-        "embeddings": vectors,
+    embeddings: Any = encoded(vectors, body.encoding_format or "float")
+    usage: Usage = {"tokens": result.tokens, "truncated": result.truncated}
+    if result.chunks is not None:
+        usage["chunks"] = result.chunks
+    answer: EmbedAnswer = {
+        "embeddings": embeddings,
         "dimension": dimension,
         "model": model_name(),
         "count": count,
         "processing_time_ms": round(current().seconds * 1e3, 2),
-        "usage": {"tokens": result.tokens, "truncated": result.truncated},
+        "usage": usage,
     }
+    if chunks is not None:
+        answer["chunks"] = chunks
+    if errors is not None:
+        answer["embeddings"] = [None if index in errors else one for index, one in enumerate(embeddings)]
+        answer["errors"] = [
+            {"index": index, "error_type": error.error_type, "reason": error.reason}
+            for index, error in sorted(errors.items())
+        ]
+    return answer_embeddings(answer, result)

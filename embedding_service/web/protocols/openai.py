@@ -13,16 +13,19 @@ from embedding_service.quantization import Precision
 from embedding_service.web.body import BodyDecoder, answer, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
+    ChunkOverlap,
     Dimensions,
     EncodedVector,
     EncodingFormat,
     InputType,
+    OverflowField,
     answer_embeddings,
     ask,
     encoded,
     in_precision,
     listed,
     model_name,
+    overflow_of,
 )
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
@@ -105,6 +108,8 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     output_dimension: Annotated[Dimensions, Meta(description="Voyage's name for dimensions.")] | None = None
     output_dtype: OutputDtype | None = None
     truncation: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
+    overflow: OverflowField | None = None
+    chunk_overlap: ChunkOverlap | None = 0
 
 
 class TokenIds(msgspec.Struct, frozen=True):
@@ -169,8 +174,9 @@ def embeddings() -> Response:
             deadline=current().deadline,
             input_type=body.input_type,
             dimensions=body.output_dimension if body.dimensions is None else body.dimensions,
-            truncate=body.truncation is not False,
-        )
+        ),
+        overflow=overflow_of(body.overflow, body.truncation, "truncation"),
+        overlap=body.chunk_overlap,
     )
     precision = PRECISIONS.get(body.output_dtype or "float")
     numbers = in_precision(result.vectors, precision, field="output_dtype")

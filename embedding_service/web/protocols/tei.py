@@ -11,13 +11,16 @@ from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, answer, parse, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
+    ChunkOverlap,
     Dimensions,
     Matrix,
+    OverflowField,
     PromptName,
     Vector,
     answer_embeddings,
     ask,
     listed,
+    overflow_of,
 )
 from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import operation
@@ -75,6 +78,8 @@ class TEIParameters(msgspec.Struct, frozen=True, kw_only=True):
     truncation_direction: Direction | None = None
     prompt_name: PromptName | None = None
     dimensions: Dimensions | None = None
+    overflow: OverflowField | None = None
+    chunk_overlap: ChunkOverlap | None = None
 
 
 class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
@@ -188,9 +193,10 @@ def embed_raw(raw: bytes) -> Response:
             normalize=option("normalize") is not False,
             prompt_name=option("prompt_name"),
             dimensions=option("dimensions"),
-            truncate=option("truncate") is not False,
             truncation_side=_side(option("truncation_direction")),
-        )
+        ),
+        overflow=overflow_of(option("overflow"), option("truncate")),
+        overlap=option("chunk_overlap"),
     )
     return answer_embeddings(result.vectors, result)
 

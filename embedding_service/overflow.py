@@ -1,0 +1,80 @@
+"""Embeds texts that are longer than the model reads: as vectors of their pieces, or as the mean of these."""
+
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+
+from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Vectors
+from embedding_service.errors import ServiceError, TooLarge
+
+Overflow = Literal["truncate", "error", "mean"]
+
+
+class Splits(Protocol):
+    """What of an engine is used here."""
+
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        """As Engine.embed."""
+
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        """As Engine.split."""
+
+
+def embed_chunks(
+    engine: Splits, request: EmbedRequest, overlap: int, most: int
+) -> tuple[Embeddings, list[list[Chunk]]]:
+    """A vector for each piece of each text, in order, and the pieces of each text.
+
+    Raises TooLarge if there are more than `most` pieces, and what the engine raises.
+    """
+    texts = request.texts
+    chunks = engine.split(
+        SplitRequest(
+            texts=texts,
+            deadline=request.deadline,
+            prompt_name=request.prompt_name,
+            input_type=request.input_type,
+            overlap=overlap,
+        )
+    )
+    count = sum(map(len, chunks))
+    if count > most:
+        raise TooLarge(
+            f"are {count} pieces of the length that the model reads; at most {most} are allowed",
+            field="texts",
+        )
+    pieces = [
+        text[chunk.start : chunk.stop] for text, own in zip(texts, chunks, strict=True) for chunk in own
+    ]
+    try:
+        result = engine.embed(msgspec.structs.replace(request, texts=pieces, truncate=True))
+    except ServiceError as error:
+        if error.index is not None:
+            error.index = int(np.repeat(np.arange(len(texts)), [len(own) for own in chunks])[error.index])
+        raise
+    return msgspec.structs.replace(result, truncated=[], chunks=count), chunks
+
+
+def embed_means(engine: Splits, request: EmbedRequest, overlap: int, most: int) -> Embeddings:
+    """A vector for each text: the mean of its pieces, weighted by their tokens. Raises as `embed_chunks`."""
+    result, chunks = embed_chunks(engine, request, overlap, most)
+    if result.chunks == len(chunks):
+        return result
+    return msgspec.structs.replace(result, vectors=means(result.vectors, chunks, request.normalize))
+
+
+def means(vectors: Vectors, chunks: list[list[Chunk]], normalize: bool) -> Vectors:
+    """The weighted mean of each text's vectors; a text of one piece keeps its vector to the bit."""
+    found = np.empty((len(chunks), vectors.shape[1]), np.float32)
+    first = 0
+    for row, own in enumerate(chunks):
+        last = first + len(own)
+        if len(own) == 1:
+            found[row] = vectors[first]
+        else:
+            mean = np.average(vectors[first:last], axis=0, weights=[chunk.tokens for chunk in own])
+            length = np.linalg.norm(mean)
+            found[row] = mean / length if normalize and length else mean
+        first = last
+    return found
