@@ -28,6 +28,11 @@ HOST_ALLOWED = (
 )
 
 
+# A scheme and a host, without a path.
+ORIGIN = r"https?://[^/?#,\s]+/?"
+ORIGINS_PATTERN = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings; the environment variable of a field is its name in capitals."""
 
@@ -115,6 +120,31 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_text_characters: Annotated[
         int, Meta(ge=1, le=100_000_000, description="Maximum number of characters in a text.")
     ] = 100_000
+    prompts: Annotated[
+        dict[str, str],
+        Meta(
+            extra={"allowed": 'a JSON object of names and texts, such as {"query": "query: "}'},
+            description="Prompts by name, as a JSON object; they are added to the model's own.",
+        ),
+    ] = {}
+    default_prompt_name: Annotated[
+        str | None, Meta(description="Prompt put in front of texts if a request names none.")
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        Meta(description="Comma-separated names of the model in the API; answers show the first."),
+    ] = None
+    cors_origins: Annotated[
+        str,
+        Meta(
+            pattern=ORIGINS_PATTERN,
+            extra={"allowed": "*, or origins such as https://example.com and http://localhost:3000"},
+            description=(
+                "Comma-separated origins, such as https://example.com, whose pages may call the service from "
+                "a browser; * allows all."
+            ),
+        ),
+    ] = ""
     default_overflow: Annotated[
         Literal["truncate", "error", "mean"],
         Meta(
@@ -168,6 +198,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["debug", "info", "warning", "error"], Meta(description="Minimum log level.")
     ] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="Format of log lines.")] = "text"
+    access_log: Annotated[bool, Meta(description="Log a line for each request.")] = False
+    slow_request_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Log a warning for each request that takes longer than this; 0 turns it off.",
+        ),
+    ] = 0.0
     log_file: Annotated[
         str | None,
         Meta(description="File to log to instead of standard error; reopened after a rotation."),
@@ -319,8 +358,10 @@ def _convert(name: str, raw: str, wanted: Any) -> Any:
     elif name in NORMALIZERS:
         raw = NORMALIZERS[name](raw)
     try:
+        if isinstance(kind, msgspec.inspect.DictType):
+            return msgspec.json.decode(raw, type=dict[str, str])
         return msgspec.convert(raw, wanted, strict=False)
-    except msgspec.ValidationError:
+    except msgspec.MsgspecError:
         allowed = extra.get("allowed") or _allowed(kind)
         raise ConfigError(f"{name}={shown} is not allowed: it must be {allowed}. {description}") from None
 
@@ -341,6 +382,8 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
             return "true or false"
         case msgspec.inspect.IntType(ge=least, le=most):
             return f"a whole number{_bounds('from', least, most)}"
+        case msgspec.inspect.FloatType(gt=None, ge=least, le=most):
+            return f"a number{_bounds('from', least, most)}"
         case msgspec.inspect.FloatType(gt=least, le=most):
             return f"a number{_bounds('above', least, most)}"
     return "text"

@@ -16,6 +16,7 @@ State = Literal["loading", "healthy", "unhealthy", "draining"]
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds.
 
+    `prompt` is put in front of each text as it is; `prompt_name` and `input_type` choose one of the model's.
     `truncation_side` is the end at which over-long texts are cut; by default the tokenizer's own.
     """
 
@@ -27,6 +28,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     dimensions: int | None = None
     truncate: bool = True
     truncation_side: Literal["left", "right"] | None = None
+    prompt: str | None = None
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
@@ -95,6 +97,7 @@ class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float
     prompt_name: str | None = None
     input_type: Literal["query", "document"] | None = None
+    prompt: str | None = None
     overlap: int = 0
 
 

@@ -25,18 +25,21 @@ def _no_request() -> None:
 # function that asks the current request, so nothing needs to be set and cleared for each request.
 request_id: Callable[[], str | None] = _no_request
 
+# Likewise, the id of the W3C trace that the request is part of.
+trace_id: Callable[[], str | None] = _no_request
+
 # A message may contain a caller's text, whose line breaks must not forge a second log line.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO web [request id] message`, followed by any traceback."""
+    """`2026-01-31T12:00:00.000Z INFO web [request id, trace id] message`, followed by any traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        caller = request_id()
+        ids = " ".join(filter(None, (request_id(), trace_id())))
         line = (
             f"{_stamp(record)} {record.levelname:<7} {_short(record.name)} "
-            f"{f'[{caller}] ' if caller else ''}{record.getMessage().translate(_CONTROL)}"
+            f"{f'[{ids}] ' if ids else ''}{record.getMessage().translate(_CONTROL)}"
         )
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -54,6 +57,9 @@ class JsonFormatter(logging.Formatter):
         }
         if caller := request_id():
             fields["request_id"] = caller
+        if trace := trace_id():
+            fields["trace_id"] = trace
+        fields |= getattr(record, "fields", {})
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return orjson.dumps(fields).decode()

@@ -35,6 +35,7 @@ def embed_chunks(
             deadline=request.deadline,
             prompt_name=request.prompt_name,
             input_type=request.input_type,
+            prompt=request.prompt,
             overlap=overlap,
         )
     )

@@ -53,6 +53,10 @@ def test_values_are_converted():
     assert settings.log_format == "json"
 
 
+def test_prompts_are_read_as_json():
+    assert config.load({"PROMPTS": '{"query": "q: ", "none": ""}'}).prompts == {"query": "q: ", "none": ""}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
@@ -74,6 +78,12 @@ def test_values_are_converted():
         pytest.param("HOST", "http://localhost", "an IPv4 or IPv6 address or a name", id="a URL"),
         pytest.param("LOG_FILE", "/tmp/l\udcf6g", "not UTF-8", id="undecodable bytes"),
         pytest.param("EMBEDDING_MODEL", "a\nPORT=1", "line breaks", id="two lines"),
+        pytest.param("SLOW_REQUEST_SECONDS", "-1", "a number from 0 up to 3600", id="a negative time"),
+        pytest.param("PROMPTS", "query:", "a JSON object of names and texts", id="not JSON"),
+        pytest.param("PROMPTS", '{"query": 1}', "a JSON object of names and texts", id="not a text"),
+        pytest.param("CORS_ORIGINS", "https://a.example/path", "origins such as", id="a URL with a path"),
+        pytest.param("CORS_ORIGINS", "example.com", "origins such as", id="no scheme"),
+        pytest.param("CORS_ORIGINS", "*, https://a.example", "origins such as", id="a star and more"),
     ],
 )
 def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value, allowed):

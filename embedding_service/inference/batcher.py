@@ -161,7 +161,7 @@ class Batcher:
             raise InvalidRequest("there is no text to embed")
         runtime = self._runtime
         _check_dimensions(request.dimensions, runtime.info.embedding_dimension)
-        prompt = runtime.prompt(request.prompt_name, request.input_type)
+        prompt = runtime.prompt(request)
         # All that changes a vector but the text.
         context = (runtime.info.fingerprint, prompt, request.input_type, request.truncation_side)
         reduction = reduce(request.texts, context, self._cache)

@@ -82,6 +82,7 @@ class Checkpoint:
             pooling=self.pooling,
             prompts=self.prompts,
             max_seq_length=self.max_seq_length,
+            default_prompt=self.prompts.get(self.model.default_prompt_name or ""),
         )
 
     def in_float32(self) -> SentenceTransformer:
@@ -107,6 +108,7 @@ def read_checkpoint(settings: ModelSettings) -> Checkpoint:
     # OpenVINO rounds to bfloat16 for itself, where that is exact enough.
     rounds = dtype == "bfloat16" and computes_bfloat16(device, settings.backend)
     model = load_model(source.folder, device, "float32" if rounds else dtype, settings.attn_implementation)
+    set_prompts(model, settings)
     return Checkpoint(
         model=model,
         source=source,
@@ -136,6 +138,18 @@ def load_model(folder: Path, device: str, dtype: str, attn_implementation: str |
             f"The model in {folder} cannot be loaded ({type(error).__name__}: {line})"
         ) from error
     return model.to(DTYPES[dtype]).eval()
+
+
+def set_prompts(model: SentenceTransformer, settings: ModelSettings) -> None:
+    """Add the prompts of the settings to the model's own. Raises StartupError for an unknown default."""
+    model.prompts.update(settings.prompts)
+    name = settings.default_prompt_name
+    if name is None:
+        return
+    if model.prompts.get(name) is None:
+        known = ", ".join(sorted(name for name, text in model.prompts.items() if text is not None)) or "none"
+        raise StartupError(f"DEFAULT_PROMPT_NAME={name!r} is not a prompt; there are: {known}")
+    model.default_prompt_name = name
 
 
 def length_limit(model: SentenceTransformer) -> int | None:

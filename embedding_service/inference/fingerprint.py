@@ -8,10 +8,19 @@ from embedding_service.engine import Int8Ranges
 
 
 def fingerprint(
-    *, weights: str, dtype: str, pooling: str, prompts: Mapping[str, str], max_seq_length: int
+    *,
+    weights: str,
+    dtype: str,
+    pooling: str,
+    prompts: Mapping[str, str],
+    max_seq_length: int,
+    default_prompt: str | None,
 ) -> str:
     """A short hash of everything that affects a vector; `weights` is the hash of the weights."""
-    return _hash([weights, dtype, pooling, dict(prompts), max_seq_length])
+    facts: list[object] = [weights, dtype, pooling, dict(prompts), max_seq_length]
+    if default_prompt is not None:
+        facts.append(default_prompt)
+    return _hash(facts)
 
 
 def with_ranges(fingerprint: str, ranges: Int8Ranges) -> str:

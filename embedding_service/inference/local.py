@@ -114,7 +114,7 @@ class LocalEngine:
 
     def split(self, request: SplitRequest) -> list[list[Chunk]]:
         def split(runtime: Runtime, texts: list[str]) -> list[list[Chunk]]:
-            return runtime.split(texts, request.prompt_name, request.input_type, request.overlap)
+            return runtime.split(texts, request)
 
         return self._in_pieces(request, split)
 

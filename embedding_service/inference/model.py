@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from sentence_transformers import SentenceTransformer
 
-from embedding_service.engine import Chunk, ModelInfo, TokenizedText, Vectors
+from embedding_service.engine import Chunk, EmbedRequest, ModelInfo, SplitRequest, TokenizedText, Vectors
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.budget import BatchBudget
 from embedding_service.inference.preprocessing import Preprocessor
@@ -33,9 +32,13 @@ class Model:
     uses_accelerator: bool
     info: ModelInfo
 
-    def prompt(self, prompt_name: str | None, input_type: Literal["query", "document"] | None) -> str | None:
+    def prompt(self, request: EmbedRequest | SplitRequest) -> str | None:
         """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it."""
-        prompts = self.info.prompts
+        prompts, prompt_name = self.info.prompts, request.prompt_name
+        if request.prompt is not None:
+            if prompt_name is not None:
+                raise InvalidRequest("cannot be sent together with prompt_name", field="prompt")
+            return request.prompt
         if prompt_name is not None:
             if prompt_name not in prompts:
                 known = ", ".join(sorted(prompts)) or "none"
@@ -44,7 +47,7 @@ class Model:
                 )
             return prompts[prompt_name]
         names = {"query": ["query"], "document": ["document", "passage", "corpus"], None: []}
-        for name in names[input_type]:
+        for name in names[request.input_type]:
             if name in prompts:
                 return prompts[name]
         default = self.sentence_transformer.default_prompt_name
@@ -64,14 +67,8 @@ class Model:
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         return self._lister.list(texts, add_special_tokens)
 
-    def split(
-        self,
-        texts: Sequence[str],
-        prompt_name: str | None,
-        input_type: Literal["query", "document"] | None,
-        overlap: int,
-    ) -> list[list[Chunk]]:
-        return self._splitter.split(texts, self.prompt(prompt_name, input_type), overlap)
+    def split(self, texts: Sequence[str], request: SplitRequest) -> list[list[Chunk]]:
+        return self._splitter.split(texts, self.prompt(request), request.overlap)
 
     def forward_exact(self, one: Slice) -> Vectors:
         return self._exact.forward([one])

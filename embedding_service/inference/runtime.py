@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.engine import Chunk, ModelInfo, TokenizedText, Vectors
+from embedding_service.engine import Chunk, EmbedRequest, ModelInfo, SplitRequest, TokenizedText, Vectors
 from embedding_service.inference.budget import BatchBudget
 
 IntArray = npt.NDArray[np.int32]
@@ -89,7 +89,7 @@ class Runtime(Protocol):
     uses_accelerator: bool
     info: ModelInfo
 
-    def prompt(self, prompt_name: str | None, input_type: Literal["query", "document"] | None) -> str | None:
+    def prompt(self, request: EmbedRequest | SplitRequest) -> str | None:
         """The text to put in front of each text; raises InvalidRequest for a name the model lacks."""
 
     def prepare(
@@ -109,14 +109,8 @@ class Runtime(Protocol):
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         """Every token of the texts, for a person to look at; raises InvalidRequest."""
 
-    def split(
-        self,
-        texts: Sequence[str],
-        prompt_name: str | None,
-        input_type: Literal["query", "document"] | None,
-        overlap: int,
-    ) -> list[list[Chunk]]:
-        """The pieces of texts that the model can read whole; raises InvalidRequest."""
+    def split(self, texts: Sequence[str], request: SplitRequest) -> list[list[Chunk]]:
+        """The pieces of some of the request's texts that the model can read whole; raises InvalidRequest."""
 
     def forward_exact(self, one: Slice) -> Vectors:
         """The vector of one text, of shape (1, dimension), computed in float32 throughout."""

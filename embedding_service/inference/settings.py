@@ -19,5 +19,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_tokens: int = 2_000_000
     cache_mb: int = 0
     int8_ranges: str | None = None
+    prompts: dict[str, str] = {}
+    default_prompt_name: str | None = None
     # Model processes of this service, which share the cores among them.
     model_processes: int = 1

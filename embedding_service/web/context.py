@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import msgspec
 from flask import Flask, current_app
 
 from embedding_service import metrics
@@ -32,6 +33,8 @@ class Context:
     def __init__(self, engine: Engine, settings: WebSettings) -> None:
         self.engine = engine
         self.settings = settings
+        # The first is shown in answers; each is accepted where a caller names a model.
+        self.names = [name.strip() for name in (settings.served_model_name or "").split(",") if name.strip()]
         self.draining: Callable[[], bool] = lambda: False
         # One item for each further request that may be in flight: a list is a semaphore that never waits.
         self._places = [None] * settings.max_concurrent_requests
@@ -86,6 +89,9 @@ class Context:
     def status(self) -> Status:
         """The engine's status, or draining."""
         status = self.engine.status()
+        if self.names and status.info is not None:
+            info = msgspec.structs.replace(status.info, model_name=self.names[0])
+            status = msgspec.structs.replace(status, info=info)
         if self.draining():
             return Status(state="draining", reason="the service is shutting down", info=status.info)
         return status

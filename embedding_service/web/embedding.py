@@ -42,6 +42,7 @@ Dimensions = Annotated[
     ),
 ]
 PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
+Prompt = Annotated[str, Meta(description="Text to put in front of each text, as it is.")]
 InputType = Annotated[
     Literal["query", "document"], Meta(description="Use the model's own prompt for queries or documents.")
 ]
@@ -167,6 +168,7 @@ def answer_embeddings(body: Any, result: Embeddings) -> Response:
 
 
 def _with_headers(response: Response, result: Embeddings) -> Response:
+    current().result = result
     timings = result.timings
     response.headers.extend(
         [

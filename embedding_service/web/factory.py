@@ -3,7 +3,17 @@
 from flask import Flask
 
 from embedding_service.engine import Engine
-from embedding_service.web import auth, docs, error_handlers, health, monitoring, page, request_ids
+from embedding_service.web import (
+    access_log,
+    auth,
+    cors,
+    docs,
+    error_handlers,
+    health,
+    monitoring,
+    page,
+    request_ids,
+)
 from embedding_service.web.context import Context, install
 from embedding_service.web.protocols import native, ollama, openai, tei, weaviate
 from embedding_service.web.request import ServiceRequest
@@ -18,6 +28,8 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     install(app, Context(engine, settings))
     monitoring.register(app)
     request_ids.register(app)
+    access_log.register(app)
+    cors.register(app)
     auth.register(app)
     error_handlers.register(app)
     app.register_blueprint(page.blueprint)

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 from flask import Request, current_app, has_request_context, request
 
 if TYPE_CHECKING:
+    from embedding_service.engine import Embeddings
     from embedding_service.web.protocol import Protocol
 
 SLASHES = re.compile("/{2,}")
+# https://www.w3.org/TR/trace-context/: version, trace, parent, flags; later versions may append more.
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -19,6 +22,8 @@ class ServiceRequest(Request):
     """Flask's request with our own per-request state, so that none of it outlives the request."""
 
     protocol: "Protocol | None" = None
+    # What the engine answered, for the access log.
+    result: "Embeddings | None" = None
 
     def __init__(self, environ: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
@@ -45,10 +50,21 @@ class ServiceRequest(Request):
         """Seconds since the request began."""
         return time.monotonic() - self.began
 
+    @property
+    def trace_id(self) -> str | None:
+        """The trace that the caller's W3C `traceparent` header says this request is part of."""
+        found = TRACEPARENT.fullmatch(self.environ.get("HTTP_TRACEPARENT", ""))
+        return found[1] if found and found[1] != "0" * 32 and found[2] != "0" * 16 else None
+
 
 def current() -> ServiceRequest:
     """The current request."""
     return cast(ServiceRequest, request)
+
+
+def current_trace_id() -> str | None:
+    """The trace of the current request; None outside a request, or if the caller sent none."""
+    return current().trace_id if has_request_context() else None
 
 
 def current_id() -> str | None:

@@ -14,5 +14,9 @@ class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout_seconds: float = 60.0
     max_concurrent_requests: int = 512
     default_overflow: Literal["truncate", "error", "mean"] = "truncate"
+    served_model_name: str | None = None
+    cors_origins: str = ""
+    access_log: bool = False
+    slow_request_seconds: float = 0.0
     api_keys: str | None = None
     api_keys_file: str | None = None

@@ -60,3 +60,65 @@ def test_weaviate(prompted, check):
     for task, prompt in {"query": "query", "passage": "document"}.items():
         answer = prompted.post("/vectors", {"texts": TEXTS, "config": {"task_type": task}})
         check(answer.json()["vectors"], prompt)
+
+
+def ask(service, **fields):
+    return requests.post(f"{service.url}/embed", json={"texts": TEXTS} | fields, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "vectors"),
+    [
+        ("embed", "texts", lambda body: body["embeddings"]),
+        ("v1/embeddings", "input", lambda body: [row["embedding"] for row in body["data"]]),
+        ("embed", "inputs", lambda body: body),
+    ],
+    ids=["native", "OpenAI", "TEI"],
+)
+def test_a_prompt_as_free_text(service, oracle, close, path, field, vectors):
+    body = {field: TEXTS, "prompt": "find this: "}
+    answer = requests.post(f"{service.url}/{path}", json=body, timeout=60)
+    close(vectors(answer.json()), TEXTS, oracle, prompt="find this: ")
+
+
+def test_a_free_prompt_beside_a_name_is_refused(service):
+    answer = ask(service, prompt="a", prompt_name="query")
+    assert (answer.status_code, answer.json()["error"]) == (
+        400,
+        "prompt cannot be sent together with prompt_name",
+    )
+
+
+def test_prompts_from_the_settings(start, service, oracle, close):
+    settings = {"PROMPTS": '{"mine": "my text: ", "query": "q: "}', "DEFAULT_PROMPT_NAME": "mine"}
+    prompted = start(**settings).wait_ready()
+    info = requests.get(f"{prompted.url}/info", timeout=10).json()
+    assert (info["prompts"]["mine"], info["prompts"]["query"]) == ("my text: ", "q: ")
+    assert info["fingerprint"] != requests.get(f"{service.url}/info", timeout=10).json()["fingerprint"]
+    for fields, prompt in (
+        ({}, "my text: "),
+        ({"prompt_name": "query"}, "q: "),
+        ({"input_type": "query"}, "q: "),
+        ({"prompt": ""}, ""),
+    ):
+        close(ask(prompted, **fields).json()["embeddings"], TEXTS, oracle, prompt=prompt)
+
+
+def test_an_unknown_default_prompt_stops_the_start(start):
+    service = start(DEFAULT_PROMPT_NAME="nope")
+    assert service.process.wait(60) == 78
+    assert "DEFAULT_PROMPT_NAME='nope' is not a prompt; there are: " in service.log()
+
+
+def test_the_served_name_is_shown_and_its_aliases_are_accepted(start):
+    service = start(SERVED_MODEL_NAME="my-model, alias").wait_ready()
+    assert ask(service).json()["model"] == "my-model"
+    assert service.health()[1]["model"] == "my-model"
+    assert requests.get(f"{service.url}/info", timeout=10).json()["model_name"] == "my-model"
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["my-model"]
+    assert client.models.retrieve("alias").id == "my-model"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("sentence-transformers/all-MiniLM-L6-v2")
+    names = [one["name"] for one in requests.get(f"{service.url}/api/tags", timeout=10).json()["models"]]
+    assert names[:2] == ["my-model", "alias"]

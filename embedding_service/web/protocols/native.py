@@ -20,6 +20,7 @@ from embedding_service.web.embedding import (
     EncodingFormat,
     InputType,
     PrecisionField,
+    Prompt,
     PromptName,
     answer_embeddings,
     answer_npy,
@@ -74,6 +75,7 @@ class EmbedBody(msgspec.Struct, frozen=True):
     texts: Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
     normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = True
     prompt_name: PromptName | None = None
+    prompt: Prompt | None = None
     input_type: InputType | None = None
     dimensions: Dimensions | None = None
     truncate: (
@@ -173,6 +175,7 @@ def embed() -> Response:
         deadline=current().deadline,
         normalize=body.normalize is not False,
         prompt_name=body.prompt_name,
+        prompt=body.prompt,
         input_type=body.input_type,
         dimensions=body.dimensions,
     )

@@ -289,7 +289,8 @@ def _names(info: ModelInfo) -> list[str]:
     """The model's own name, then those by which Ollama's clients know it, and the one of the examples."""
     short = info.model_name.rstrip("/").rpartition("/")[2].lower()
     known = [f"{LIBRARY_NAMES[short]}:latest"] if short in LIBRARY_NAMES else []
-    return list(dict.fromkeys([info.model_name, *known, f"{short}:latest", "any:latest"]))
+    served = context().names
+    return list(dict.fromkeys([info.model_name, *served, *known, f"{short}:latest", "any:latest"]))
 
 
 def _details(info: ModelInfo) -> OllamaDetails:

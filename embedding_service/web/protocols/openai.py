@@ -19,6 +19,8 @@ from embedding_service.web.embedding import (
     EncodingFormat,
     InputType,
     OverflowField,
+    Prompt,
+    PromptName,
     answer_embeddings,
     ask,
     encoded,
@@ -105,6 +107,8 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     dimensions: Dimensions | None = None
     user: Annotated[str, Meta(description="Not used.")] | None = None
     input_type: InputType | None = None
+    prompt: Prompt | None = None
+    prompt_name: PromptName | None = None
     output_dimension: Annotated[Dimensions, Meta(description="Voyage's name for dimensions.")] | None = None
     output_dtype: OutputDtype | None = None
     truncation: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
@@ -173,6 +177,8 @@ def embeddings() -> Response:
             texts=listed(body.input),
             deadline=current().deadline,
             input_type=body.input_type,
+            prompt=body.prompt,
+            prompt_name=body.prompt_name,
             dimensions=body.output_dimension if body.dimensions is None else body.dimensions,
         ),
         overflow=overflow_of(body.overflow, body.truncation, "truncation"),
@@ -202,7 +208,7 @@ def models() -> Response:
 def model(name: str) -> Response:
     """Describe the one model; any other name is not found."""
     found = _model()
-    if name.strip("/") != found["id"].strip("/"):
+    if name.strip("/") not in (found["id"].strip("/"), *context().names):
         raise NotFound(f"the model {name!r} is not here; there is {found['id']!r}")
     return answer(found)
 

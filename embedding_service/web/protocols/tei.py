@@ -15,6 +15,7 @@ from embedding_service.web.embedding import (
     Dimensions,
     Matrix,
     OverflowField,
+    Prompt,
     PromptName,
     Vector,
     answer_embeddings,
@@ -77,6 +78,7 @@ class TEIParameters(msgspec.Struct, frozen=True, kw_only=True):
     truncate: Truncate | None = None
     truncation_direction: Direction | None = None
     prompt_name: PromptName | None = None
+    prompt: Prompt | None = None
     dimensions: Dimensions | None = None
     overflow: OverflowField | None = None
     chunk_overlap: ChunkOverlap | None = None
@@ -192,6 +194,7 @@ def embed_raw(raw: bytes) -> Response:
             deadline=current().deadline,
             normalize=option("normalize") is not False,
             prompt_name=option("prompt_name"),
+            prompt=option("prompt"),
             dimensions=option("dimensions"),
             truncation_side=_side(option("truncation_direction")),
         ),

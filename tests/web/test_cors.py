@@ -1,0 +1,64 @@
+"""Pages of other origins: allowed only if CORS_ORIGINS names them."""
+
+import pytest
+
+from embedding_service.web.factory import create_app
+from embedding_service.web.settings import WebSettings
+from tests.fakes import FakeEngine
+
+HERE, OTHER = "https://example.com", "https://other.example"
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+
+
+def client(origins: str, **settings):
+    return create_app(FakeEngine(), WebSettings(cors_origins=origins, **settings)).test_client()
+
+
+def cors_of(response) -> dict[str, str]:
+    return {name: value for name, value in response.headers if name.startswith("Access-Control-Allow")}
+
+
+def test_by_default_no_origin_is_allowed():
+    answer = client("").post("/embed", json={"texts": "a"}, headers={"Origin": HERE})
+    assert (cors_of(answer), answer.headers.get("Vary")) == ({}, None)
+    assert cors_of(client("").options("/embed", headers={"Origin": HERE} | PREFLIGHT)) == {}
+
+
+@pytest.mark.parametrize("origins", [HERE, f"http://localhost:3000, {HERE}/"])
+def test_a_named_origin_may_read_answers_and_errors(origins):
+    for body, status in (({"texts": "a"}, 200), ({"texts": []}, 400)):
+        answer = client(origins).post("/embed", json=body, headers={"Origin": HERE})
+        assert answer.status_code == status
+        assert cors_of(answer) == {"Access-Control-Allow-Origin": HERE}
+        assert answer.headers["Vary"] == "Origin"
+        assert "X-Request-ID" in answer.headers["Access-Control-Expose-Headers"]
+
+
+def test_another_origin_gets_no_permission():
+    served = client(HERE)
+    answer = served.post("/embed", json={"texts": "a"}, headers={"Origin": OTHER})
+    assert (cors_of(answer), answer.headers["Vary"]) == ({}, "Origin")
+    assert cors_of(served.options("/embed", headers={"Origin": OTHER} | PREFLIGHT)) == {}
+
+
+def test_a_preflight_needs_no_key():
+    answer = client(HERE, api_keys="secret").options("/embed", headers={"Origin": HERE} | PREFLIGHT)
+    assert (answer.status_code, answer.data) == (204, b"")
+    assert cors_of(answer) == {
+        "Access-Control-Allow-Origin": HERE,
+        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Allow-Headers": (
+            "Authorization, Content-Type, Content-Encoding, X-API-Key, X-Request-ID, traceparent"
+        ),
+    }
+
+
+def test_options_without_a_preflight_is_answered_as_ever():
+    answer = client(HERE, api_keys="secret").options("/embed", headers={"Origin": HERE})
+    assert answer.status_code == 401
+
+
+def test_a_star_allows_every_origin():
+    answer = client("*").post("/embed", json={"texts": "a"}, headers={"Origin": OTHER})
+    assert cors_of(answer) == {"Access-Control-Allow-Origin": "*"}
+    assert "Vary" not in answer.headers
