@@ -31,7 +31,10 @@ LABEL org.opencontainers.image.title="embedding-service" \
 # /models is where models from the hub are kept; mount a volume there to keep them.
 RUN groupadd --gid 10001 service \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin service \
-    && install -d -o 10001 -g 10001 /models
+    && install -d -o 10001 -g 10001 /models \
+    # SageMaker runs `docker run IMAGE serve`.
+    && printf '#!/bin/sh\nexec python /app/app.py\n' > /usr/local/bin/serve \
+    && chmod 755 /usr/local/bin/serve
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=builder /app /app
 WORKDIR /app

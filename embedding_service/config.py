@@ -311,6 +311,9 @@ def load(environ: Mapping[str, str] | None = None) -> Config:
     for field in FIELDS:
         name = field.name.upper()
         raw = environ.get(name, "").strip()
+        if not raw:
+            platform = (environ.get(other, "").strip() for other in PLATFORM_NAMES.get(name, ()))
+            raw = next(filter(None, platform), "")
         if not raw and name in OLD_NAMES and (raw := environ.get(OLD_NAMES[name], "").strip()):
             _notes.append(
                 f"{OLD_NAMES[name]} is now called {name}; the old name works until the next release"
@@ -326,6 +329,9 @@ NAMES = [field.name.upper() for field in FIELDS]
 
 # What settings were called before.
 OLD_NAMES = {"MAX_CONCURRENT_REQUESTS": "WEB_THREADS"}
+
+# What the platforms that start containers call a setting: Vertex AI and SageMaker.
+PLATFORM_NAMES = {"PORT": ("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT")}
 
 BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 

@@ -15,7 +15,7 @@ from embedding_service.web import (
     request_ids,
 )
 from embedding_service.web.context import Context, install
-from embedding_service.web.protocols import native, ollama, openai, tei, weaviate
+from embedding_service.web.protocols import clouds, cohere, native, ollama, openai, tei, weaviate
 from embedding_service.web.request import ServiceRequest
 from embedding_service.web.settings import WebSettings
 
@@ -36,7 +36,7 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     app.register_blueprint(health.blueprint)
     app.register_blueprint(monitoring.blueprint)
     app.register_blueprint(docs.blueprint)
-    for module in (native, openai, tei, ollama, weaviate):
+    for module in (native, openai, tei, ollama, weaviate, cohere, clouds):
         app.register_blueprint(module.protocol)
     monitoring.prepare(app)
     return app

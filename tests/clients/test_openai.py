@@ -1,6 +1,7 @@
 """OpenAI's clients: the official SDK, LangChain and LlamaIndex, against the real service."""
 
 import asyncio
+import base64
 
 import numpy as np
 import openai
@@ -9,6 +10,7 @@ import requests
 import tiktoken
 from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+from sentence_transformers.util import quantize_embeddings
 
 from tests.clients.conftest import TEXTS
 
@@ -143,3 +145,31 @@ def test_base64_is_little_endian_float32(service, oracle):
     answer = service.post("/v1/embeddings", {"input": "hello", "encoding_format": "base64"}).json()
     vector = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
     assert np.abs(vector - oracle.encode("hello", normalize_embeddings=True)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt"), [("retrieval.query", "query"), ("retrieval.passage", "document")]
+)
+def test_jinas_task_chooses_the_prompt(prompted, prompted_oracle, close, task, prompt):
+    body = {"model": "jina-embeddings-v3", "input": TEXTS, "task": task, "embedding_type": "float"}
+    answer = requests.post(f"{prompted.url}/v1/embeddings", json=body, timeout=60).json()
+    close([row["embedding"] for row in answer["data"]], TEXTS, prompted_oracle, prompt_name=prompt)
+
+
+def test_jinas_embedding_type(service):
+    def ask(**fields):
+        body = {"input": ["hello"]} | fields
+        return requests.post(f"{service.url}/v1/embeddings", json=body, timeout=60).json()["data"][0][
+            "embedding"
+        ]
+
+    floats = np.array([ask()], np.float32)
+    assert ask(embedding_type="binary") == quantize_embeddings(floats, precision="binary")[0].tolist()
+    assert np.array_equal(np.frombuffer(base64.b64decode(ask(embedding_type="base64")), "<f4"), floats[0])
+
+
+def test_late_chunking_is_refused(service):
+    body = {"input": ["hello"], "late_chunking": True}
+    answer = requests.post(f"{service.url}/v1/embeddings", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("late_chunking is not supported")

@@ -99,10 +99,10 @@ class FakeRuntime:
             fingerprint="0",
         )
 
-    def prompt(self, prompt_name: str | None, input_type: str | None) -> str | None:
-        if prompt_name is not None:
-            raise InvalidRequest(f"{prompt_name!r} is unknown", field="prompt_name")
-        return None
+    def prompt(self, request) -> str | None:
+        if request.prompt_name is not None:
+            raise InvalidRequest(f"{request.prompt_name!r} is unknown", field="prompt_name")
+        return request.prompt
 
     def prepare(
         self,

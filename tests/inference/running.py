@@ -66,8 +66,7 @@ def embed(model: Model, requests: list[EmbedRequest]) -> list[Answer]:
 
 def prepare(model: Model, one: EmbedRequest) -> Prepared:
     """As the batcher does it."""
-    prompt = model.prompt(one.prompt_name, one.input_type)
-    return model.prepare(one.texts, prompt, one.input_type, one.truncation_side)
+    return model.prepare(one.texts, model.prompt(one), one.input_type, one.truncation_side)
 
 
 def alone(model: Model, text: str, prompt: str | None = None, task: str | None = None) -> Slice:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from embedding_service.engine import EmbedRequest
 from embedding_service.errors import InvalidRequest, StartupError
 from tests.inference import tiny_models
 from tests.inference.running import embed, load, request, texts
@@ -91,7 +92,7 @@ def test_a_static_model_reads_the_whole_text(tiny):
 
 def test_an_unknown_prompt_is_refused_with_those_there_are(tiny):
     with pytest.raises(InvalidRequest, match="long, passage, query"):
-        load(tiny("left-padding")).prompt("nope", None)
+        load(tiny("left-padding")).prompt(EmbedRequest(texts=["a"], deadline=0, prompt_name="nope"))
 
 
 @pytest.mark.parametrize("kind", TORCH_ONLY)

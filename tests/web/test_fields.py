@@ -63,7 +63,9 @@ CHANGES_VECTORS = {
 
 
 # Where such a field is honoured, another test says how.
-HONOURED = {("/embed", "precision"), ("/v1/embeddings", "output_dtype")}
+HONOURED = {("/embed", "precision")} | {
+    ("/v1/embeddings", name) for name in ("output_dtype", "embedding_type", "task")
+}
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,15 @@ OutputDtype = Annotated[
     Literal["float", "float32", "int8", "uint8", "binary", "ubinary"],
     Meta(description="Number format of the vectors, as Voyage names them; see `precision` of /embed."),
 ]
+EmbeddingType = Annotated[
+    Literal["float", "base64", "binary", "ubinary"],
+    Meta(description="Number format or encoding of the vectors, as Jina names them."),
+]
+# Jina's names for the two sides of a search.
+TASKS: dict[str, Literal["query", "document"]] = {
+    "retrieval.query": "query",
+    "retrieval.passage": "document",
+}
 
 
 class OpenAIEmbedBody(msgspec.Struct, frozen=True):
@@ -111,6 +120,14 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     prompt_name: PromptName | None = None
     output_dimension: Annotated[Dimensions, Meta(description="Voyage's name for dimensions.")] | None = None
     output_dtype: OutputDtype | None = None
+    embedding_type: EmbeddingType | None = None
+    task: (
+        Annotated[
+            Literal["retrieval.query", "retrieval.passage", "text-matching", "classification", "separation"],
+            Meta(description="As Jina names it: use the model's own prompt for queries or documents."),
+        ]
+        | None
+    ) = None
     truncation: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
     overflow: OverflowField | None = None
     chunk_overlap: ChunkOverlap | None = 0
@@ -176,7 +193,7 @@ def embeddings() -> Response:
         EmbedRequest(
             texts=listed(body.input),
             deadline=current().deadline,
-            input_type=body.input_type,
+            input_type=body.input_type or TASKS.get(body.task or ""),
             prompt=body.prompt,
             prompt_name=body.prompt_name,
             dimensions=body.output_dimension if body.dimensions is None else body.dimensions,
@@ -184,9 +201,10 @@ def embeddings() -> Response:
         overflow=overflow_of(body.overflow, body.truncation, "truncation"),
         overlap=body.chunk_overlap,
     )
-    precision = PRECISIONS.get(body.output_dtype or "float")
+    precision = PRECISIONS.get(body.output_dtype or body.embedding_type or "float")
     numbers = in_precision(result.vectors, precision, field="output_dtype")
-    vectors = encoded(numbers, body.encoding_format or "float")
+    encoding = body.encoding_format or ("base64" if body.embedding_type == "base64" else "float")
+    vectors = encoded(numbers, encoding)
     data: list[OpenAIEmbedding] = [
         {"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)
     ]

@@ -6,7 +6,7 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import EmbedRequest, TokenizedText, TokenizeRequest
+from embedding_service.engine import Embeddings, EmbedRequest, TokenizedText, TokenizeRequest
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, answer, parse, read
 from embedding_service.web.context import context
@@ -136,7 +136,7 @@ class SimilarityBody(msgspec.Struct, frozen=True):
     parameters: SimilarityParameters | None = None
 
 
-_embed_decoder = BodyDecoder(TEIEmbedBody)
+embed_decoder = BodyDecoder(TEIEmbedBody)
 _comparison_decoder = msgspec.json.Decoder(Comparison)
 _tokenize_decoder = BodyDecoder(TokenizeBody)
 _similarity_decoder = BodyDecoder(SimilarityBody)
@@ -168,7 +168,7 @@ def _compare(body: SimilarityBody) -> Response:
 
 @protocol.post("/")
 @protocol.post("/v1")
-@operation({200: Matrix}, body=_embed_decoder, embeds=True, variant=similarity)
+@operation({200: Matrix}, body=embed_decoder, embeds=True, variant=similarity)
 def embed() -> Response:
     """Embed one text or many, or compare sentences as /similarity does; the answer is the bare numbers."""
     raw = read()
@@ -181,27 +181,28 @@ def embed() -> Response:
 
 def embed_raw(raw: bytes) -> Response:
     """The answer to a body that has been read."""
-    body = _embed_decoder.decode(raw)
-    given = body.parameters or TEIParameters()
-
-    def option(name: str) -> Any:
-        value = getattr(given, name)
-        return getattr(body, name) if value is None else value
-
-    result = ask(
-        EmbedRequest(
-            texts=listed(body.inputs),
-            deadline=current().deadline,
-            normalize=option("normalize") is not False,
-            prompt_name=option("prompt_name"),
-            prompt=option("prompt"),
-            dimensions=option("dimensions"),
-            truncation_side=_side(option("truncation_direction")),
-        ),
-        overflow=overflow_of(option("overflow"), option("truncate")),
-        overlap=option("chunk_overlap"),
-    )
+    body = embed_decoder.decode(raw)
+    inner = msgspec.structs.asdict(body.parameters or TEIParameters())
+    given = {name: getattr(body, name) if value is None else value for name, value in inner.items()}
+    result = embed_texts(listed(body.inputs), TEIParameters(**given))
     return answer_embeddings(result.vectors, result)
+
+
+def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
+    """The embeddings of texts, as the parameters say."""
+    return ask(
+        EmbedRequest(
+            texts=texts,
+            deadline=current().deadline,
+            normalize=given.normalize is not False,
+            prompt_name=given.prompt_name,
+            prompt=given.prompt,
+            dimensions=given.dimensions,
+            truncation_side=_side(given.truncation_direction),
+        ),
+        overflow=overflow_of(given.overflow, given.truncate),
+        overlap=given.chunk_overlap,
+    )
 
 
 @protocol.post("/tokenize")
