@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
-	bench-gpu bench-peer audit bundle docker clean
+	bench-device bench-gpu bench-peer audit bundle docker clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -61,6 +61,9 @@ bench: $(VENV)/bench.stamp  ## compare with the raw engine, plain Flask and infi
 
 bench-host: $(VENV)/bench.stamp  ## measure the cost of the service without the model (BENCH="--only one-32")
 	$(BIN)/python -m benchmarks.host $(BENCH)
+
+bench-device: $(VENV)/bench.stamp  ## measure how busy the service keeps a simulated accelerator
+	$(BIN)/python -m benchmarks.simulated_device $(BENCH)
 
 bench-gpu: $(VENV)/bench.stamp  ## run `bench` on CUDA
 	$(BIN)/python -m benchmarks.run --device cuda $(BENCH)

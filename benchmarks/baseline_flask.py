@@ -5,6 +5,7 @@ gunicorn -w 1 --threads 32 baseline_flask:app
 
 import os
 import time
+from typing import Any
 
 from flask import Flask, jsonify, request
 from sentence_transformers import SentenceTransformer
@@ -15,12 +16,12 @@ model = SentenceTransformer(name, device=os.environ.get("DEVICE", "cpu"))
 
 
 @app.get("/health")
-def health():
+def health() -> Any:
     return jsonify(status="healthy")
 
 
 @app.post("/embed")
-def embed():
+def embed() -> Any:
     began = time.perf_counter()
     data = request.get_json()
     texts = [data["texts"]] if isinstance(data["texts"], str) else data["texts"]

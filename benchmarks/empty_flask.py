@@ -9,10 +9,10 @@ app = Flask(__name__)
 
 
 @app.get("/health")
-def health():
+def health() -> str:
     return ""
 
 
 @app.post("/embed")
-def embed():
+def embed() -> str:
     return ""

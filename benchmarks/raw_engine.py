@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class RawEngine:
     def served_padding(self, texts: list[str], clients: int, seconds: float) -> float:
         """The share of padding in the batches that the service makes of one-text requests."""
         recorder = _Recorder(self.model)
-        batcher = Batcher(recorder, max_queued_tokens=10**9)
+        batcher = Batcher(cast(Runtime, recorder), max_queued_tokens=10**9)
         stop = time.monotonic() + seconds
         turn = iter(range(10**9))
 

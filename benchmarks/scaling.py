@@ -194,7 +194,7 @@ def tree_cpu_seconds(pid: int) -> float:
     """CPU seconds of a process and all below it."""
     root = psutil.Process(pid)
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return sum(time.user + time.system for time in times)
+    return float(sum(time.user + time.system for time in times))
 
 
 def predict(fitted: Measured, placement: Placement) -> float:

@@ -84,7 +84,8 @@ class System:
         import psutil
 
         parent = psutil.Process(self._process.pid)
-        return sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 2**20
+        used: int = sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)])
+        return used / 2**20
 
     def stop(self) -> None:
         """End it and all that it started."""

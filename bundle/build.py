@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -35,7 +35,7 @@ GLIBC = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34", 
 class Wheels:
     """The wheels that the requirements need on the target, and nothing that is left out."""
 
-    def __init__(self, folder: Path, python: str, without: set[str]) -> None:
+    def __init__(self, folder: Path, python: str, without: Set[str]) -> None:
         self._folder = folder
         self._python = python
         self._without = without | {MODEL_PACKAGE}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import requests
@@ -79,7 +79,7 @@ class Service:
             return None
         return response.status_code, response.json()
 
-    def wait_ready(self, seconds: float = START_SECONDS) -> "Service":
+    def wait_ready(self, seconds: float = START_SECONDS) -> Self:
         """Wait for a 200 of /health; fails with the log where the service ended or took too long."""
 
         def ready() -> bool:

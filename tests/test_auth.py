@@ -275,9 +275,9 @@ def test_the_real_service_asks_for_keys_rotates_them_and_never_logs_them(start, 
         for _ in range(3):
             refused = session.post(f"{running.url}/embed", json={"texts": ["x" * 5000] * 100}, timeout=10)
             assert refused.status_code == 401
-        key = {"X-API-Key": OURS}
-        assert session.post(f"{running.url}/embed", json=BODY, headers=key, timeout=10).status_code == 200
-        scraped = session.get(f"{running.url}/metrics", headers=key, timeout=10).text
+        header = {"X-API-Key": OURS}
+        assert session.post(f"{running.url}/embed", json=BODY, headers=header, timeout=10).status_code == 200
+        scraped = session.get(f"{running.url}/metrics", headers=header, timeout=10).text
 
     command_lines = " ".join(" ".join(process.cmdline()) for process in running.processes())
     for key in (OURS, FILED, ROTATED):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from selenium import webdriver
+from selenium.webdriver import Chrome
 from selenium.webdriver.chrome.service import Service as Driver
-from selenium.webdriver.remote.webdriver import WebDriver
 
 from tests.conftest import require_program
 from tests.fakes import FakeEngine, Served
@@ -44,7 +44,7 @@ def guarded() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     """One Chromium for the session, with a profile of its own."""
     options = webdriver.ChromeOptions()
     options.binary_location = require_program("chromium", "chromium")
@@ -59,7 +59,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 
 
 @pytest.fixture
-def browser(chromium: WebDriver) -> Iterator[WebDriver]:
+def browser(chromium: Chrome) -> Iterator[Chrome]:
     """The Chromium with nothing left of the test before, in the light, 1280 pixels wide."""
     chromium.get("about:blank")
     for kind in ("browser", "performance"):

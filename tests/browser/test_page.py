@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import requests
 from axe_core_python.base import AXE_SCRIPT
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support import expected_conditions
 
 from embedding_service.engine import Status
@@ -24,7 +24,7 @@ from tests.service import wait_until
 class Page:
     """What a person sees and does."""
 
-    def __init__(self, browser: WebDriver, url: str) -> None:
+    def __init__(self, browser: Chrome, url: str) -> None:
         self.browser = browser
         browser.get(url)
 

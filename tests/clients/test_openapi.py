@@ -50,7 +50,7 @@ def test_no_request_has_an_undocumented_answer(service, tmp_path):
 
 def test_every_route_is_described():
     app = create_app(None, WebSettings())
-    described = app.test_client().get("/openapi.json").json["paths"]
+    described = app.test_client().get("/openapi.json").get_json()["paths"]
     rules = {rule.rule for rule in app.url_map.iter_rules()} - UNDESCRIBED
     assert {rule.replace("<path:name>", "{name}") for rule in rules} == set(described)
     assert set(described["/"]) == {"get", "post"}

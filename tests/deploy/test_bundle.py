@@ -33,7 +33,7 @@ def build(folder: Path, *options: str) -> Path:
 
 def on_the_machine(bundle: Path, target: Path) -> subprocess.CompletedProcess[str]:
     command = ["unshare", "--net", "sh", "-c", ON_THE_MACHINE, "sh", str(bundle), str(target)]
-    command += [sys._base_executable]
+    command += [sys._base_executable]  # type: ignore[attr-defined]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 

@@ -28,7 +28,7 @@ def unit(tmp_path: Path) -> Path:
 @pytest.fixture
 def section(unit: Path) -> configparser.SectionProxy:
     parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.optionxform = str  # type: ignore[assignment]
     parser.read(unit)
     return parser["Service"]
 

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_strange_texts_are_embedded_as_sentence_transformers_does(service, oracl
     )
 
 
-ROUTES = {
+ROUTES: dict[str, dict[str, Any]] = {
     "/embed": {"texts": ["hello", "world"], "normalize": True, "dimensions": 8, "encoding_format": "base64"},
     "/": {"inputs": "hello", "truncate": True, "prompt_name": None},
     "/v1/embeddings": {"input": ["hello"], "model": "m", "encoding_format": "float", "user": "u"},

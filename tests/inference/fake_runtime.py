@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -190,6 +190,7 @@ class Answer:
     def __init__(self) -> None:
         self._done = threading.Event()
         self.outcomes: list[Embeddings | ServiceError] = []
+        self.job: Any = None
         self.seconds = 0.0
         self._began = time.monotonic()
 

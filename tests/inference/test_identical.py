@@ -258,7 +258,7 @@ def test_never_a_wrong_vector_whatever_is_shared_and_whatever_fails(build, seed,
         own = random.Random(seed * 100 + number)
         for _ in range(40):
             texts = own.choices(pool, k=own.choice([1, 1, 1, 3, 20, 150]))
-            fields = own.choice([{}, {}, {"input_type": "query"}, {"truncation_side": "left"}])
+            fields: dict = own.choice([{}, {}, {"input_type": "query"}, {"truncation_side": "left"}])
             fields = fields | own.choice([{}, {"normalize": False}, {"dimensions": 3}])
             answer = Answer()
             try:

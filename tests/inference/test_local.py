@@ -1,5 +1,7 @@
 """The engine in this process: listing tokens, within the deadline, whatever the tokenizer does."""
 
+from typing import Any, cast
+
 import pytest
 
 from embedding_service.engine import TokenizedText, TokenizeRequest
@@ -22,7 +24,7 @@ class Lister:
 
 @pytest.fixture
 def engine():
-    engine = LocalEngine(ModelSettings(embedding_model="none"), load=lambda _settings: Lister())
+    engine = LocalEngine(ModelSettings(embedding_model="none"), load=lambda _settings: cast(Any, Lister()))
     assert engine.loaded.wait(10)
     yield engine
     engine.close()
