@@ -106,7 +106,7 @@ def test_each_protocol_says_in_its_own_form_that_a_key_is_needed(client, path, m
 
 
 def is_meant_to_be_public(rule, method):
-    health = {"/health", "/health/live", "/health/ready", "/.well-known/live", "/.well-known/ready"}
+    health = {"/health", "/health/live", "/health/ready", "/ping", "/.well-known/live", "/.well-known/ready"}
     pages = {"/", "/docs", "/docs/<name>"}
     return method == "GET" and (rule in health | pages or rule.startswith("/static/"))
 
