@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
-	bench-device bench-gpu bench-peer audit bundle docker clean
+	bench-device bench-gpu bench-peer release audit bundle docker clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -71,6 +71,14 @@ bench-gpu: $(VENV)/bench.stamp  ## run `bench` on CUDA
 bench-peer:  ## install infinity-emb in its own virtual environment, for `bench`
 	$(PYTHON) -m venv build/infinity-venv
 	build/infinity-venv/bin/pip install -q --disable-pip-version-check -r benchmarks/requirements-peer.txt
+
+release:  ## tag the version of the code, if the tree is clean and CHANGELOG.md has its section
+	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' embedding_service/__init__.py); \
+	fail() { echo "$$1" >&2; exit 1; }; \
+	test -z "$$(git status --porcelain)" || fail "The working tree has changes; commit them first."; \
+	grep -q "^## $$version (" CHANGELOG.md || fail "CHANGELOG.md has no section '## $$version (DATE)'."; \
+	! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || fail "The tag v$$version exists already."; \
+	git tag -a "v$$version" -m "Version $$version" && echo "Tagged. To publish: git push origin v$$version"
 
 audit: $(VENV)/serve.stamp  ## write build/sbom.json (CycloneDX) and check every pin for known vulnerabilities
 	$(PYTHON) -m venv build/audit-venv

@@ -17,7 +17,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds.
 
     `prompt` is put in front of each text as it is; `prompt_name` and `input_type` choose one of the model's.
-    `truncation_side` is the end at which over-long texts are cut; by default the tokenizer's own.
+    A request in the background waits for all others. `truncation_side` is the end at which over-long
+    texts are cut; by default the tokenizer's own.
     """
 
     texts: list[str]
@@ -29,6 +30,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     truncate: bool = True
     truncation_side: Literal["left", "right"] | None = None
     prompt: str | None = None
+    priority: Literal["normal", "background"] = "normal"
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):

@@ -1,5 +1,6 @@
 """`pip install .` makes a command that serves from any folder, with all the files that it needs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -97,3 +98,27 @@ def test_embeds_a_file(command, tmp_path):
 def test_says_its_version(command, tmp_path):
     done = subprocess.run([command, "--version"], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout == f"embedding-service {__version__}\n"
+
+
+def test_a_release_is_tagged_once_and_only_from_a_clean_tree_with_its_section(tmp_path):
+    for name in ("Makefile", "CHANGELOG.md", "embedding_service/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        return subprocess.run(
+            command, cwd=tmp_path, env=os.environ | identity, capture_output=True, text=True, check=False
+        )
+
+    run("git", "init", "-q")
+    assert "has changes" in run("make", "release").stderr
+    run("git", "add", "-A")
+    run("git", "commit", "-qm", "all")
+    done = run("make", "release")
+    assert done.returncode == 0, done.stderr
+    assert run("git", "tag").stdout == f"v{__version__}\n"
+    assert "exists already" in run("make", "release").stderr
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n")
+    run("git", "commit", "-qam", "no section")
+    assert "has no section" in run("make", "release").stderr

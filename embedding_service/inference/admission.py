@@ -1,17 +1,17 @@
-"""Who may wait for the model: the limit, the measured rate, and deadlines. It has no thread and no lock."""
+"""Decides which requests may queue, by the limit, the measured rate and deadlines. Not thread-safe."""
 
 from embedding_service.errors import DeadlineExceeded, Overloaded
 
-# A request is accepted if it should be done within this share of its time: requests share the model
-# fairly, so those that wait together end together, and with a slightly wrong rate all would be late.
+# A request is accepted if it should finish within this share of its time limit. Requests share the model
+# fairly, so those that wait together finish together; if the rate were slightly wrong, all would be late.
 ADMITTED_SHARE = 0.8
 
-# How much of what was measured before still counts after another batch.
+# Decay of the measured rate, per batch.
 KEPT_SHARE = 0.9
 
 
 class Admission:
-    """Counts the tokens that are accepted and not yet answered, and how fast the model takes them."""
+    """Counts the tokens accepted and not yet answered, and how fast the model processes them."""
 
     def __init__(self, max_queued_tokens: int) -> None:
         self._max_queued_tokens = max_queued_tokens
@@ -21,11 +21,11 @@ class Admission:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the last batches, each by its weight: a lone short text says little. 0 if nothing has run."""
+        """Tokens per second over recent batches, weighted by their size; 0 if nothing has run."""
         return self._tokens / max(self._seconds, 1e-6)
 
     def admit(self, tokens: int, deadline: float, now: float) -> None:
-        """Take a request in. Raises DeadlineExceeded, or Overloaded with the time to wait."""
+        """Accept a request. Raises DeadlineExceeded, or Overloaded with the time to wait."""
         left = deadline - now
         if left <= 0:
             raise DeadlineExceeded("the deadline passed before the request was queued")
@@ -40,11 +40,11 @@ class Admission:
         self.queued_tokens += tokens
 
     def release(self, tokens: int) -> None:
-        """These tokens wait no longer."""
+        """Remove tokens from the queue's count."""
         self.queued_tokens -= tokens
 
     def begin(self, now: float) -> None:
-        """The model starts after a pause, which must not count."""
+        """The model starts after an idle time, which must not count."""
         self._measured = now
 
     def measure(self, tokens: int, now: float) -> None:

@@ -1,4 +1,4 @@
-"""The batcher: the threads that tokenise, and one thread a lane that runs batches while the next gathers."""
+"""The batcher: threads that tokenise, and one thread per lane that runs a batch while the next gathers."""
 
 import logging
 import threading
@@ -50,10 +50,10 @@ log = logging.getLogger(__name__)
 INLINE_TEXTS, INLINE_CHARACTERS = 64, 16_384
 PIECE_TEXTS, PIECE_CHARACTERS = 128, 131_072
 
-# From here on the tokenizer's own threads save more than they cost.
+# From this many texts on, the tokenizer's own threads save more than they cost.
 PARALLEL_TEXTS = 16
 
-# After an out-of-memory a batch may hold half as much for this long.
+# How long batches stay halved after running out of memory.
 LOWERED_SECONDS = 60.0
 
 CHARACTERS_PER_TOKEN = 4
@@ -104,7 +104,7 @@ class Batcher:
         return self._admission.queued_tokens
 
     def submit(self, request: EmbedRequest, on_done: Callable[[Outcome], None]) -> Job:
-        """Queue a request; `on_done` gets its outcome once, from any thread, also from this one.
+        """Queue a request; `on_done` is called once with its outcome, from any thread, even this one.
 
         Raises InvalidRequest, Overloaded, DeadlineExceeded or Unavailable if it is not accepted.
         """
@@ -132,13 +132,13 @@ class Batcher:
             _hand_over(receiver, refused)
 
     def cancel(self, job: Job) -> None:
-        """Drop a job that nobody waits for any more; its receiver hears nothing of it."""
+        """Drop a job that nothing waits for; its receiver is not called."""
         with self._lock:
             if not job.finished:
                 self._end(job, dropped=True)
 
     def cancel_all(self, receiver: Receiver) -> None:
-        """Drop all jobs of a receiver that has gone."""
+        """Drop all jobs of a receiver that is gone."""
         with self._lock:
             for job in [job for job in self._jobs if job.receiver == receiver]:
                 self._end(job, dropped=True)
@@ -162,7 +162,7 @@ class Batcher:
         runtime = self._runtime
         _check_dimensions(request.dimensions, runtime.info.embedding_dimension)
         prompt = runtime.prompt(request)
-        # All that changes a vector but the text.
+        # Everything other than the text that affects a vector.
         context = (runtime.info.fingerprint, prompt, request.input_type, request.truncation_side)
         reduction = reduce(request.texts, context, self._cache)
         if reduction is not None and not request.truncate:
@@ -173,6 +173,7 @@ class Batcher:
         job = Job(
             texts=texts,
             deadline=request.deadline,
+            background=request.priority == "background",
             context=context,
             request=request,
             receiver=receiver,
@@ -224,7 +225,7 @@ class Batcher:
                     self._untokenized.append(job)
 
     def _guarded(self, step: Callable[[list[Job]], None], jobs: list[Job]) -> None:
-        """Whatever goes wrong fails the jobs at hand alone, and never ends a thread."""
+        """Run a step; an exception fails only these jobs and never ends the thread."""
         try:
             step(jobs)
         except Exception as error:
@@ -244,7 +245,7 @@ class Batcher:
         if jobs:
             self._tokenize([(job, 0, len(job.texts)) for job in jobs])
         if answered:
-            # By the cache, whole.
+            # Entirely from the cache.
             with self._lock:
                 answered = [job for job in answered if self._end(job)]
             self._complete(answered)
@@ -327,7 +328,7 @@ class Batcher:
     # Running
 
     def _run_forever(self, number: int, lane: Lane) -> None:
-        """A lane's thread: nothing ends it but closing, a lost device, or a fault of its own code."""
+        """A lane's thread; it ends if the batcher closes, the device is lost, or its own code is faulty."""
         try:
             while (found := self._next_batch(number)) is not None:
                 parts, expired, alone = found
@@ -344,7 +345,7 @@ class Batcher:
     def _next_batch(self, number: int) -> tuple[list[Part], list[Job], bool] | None:
         """Wait for work and take a batch; None once the batcher is closed.
 
-        Also those whose deadline has passed, and whether nothing else runs or waits.
+        Also returns the jobs whose deadline has passed, and whether nothing else is running or waiting.
         """
         queue, runtime = self._queue, self._runtime
         with self._lock:
@@ -391,10 +392,10 @@ class Batcher:
         self.close(reason)
 
     def _run(self, parts: list[Part], number: int, lane: Lane) -> None:
-        """Embed a batch; on failure halve it until only the guilty texts are left, and fail those."""
+        """Embed a batch. If it fails, halve it until only the faulty texts are left, and fail those."""
         waiting = [parts]
         while waiting:
-            # What another request has come to share is computed even if its first one is gone.
+            # A text that another request shares is computed even if the request that queued it is gone.
             batch = [part for part in waiting.pop() if not part.job.finished or part.job.shares]
             if not batch:
                 continue

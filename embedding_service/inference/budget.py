@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A budget may be this much slower than the fastest one, in tokens per second.
+# The budget may give up this share of the highest rate.
 SLOWER = 0.05
 
 # A newcomer finds the batch in flight half done, on average. If a batch lasts no longer than two texts of
 # full length would, the newcomer's mean wait is no more than one such text, which nothing could avoid.
 LONGEST_TEXTS = 2
 
-# A batch that lasts no longer than this is never too long: nobody notices the wait.
+# A batch up to this long is always acceptable, since users do not notice the wait.
 UNNOTICED_SECONDS = 0.05
 
 # While running: how far one batch corrects the model of cost, and by how much it may seem wrong. A batch that
 # another process interrupted counts no more than one that is a fifth slower.
 CORRECTION, MOST_ERROR = 0.1, 0.2
 
-# The budget is reckoned again after this many batches, and changes only if it is off by this factor.
+# The budget is recomputed after this many batches, and changes only if it is off by this factor.
 RECKONED_AFTER, CHANGED_BY = 32, 1.25
 
-# At warm-up every size is measured this often, as long as the time allows; the fastest counts.
+# At warm-up each size is measured this many times, time permitting; the fastest run counts.
 ROUNDS = 5
 
 
@@ -136,7 +136,7 @@ def fit(measured: Mapping[int, float]) -> BatchCost:
     rows = np.stack([weights, tokens * weights], axis=1)
     (batch, token), *_ = np.linalg.lstsq(rows, seconds * weights, rcond=None)
     largest = seconds[-1] / tokens[-1]
-    # Noise may turn a part that is nearly nothing negative.
+    # Noise may make a part that is nearly zero negative.
     token = min(largest, max(float(token), 0.01 * largest))
     batch = max(float(batch), 0.001 * seconds[0])
     return BatchCost(float(batch), float(token))

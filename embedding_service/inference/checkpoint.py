@@ -1,4 +1,4 @@
-"""A SentenceTransformer read from its folder, and what the service must know of it."""
+"""A SentenceTransformer read from its folder, and the facts that the service needs about it."""
 
 import logging
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from embedding_service.inference.source import Source, resolve, sha256_of_weight
 
 log = logging.getLogger(__name__)
 
-# What tokenizers write for a maximum that they do not know.
+# Tokenizers use a huge number for an unknown maximum; anything above this counts as unknown.
 NO_LIMIT = 1_000_000
 
 # The format in which torch holds the weights. int8 is what OpenVINO makes of float32.
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the model computes on the cores that everything else needs too."""
+        """Whether the model runs on the CPU, whose cores everything else needs too."""
         return self.device == "cpu"
 
     @property
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def pooling(self) -> str:
-        """How the model pools, in the words of its configuration."""
+        """The pooling mode, as the model's configuration names it."""
         pooling = find_pooling(self.model)
         if pooling is None:
             return "none"
@@ -65,12 +65,12 @@ class Checkpoint:
 
     @property
     def normalized(self) -> bool:
-        """Whether vectors come out with length 1, as exactly as float32 can say it."""
+        """Whether the model's vectors have length 1 to float32 precision."""
         return isinstance(list(self.model)[-1], Normalize) and self.dtype in ("float32", "int8")
 
     @property
     def reads_whole_texts(self) -> bool:
-        """Whether texts of any length are read whole, as models of static embeddings do."""
+        """Whether the model reads texts of any length, as static embedding models do."""
         return length_limit(self.model) is None and not isinstance(self.model[0], Transformer)
 
     @property
@@ -175,5 +175,5 @@ def limit_length(model: SentenceTransformer, wanted: int) -> int:
 
 
 def find_pooling(model: SentenceTransformer) -> Pooling | None:
-    """The module that makes one vector of those of all tokens."""
+    """The module that combines the token vectors into one."""
     return next((module for module in model if isinstance(module, Pooling)), None)

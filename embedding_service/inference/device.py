@@ -1,4 +1,4 @@
-"""Which device the model runs on, and what the libraries must be told for it."""
+"""Chooses the model's device, and configures the libraries for it."""
 
 import importlib
 import importlib.util
@@ -35,7 +35,7 @@ def choose_device(wanted: str, cpu_fallback: bool) -> str:
 
 
 def device_name(device: str) -> str:
-    """The device's make, by which machines differ."""
+    """The device's model name."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
@@ -43,7 +43,7 @@ def computes_bfloat16(device: str, backend: str) -> bool:
     """Whether OpenVINO can compute in bfloat16 here: on a CPU with avx512_bf16 or AMX."""
     if device != "cpu" or backend == "torch" or importlib.util.find_spec("openvino") is None:
         return False
-    # Ours first: it keeps OpenVINO from reporting to another host.
+    # Our package is imported first: it keeps OpenVINO from reporting to another host.
     importlib.import_module("embedding_service.inference.backends")
     import openvino
 
@@ -51,7 +51,7 @@ def computes_bfloat16(device: str, backend: str) -> bool:
 
 
 def prepare_libraries(device: str, threads: int) -> None:
-    """Apply the settings of the libraries that hold for the whole process."""
+    """Apply process-wide settings of the libraries."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     # On a CPU the tokenizer's threads would take the cores from the model.

@@ -1,4 +1,4 @@
-"""The queue: whose texts come next, and which of them share a batch. It has no thread and no lock."""
+"""The queue: decides which texts are next and which share a batch. Not thread-safe."""
 
 import heapq
 from collections.abc import Hashable
@@ -20,6 +20,10 @@ SMALL_REQUEST_TEXTS = 8
 # batch does: it is short, and bulk still has two thirds of its speed. Only if `separate_bulk` is set.
 SMALL_AGO_SECONDS, BULK_OVERHEADS = 1.0, 2
 
+# A request in the background pays this many times its tokens. So beside others that always have texts waiting
+# it gets a few hundredths of the model: it lets all of them pass, but does not starve.
+BACKGROUND_COST = 16
+
 # The share of its tokens that a batch may waste on padding. If nothing waits beyond the window, it may
 # waste as much as another batch would cost, if that is more, since there will be no better company.
 PADDING_SHARE = 0.08
@@ -27,7 +31,7 @@ PADDING_SHARE = 0.08
 # How far beyond one batch the queue looks for texts of similar length.
 WINDOW_BATCHES, WINDOW_TEXTS = 4, 1024
 
-# How many lengths it tries as the longest of a batch.
+# How many candidates to try for the longest text of a batch.
 MOST_ENDS = 32
 
 _NOTHING: IntArray = np.empty(0, np.int32)
@@ -52,6 +56,9 @@ class Flow:
     queued: bool = False
     finished: bool = False
     bulk: bool = False
+    background: bool = False
+    # How far one token moves the tag.
+    cost: int = 1
 
     def take(self, first: int, last: int) -> IntArray:
         """Remove the texts at these places and return their rows."""
@@ -67,7 +74,7 @@ class Flow:
         return taken
 
 
-_Entry = tuple[float, bool, int, Flow]
+_Entry = tuple[float, int, int, Flow]
 
 
 class FairQueue:
@@ -78,7 +85,7 @@ class FairQueue:
 
     def __init__(self, *, separate_bulk: bool) -> None:
         self._separate_bulk = separate_bulk
-        # By tag, then small before bulk, then in order of arrival.
+        # By tag, then small before bulk before background, then in order of arrival.
         self._heap: list[_Entry] = []
         self._sequence = count()
         self._flows = 0
@@ -89,15 +96,17 @@ class FairQueue:
         return bool(self._heap)
 
     def add(self, flow: Flow, now: float) -> None:
-        """A request has been accepted; its share of the model begins."""
+        """Register an accepted request, whose share of the model starts now."""
         self._flows += 1
         flow.tag = self._virtual_time
         flow.bulk = len(flow.texts) > SMALL_REQUEST_TEXTS
-        if not flow.bulk:
+        if flow.background:
+            flow.cost = BACKGROUND_COST
+        elif not flow.bulk:
             self._small_until = now + SMALL_AGO_SECONDS
 
     def remove(self, flow: Flow) -> None:
-        """A request is done or dropped; whatever of it waits is forgotten."""
+        """Forget a request that is done or dropped, and any of its texts that wait."""
         self._flows -= 1
         flow.rows = flow.lengths = _NOTHING
         flow.tokens = 0
@@ -115,10 +124,11 @@ class FairQueue:
         if not flow.queued:
             flow.queued = True
             flow.tag = max(flow.tag, self._virtual_time)
-            heapq.heappush(self._heap, (flow.tag, flow.bulk, next(self._sequence), flow))
+            rank = 2 if flow.background else int(flow.bulk)
+            heapq.heappush(self._heap, (flow.tag, rank, next(self._sequence), flow))
 
     def withdraw(self, flow: Flow, row: int) -> None:
-        """Forget one text, if it waits here."""
+        """Remove one text, if it is queued."""
         places = np.flatnonzero(flow.rows == row)
         if len(places):
             flow.take(int(places[0]), int(places[0]) + 1)
@@ -135,17 +145,20 @@ class FairQueue:
         if not window:
             return [], expired
         due, _, _, head = window[0]
-        limit, fellows = budget, [flow for *_, flow in window if flow.group == head.group]
+        limit = budget
+        fellows = [
+            flow for *_, flow in window if flow.group == head.group and flow.background == head.background
+        ]
         if self._separate_bulk:
             fellows = [flow for flow in fellows if flow.bulk == head.bulk]
-            if head.bulk and now < self._small_until:
+            if (head.bulk or head.background) and now < self._small_until:
                 limit = min(budget, BULK_OVERHEADS * overhead)
         batch, served = _take(fellows, limit, 0 if self._heap else overhead)
-        for _, bulk, number, flow in window:
+        for _, rank, number, flow in window:
             flow.queued = len(flow.rows) > 0
             if flow.queued:
-                heapq.heappush(self._heap, (flow.tag, bulk, number, flow))
-        if all(bulk for _, bulk, _, _ in window):
+                heapq.heappush(self._heap, (flow.tag, rank, number, flow))
+        if all(rank for _, rank, _, _ in window):
             # Bulk runs and nothing small waits: whatever comes now is next.
             self._virtual_time = due
         else:
@@ -168,7 +181,7 @@ class FairQueue:
                 expired.append(flow)
             else:
                 window.append(entry)
-                # One flow, however long, does not keep the others out.
+                # A long flow must not keep the others out of the window.
                 batches += min(1.0, flow.tokens / budget)
                 texts += min(len(flow.rows), WINDOW_TEXTS // WINDOW_BATCHES)
         return window, expired
@@ -182,7 +195,7 @@ def _take(fellows: list[Flow], limit: int, free: int) -> tuple[list[tuple[Flow, 
     if texts == 1 or (padded <= limit and padded - total <= max(free, PADDING_SHARE * padded)):
         batch = []
         for flow in fellows:
-            flow.tag += flow.tokens
+            flow.tag += flow.tokens * flow.cost
             batch.append((flow, flow.take(0, len(flow.rows))))
         return batch, total
     return _take_similar(fellows, limit, free)
@@ -194,7 +207,7 @@ def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[list[tupl
         flow, before = fellows[0], fellows[0].tokens
         low, high = densest(flow.lengths, starts[1] - 1, limit, free)
         taken = flow.take(low, high)
-        flow.tag += before - flow.tokens
+        flow.tag += (before - flow.tokens) * flow.cost
         return [(flow, taken)], before - flow.tokens
     lengths = np.concatenate([flow.lengths for flow in fellows])
     # Stable, and each flow is in order, so that a range of the whole is a range of each flow.
@@ -211,7 +224,7 @@ def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[list[tupl
             before = flow.tokens
             first = int(chosen[cuts[index]]) - starts[index]
             batch.append((flow, flow.take(first, first + size)))
-            flow.tag += before - flow.tokens
+            flow.tag += (before - flow.tokens) * flow.cost
             served += before - flow.tokens
     return batch, served
 

@@ -1,4 +1,4 @@
-"""Identical texts are computed once, within a request and among those that wait or run. No lock."""
+"""Computes identical texts once, within a request and across queued and running ones. Not thread-safe."""
 
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
@@ -15,7 +15,7 @@ from embedding_service.inference.vector_cache import Cached, VectorCache
 class Reduction:
     """A request without the texts that need not be computed: repeated ones, and those that are cached.
 
-    `places` has, for each text of the request, its row in the texts to compute followed by the cached ones.
+    `places` maps each text of the request to its row in the texts to compute, followed by the cached ones.
     """
 
     texts: list[str]
@@ -24,17 +24,17 @@ class Reduction:
 
     @property
     def hits(self) -> int:
-        """Texts of the request that the cache answers."""
+        """How many texts of the request the cache answered."""
         return int(np.count_nonzero(self.places >= len(self.texts)))
 
     def cut_places(self) -> list[int]:
-        """The cached texts of the request that the model did not read to their end."""
+        """Indices of the cached texts that were truncated."""
         cut = [len(self.texts) + row for row, entry in enumerate(self.cached) if entry.truncated]
         return np.flatnonzero(np.isin(self.places, cut)).tolist()
 
 
 def reduce(texts: list[str], context: Hashable, cache: VectorCache | None) -> Reduction | None:
-    """What is left of a request; None if that is all of it."""
+    """Remove repeated and cached texts from a request; None if there are none."""
     if cache is None and (len(texts) == 1 or len(set(texts)) == len(texts)):
         return None
     left: dict[str, int] = {}
@@ -54,7 +54,7 @@ def reduce(texts: list[str], context: Hashable, cache: VectorCache | None) -> Re
 
 @dataclass(slots=True, eq=False)
 class Shared:
-    """A text that several requests want. `runner` is the one in whose batch it is, once it is in one."""
+    """A text that several requests need. `runner` is the request whose batch computes it, once one does."""
 
     takers: list[tuple["Sharer", int]]
     runner: "Sharer | None" = None
@@ -62,14 +62,14 @@ class Shared:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sharer(Flow):
-    """A request that may share texts; `context` is all that changes a vector but the text."""
+    """A request that may share texts; `context` is everything besides the text that affects a vector."""
 
     context: Hashable
     shares: bool = False
 
 
 class IdenticalTexts:
-    """The texts that wait or run, and who wants them.
+    """The queued and running texts, and the requests that need them.
 
     Each request has all its texts in the queue, and so its own turn; whoever's turn is first computes
     a text for all, and the others' copies leave the queue.
@@ -83,7 +83,7 @@ class IdenticalTexts:
         return sum(map(len, self._known.values()))
 
     def add(self, flow: Sharer, first: int, texts: Sequence[str]) -> list[int]:
-        """Note texts that are about to be queued, all different; the rows that run already, for others."""
+        """Register distinct texts that are about to be queued; returns the rows already being computed."""
         known = self._known.setdefault(flow.context, {})
         if len(texts) == 1:
             if known.setdefault(texts[0], flow) is flow:
@@ -114,7 +114,7 @@ class IdenticalTexts:
         return entry
 
     def start(self, flow: Sharer, rows: IntArray) -> IntArray:
-        """These rows are about to run: nobody else need compute them. Returns those that do not run yet."""
+        """Mark rows as running and withdraw others' copies. Returns those that were not running yet."""
         if not flow.shares:
             return rows
         known = self._known[flow.context]
@@ -132,7 +132,7 @@ class IdenticalTexts:
         return np.array(mine, np.int32)
 
     def others(self, flow: Sharer, rows: IntArray) -> Iterator[tuple[int, Sharer, int]]:
-        """Who else waits for these rows of a batch: position in `rows`, request, and row there."""
+        """The other requests that need these rows: position in `rows`, request, and its own row."""
         if not flow.shares:
             return
         known = self._known[flow.context]
@@ -144,7 +144,7 @@ class IdenticalTexts:
                         yield position, other, place
 
     def deliver(self, flow: Sharer, rows: IntArray) -> None:
-        """These rows of a batch have been delivered."""
+        """Forget rows that have been delivered."""
         if flow.shares or flow.finished:
             self.settle(flow, rows)
             return
@@ -162,7 +162,7 @@ class IdenticalTexts:
                 del known[text]
 
     def drop(self, flow: Sharer) -> None:
-        """A request has ended before its texts were delivered."""
+        """Forget a request that ended before its texts were delivered."""
         known = self._known.get(flow.context, {})
         for text in flow.texts:
             entry = known.get(text)

@@ -1,4 +1,4 @@
-"""A request on its way: what it asks, the texts to compute for it, and what has come back of them."""
+"""A request in progress: what it asks for, the texts to compute, and the vectors received so far."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from embedding_service.inference.vector_cache import vectors_of
 
 Outcome = Embeddings | ServiceError
 
-# Takes the outcomes that came together, each with the number of its request.
+# Receives outcomes that finished together, each with the number of its request.
 Receiver = Callable[[Sequence[tuple[int, Outcome]]], None]
 
 
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """What a batch has of one job: rows of the job, and the same texts as the model reads them."""
+    """One job's share of a batch: rows of the job, and the same texts as the model reads them."""
 
     job: "Job"
     rows: IntArray
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job(Sharer):
-    """One accepted request. Its fields belong to the batcher's lock, or to whoever tokenises it.
+    """One accepted request. Its fields are guarded by the batcher's lock, or by its tokeniser thread.
 
     `texts` are those to compute, which are all of the request unless there is a `reduction`.
     """
@@ -78,11 +78,11 @@ class Job(Sharer):
 
     @property
     def wants_raw(self) -> bool:
-        """Whether it needs the vectors as the model gives them, to cut them or to leave them so."""
+        """Whether it needs the model's own vectors, to truncate them or because they stay unnormalised."""
         return self.request.dimensions is not None or not self.request.normalize
 
     def index_of(self, row: int) -> int:
-        """The place in the request of a text to compute."""
+        """The index in the request of a text to compute."""
         return row if self.reduction is None else int(np.flatnonzero(self.reduction.places == row)[0])
 
     def part(self, rows: IntArray) -> Part:
@@ -100,7 +100,7 @@ class Job(Sharer):
         return Part(self, rows, slices)
 
     def accept(self, rows: IntArray, vectors: Vectors) -> None:
-        """Vectors of these rows have come."""
+        """Store the vectors of these rows."""
         if len(self.texts) == 1:
             self.vectors = vectors
         else:
@@ -110,13 +110,13 @@ class Job(Sharer):
         self.remaining -= len(vectors)
 
     def computed(self, began: float, ended: float) -> None:
-        """Texts of it were in a batch between these times. If batches overlap, a moment counts once."""
+        """Count the time of a batch that held some of its texts; overlapping batches count once."""
         self.inference_seconds += max(0.0, ended - max(began, self.inferred_until))
         self.inferred_until = max(ended, self.inferred_until)
         self.started = min(self.started or began, began)
 
     def outcome(self, normalized: bool) -> Embeddings:
-        """The answer. `normalized` says that the model's vectors are of length 1."""
+        """The result. `normalized` says whether the model's vectors already have length 1."""
         vectors, tokens, truncated = self.vectors, self.read_tokens, self._truncated()
         if self.reduction is not None:
             vectors = self._expanded(self.reduction, normalized)
@@ -139,7 +139,7 @@ class Job(Sharer):
         )
 
     def _truncated(self) -> list[int]:
-        """Of the texts computed, those that were cut."""
+        """For each computed text, whether it was truncated."""
         return [
             piece.first + row
             for piece in self.pieces
@@ -190,7 +190,7 @@ def truncated_of(slices: Sequence[Slice]) -> list[bool]:
 
 
 def halves(batch: Sequence[Part], at: int) -> tuple[list[Part], list[Part]]:
-    """A batch as two, the first with `at` texts."""
+    """Split a batch in two, the first with `at` texts."""
     first: list[Part] = []
     second: list[Part] = []
     for part in batch:
@@ -205,7 +205,7 @@ def halves(batch: Sequence[Part], at: int) -> tuple[list[Part], list[Part]]:
 
 
 def normalize(vectors: Vectors) -> Vectors:
-    """Rows of length 1, as torch.nn.functional.normalize makes them: a zero row stays zero."""
+    """Scale rows to length 1 as torch.nn.functional.normalize does: a zero row stays zero."""
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     result: Vectors = vectors / np.maximum(norms, 1e-12)[:, None]
     return result

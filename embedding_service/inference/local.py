@@ -75,12 +75,12 @@ class LocalEngine:
         batcher.submit_all(calls, receiver)
 
     def cancel(self, job: Job) -> None:
-        """Drop a request that nobody waits for any more."""
+        """Drop a request that nothing waits for."""
         if self._batcher is not None:
             self._batcher.cancel(job)
 
     def cancel_all(self, receiver: Receiver) -> None:
-        """Drop all requests of a receiver that has gone."""
+        """Drop all requests of a receiver that is gone."""
         if self._batcher is not None:
             self._batcher.cancel_all(receiver)
 
@@ -146,7 +146,7 @@ class LocalEngine:
         return self._status.state == "unhealthy"
 
     def running_seconds(self) -> float:
-        """How long the batch in flight has been running; 0 where none is."""
+        """How long the current batch has been running; 0 if there is none."""
         since = self._batcher.running_since if self._batcher else None
         return time.monotonic() - since if since is not None else 0.0
 
@@ -195,7 +195,7 @@ class LocalEngine:
 
 
 def _publish(info: ModelInfo) -> None:
-    """Say in the metrics which model this is."""
+    """Describe the loaded model in the metrics."""
     metrics.MODEL_INFO.labels(
         model=info.model_name,
         revision=info.revision or "",

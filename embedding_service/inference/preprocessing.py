@@ -19,7 +19,7 @@ from embedding_service.inference.runtime import Batch, IntArray, Prepared, Side,
 
 log = logging.getLogger(__name__)
 
-# Texts that show whether our tokenization equals the model's own: case, space, other scripts, emoji.
+# Texts that reveal differences from the model's own tokenization: case, space, other scripts, emoji.
 PROBES = [
     "Hello World",
     "  two  spaces\tand a tab \n",
@@ -30,7 +30,7 @@ PROBES = [
     "one two three four five six seven eight nine ten " * 8,
 ]
 
-# Handing texts to another thread costs about what tokenizing two of them does.
+# Handing texts to another thread costs about as much as tokenizing two of them.
 TEXTS_WORTH_A_THREAD = 16
 
 Features = dict[str, Any]
@@ -88,7 +88,7 @@ class TokenIds:
     prompt_length: int | None
 
     def of_rows(self, rows: IntArray) -> IntArray:
-        """The ids of these texts, one text after another."""
+        """The ids of these texts, concatenated."""
         if len(rows) == len(self.offsets) - 1 == 1:
             return self.ids
         starts = self.offsets[rows]
@@ -150,12 +150,12 @@ class RustTokenizer:
         ids = np.fromiter(chain.from_iterable(lists), np.int32, int(offsets[-1]))
         truncated = lengths >= self._max_length
         for row in truncated.nonzero()[0].tolist():
-            # Or just as long as may be.
+            # A text may also be exactly as long as the limit.
             truncated[row] = bool(encodings[row].overflowing)
         return Prepared(lengths, truncated, prompt_length, TokenIds(ids, offsets, prompt_length))
 
     def _cutting(self, side: Side | None) -> Tokenizer:
-        """The tokenizer that cuts at this side; most requests leave it to the model's own."""
+        """The tokenizer that truncates at this side; most requests use the model's own side."""
         if side not in self._by_side:
             other = Tokenizer.from_str(self._by_side[None].to_str())
             other.enable_truncation(self._max_length, direction=side)
@@ -204,7 +204,7 @@ class PromptedTexts:
 
 
 class OwnPreprocessor:
-    """Leaves tokenizing to the model's `preprocess`, at the time of the forward pass: right, and slower."""
+    """Leaves tokenizing to the model's `preprocess`, during the forward pass: correct, but slower."""
 
     makes_arrays = False
 
@@ -235,7 +235,7 @@ class OwnPreprocessor:
         return Prepared(lengths, truncated, (prompt, task), PromptedTexts(texts, prompt, task))
 
     def _count(self, text: str) -> int:
-        """The tokens of a text, as well as the model's tokenizer tells them."""
+        """The number of tokens in a text, as far as the model's tokenizer can tell."""
         tokenizer = getattr(self._model[0], "tokenizer", None)
         if isinstance(tokenizer, Tokenizer):  # as StaticEmbedding has it
             return max(1, len(tokenizer.encode(text, add_special_tokens=False).ids))

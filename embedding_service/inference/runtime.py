@@ -1,4 +1,4 @@
-"""What the batcher asks of a loaded model, and the two device failures that it knows how to handle."""
+"""What the batcher needs from a loaded model, and the two device failures that it can handle."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ class Runtime(Protocol):
         """
 
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
-        """Every token of the texts, for a person to look at; raises InvalidRequest."""
+        """Every token of the texts, for display; raises InvalidRequest."""
 
     def split(self, texts: Sequence[str], request: SplitRequest) -> list[list[Chunk]]:
         """The pieces of some of the request's texts that the model can read whole; raises InvalidRequest."""

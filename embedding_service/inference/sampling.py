@@ -71,7 +71,7 @@ class Sampler:
         threading.Thread(target=self._sample_forever, name="sampler", daemon=True).start()
 
     def close(self) -> None:
-        """End the thread at its next turn."""
+        """Stop the thread."""
         self._closed.set()
 
     def _sample_forever(self) -> None:

@@ -1,4 +1,4 @@
-"""The list of a text's tokens with their places in it, for a person to look at."""
+"""Lists the tokens of a text with their positions, for display."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,10 +27,10 @@ def untruncated_tokenizer(model: SentenceTransformer) -> Tokenizer:
 
 
 class TokenLister:
-    """Lists every token of a text with its place in it: slower than RustTokenizer, and it never cuts."""
+    """Lists every token of a text with its position: slower than RustTokenizer, and never truncates."""
 
     def __init__(self, model: SentenceTransformer) -> None:
-        """Raises InvalidRequest if the model's tokenizer does not tell where a token stands."""
+        """Raises InvalidRequest if the model's tokenizer cannot tell token positions."""
         self._tokenizer = untruncated_tokenizer(model)
 
     def list(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:

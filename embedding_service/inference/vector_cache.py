@@ -1,4 +1,4 @@
-"""An optional cache of vectors in memory, least recently used out first. It has no lock."""
+"""An in-memory cache of vectors that evicts the least recently used first. Not thread-safe."""
 
 import sys
 from collections import OrderedDict
@@ -13,7 +13,7 @@ Key = tuple[Hashable, str]
 
 
 class Cached(NamedTuple):
-    """A text's vector as the model gave it, and what a request is told of the text."""
+    """A text's vector as the model returned it, its tokens, and whether it was truncated."""
 
     vector: bytes
     tokens: int
@@ -21,9 +21,9 @@ class Cached(NamedTuple):
 
 
 class VectorCache:
-    """Vectors by all that changes them; `context` is that but for the text, and `text` the rest.
+    """Vectors by text and `context`, which is everything else that affects a vector.
 
-    What is kept is neither cut nor normalised by the service, so that requests share it whatever they ask.
+    They are kept before the service cuts or normalises them, so requests with other options share them.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -33,14 +33,14 @@ class VectorCache:
 
     @property
     def bytes(self) -> int:
-        """What the entries take, and the table that holds them."""
+        """Memory used by the entries and the table."""
         return self._content_bytes + sys.getsizeof(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, context: Hashable, text: str) -> Cached | None:
-        """The entry for a text, which is then the last to go."""
+        """Look up a text and mark it most recently used."""
         key = (context, text)
         found = self._entries.get(key)
         if found is not None:
@@ -48,7 +48,7 @@ class VectorCache:
         return found
 
     def put(self, context: Hashable, text: str, vector: Vectors, tokens: int, truncated: bool) -> None:
-        """Keep a copy of the vector, and let the oldest go until all fits."""
+        """Store a copy of the vector, and evict old entries until everything fits."""
         key = (context, text)
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -69,6 +69,6 @@ def vectors_of(entries: list[Cached]) -> Vectors:
 
 
 def _size(key: Key, entry: Cached) -> int:
-    """The bytes that go with the entry; its context is shared by many."""
+    """Bytes freed with the entry; its context is shared with others, so it does not count."""
     parts = (key, key[1], entry, entry.vector, entry.tokens)
     return sum(map(sys.getsizeof, parts))

@@ -24,7 +24,7 @@ MEASURING_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """What the first batches showed."""
+    """What the first batches revealed."""
 
     dimension: int
     max_batch_tokens: int
@@ -60,7 +60,7 @@ def warm_up(
 
 
 def batch_of(text: Prepared, tokens: int) -> Batch:
-    """One text as many times as `tokens` hold it, and at least once."""
+    """One text repeated to fill `tokens`, at least once."""
     return [Slice(text, np.zeros(max(1, tokens // int(text.lengths[0])), np.int32))]
 
 

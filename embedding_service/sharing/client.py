@@ -1,4 +1,4 @@
-"""RemoteEngine: what a web worker holds of the model processes."""
+"""RemoteEngine: a web worker's connections to the model processes."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ from embedding_service.engine import (
     TokenizedText,
     TokenizeRequest,
 )
-from embedding_service.errors import DeadlineExceeded, ServiceError, Unavailable
+from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
 from embedding_service.sharing import wire
 from embedding_service.sharing.supervisor_handle import SupervisorHandle
 
@@ -130,11 +130,27 @@ class ModelConnection:
         while True:
             self._calls.acquire()
             self._is_sending = False
-            calls = [self._unsent.pop(number) for number in list(self._unsent)]
+            # Another thread may fail a request meanwhile, whose call is then gone.
+            waiting = [self._unsent.pop(number, None) for number in list(self._unsent)]
+            calls = [call for call in waiting if call is not None]
             channel = self._channel
-            if channel is not None and calls:
+            if channel is None or not calls:
+                continue
+            try:
                 with contextlib.suppress(wire.Closed):
                     channel.send(*calls)
+            except Exception:
+                self._send_one_by_one(channel, calls)
+
+    def _send_one_by_one(self, channel: wire.Channel, calls: list[Any]) -> None:
+        """Fail only those that cannot be encoded; nothing has been sent of any."""
+        for call in calls:
+            try:
+                with contextlib.suppress(wire.Closed):
+                    channel.send(call)
+            except Exception:
+                log.exception("A request could not be sent to the model process")
+                self._finish(call.number, ModelFailure("the service failed on this request"))
 
     def _expire_forever(self) -> None:
         pause = threading.Event()
@@ -151,7 +167,7 @@ class ModelConnection:
             waiter.finish(outcome)
 
     def settle(self, seconds: float) -> None:
-        """Wait until the model process has said how it is, or it is known that none listens."""
+        """Wait until the model process has reported its state, or is known not to listen."""
         self._known.wait(seconds)
 
     def _live(self) -> None:
@@ -252,7 +268,7 @@ class RemoteEngine:
         return self._gone
 
     def settle(self, seconds: float) -> None:
-        """Wait for the first word of each model process, so that a new worker does not begin with a 503."""
+        """Wait for each model process's first report, so that a new worker does not start with 503s."""
         for connection in self._alive():
             connection.settle(seconds)
 
@@ -272,7 +288,7 @@ class RemoteEngine:
         self._connections = []
 
     def _refused(self) -> None:
-        """No model process listens; that is the supervisor's business unless it is dead itself."""
+        """No model process listens. The supervisor handles that, unless it is dead itself."""
         if not self._gone and self._supervisor.gone():
             self._gone = True
             log.critical("The supervisor of the model process is gone; this service must be restarted")

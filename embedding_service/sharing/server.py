@@ -37,7 +37,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Connection:
-    """One web worker: a thread that reads its calls, and one that writes what could not be sent at once.
+    """One web worker: a thread that reads its calls, and one that writes what could not be sent immediately.
 
     The thread that produces an answer sends it: waking another thread would cost more than sending.
     """
@@ -196,7 +196,7 @@ def _be_killed_with_parent() -> None:
 
 
 def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
-    """Send heartbeats; return the exit code once this process can no longer serve."""
+    """Send heartbeats; returns the exit code once this process can no longer serve."""
     engine.loaded.wait()
     if isinstance(engine.startup_error, StartupError):
         settings.failure_path.write_text(str(engine.startup_error), errors="replace")

@@ -94,6 +94,11 @@ def overflow_of(overflow: Overflow | None, truncate: bool | None, field: str = "
     return "truncate" if truncate else (overflow or "error")
 
 
+Priority = Annotated[
+    Literal["normal", "background"],
+    Meta(description="background waits for all other requests, and gets what they leave of the model."),
+]
+
 Place = Callable[[int], tuple[str, int | None]]
 
 

@@ -1,4 +1,4 @@
-"""The gunicorn worker: a greenlet a connection, bounded patience with clients, a drain that loses nobody."""
+"""The gunicorn worker: a greenlet per connection, time limits for clients, a drain that loses no request."""
 
 import contextlib
 import datetime
@@ -22,28 +22,28 @@ from gunicorn.http import errors, wsgi
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
-# A request must arrive within READ_SECONDS plus a second for each SLOWEST bytes of it; an answer must be
-# taken likewise. This cuts off slow clients, but not large bodies on slow lines.
+# A request must arrive within READ_SECONDS plus one second per SLOWEST bytes, and the client must read an
+# answer as fast. This cuts off slow clients, but not large bodies on slow lines.
 READ_SECONDS, WRITE_SECONDS, SLOWEST = 6.0, 10.0, 50_000
 
-# How long a worker that ends keeps idle connections, for a request that is on its way.
+# How long a stopping worker keeps idle connections open, for requests that are already on their way.
 LINGER_SECONDS = 2.0
 
-# What requests in flight have if the master is dead and nobody else ends this process.
+# Time for requests in flight if the master is dead, since nothing else ends this process then.
 ORPHAN_SECONDS = 2.0
 
-# How long no connection is accepted if there is no file descriptor for one.
+# How long to stop accepting connections after running out of file descriptors.
 PAUSE_SECONDS = 0.5
 
 MAX_BACKLOG = 2048
 
-# At most this much of an unread body is read to keep the connection.
+# An unread body up to this size is read and discarded, so that the connection can be kept.
 DRAINED = 32_768
 
 # At most LARGE_BODIES bodies over LARGE_BODY bytes are in memory at once; other clients wait to send theirs.
 LARGE_BODY, LARGE_BODIES = 65_536, 128
 
-# What the server answers without Flask, for gunicorn's own errors; any other of them is a 400.
+# Responses to requests that never reach Flask, by gunicorn's error class; the first match counts.
 REFUSALS = [
     (
         (errors.LimitRequestHeaders, errors.LimitRequestLine),
@@ -67,20 +67,20 @@ REFUSALS = [
 
 
 class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
-    """A client's connection; what waits for the client gets a TimeoutError if that takes too long."""
+    """A client's connection. Raises TimeoutError if the client sends or reads too slowly."""
 
     def expect(self, seconds: float) -> None:
-        """Wait so long for the first byte of a request; from then on it has the time that requests have."""
+        """Allow this long for the first byte of the next request; READ_SECONDS apply from then on."""
         self._begun = False
         self._read_by = time.monotonic() + seconds
 
     @property
     def begun(self) -> bool:
-        """Whether something of the expected request has come."""
+        """Whether any of the expected request has arrived."""
         return self._begun
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        # At 0 gevent still takes what lies there.
+        # With a timeout of 0 gevent still returns data that has already arrived.
         self.timeout = max(0.0, self._read_by - time.monotonic())
         try:
             data: bytes = super().recv(size, flags)
@@ -93,7 +93,7 @@ class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
         return data
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send all; most answers need one system call."""
+        """Send everything; one system call is enough for most answers."""
         view = memoryview(data)
         with contextlib.suppress(BlockingIOError):
             view = view[self._sock.send(view, flags) :]
@@ -103,7 +103,7 @@ class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
 
 
 class Listener(StreamServer):  # type: ignore[misc]
-    """Accepts connections for as long as there are file descriptors, and waits where there are none."""
+    """Accepts connections, and pauses while there are no file descriptors left."""
 
     def __init__(self, worker: "Worker", sock: Any, **options: Any) -> None:
         super().__init__(sock, handle=worker.handle_client, spawn=worker.pool, **options)
@@ -113,7 +113,7 @@ class Listener(StreamServer):  # type: ignore[misc]
             self.max_accept = 1
 
     def do_read(self) -> tuple[PatientSocket, Any] | None:
-        """The next connection, if one waits."""
+        """Accept the next waiting connection, if any."""
         try:
             fd, address = self.socket._accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -132,7 +132,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         return client, address
 
     def drain(self) -> None:
-        """Take those that are connected already, and turn later ones away at once."""
+        """Serve the clients that have already connected, and refuse later ones immediately."""
         self.stop_accepting()
         for _ in range(MAX_BACKLOG):
             accepted = None if self.full() else self.do_read()
@@ -150,13 +150,13 @@ def _date(second: int) -> str:
 
 
 class Answer(wsgi.Response):  # type: ignore[misc]
-    """Gunicorn's response; the headers wait for the body, so that both leave in one packet."""
+    """Gunicorn's response, with headers and body sent together in one packet."""
 
     headers_sent: bool
     _head = b""
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        """Announce the connection's end if too much of the body was left unread to go on after it."""
+        """Announce that the connection closes if too much of the body is unread to continue on it."""
         body = self.req.body.reader
         if getattr(body, "length", 0) > DRAINED or getattr(body, "parser", None) is not None:
             self.force_close()
@@ -192,7 +192,7 @@ class Answer(wsgi.Response):  # type: ignore[misc]
 
 
 class Worker(GeventWorker):  # type: ignore[misc]
-    """Gunicorn's gevent worker, with our patience, our drain and our words for what it refuses."""
+    """Gunicorn's gevent worker with time limits for clients, a lossless drain, and refusals in JSON."""
 
     alive: bool
     sockets: list[Any]
@@ -200,13 +200,13 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._graceful_seconds = float(self.cfg.graceful_timeout)
-        # What this worker does not know: HTTP/2, uwsgi and TLS are left to gunicorn's own loop.
+        # This class does not support HTTP/2, uwsgi and TLS; gunicorn's own loop serves them.
         self._is_stock = self.cfg.is_ssl or self.cfg.protocol != "http" or "h2" in self.cfg.http_protocols
 
     def patch(self) -> None:
         """In the forked worker, before the app is loaded; no other process of the service is patched.
 
-        Names are never looked up here, and processes never started.
+        DNS and subprocess are not patched, since a web worker uses neither.
         """
         monkey.patch_time()
         monkey.patch_thread()
@@ -230,7 +230,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super().init_process()
 
     def notify(self) -> None:
-        """Show the master that this worker lives; without a master, end soon."""
+        """Send the master a heartbeat; if the master is dead, shut down."""
         self.tmp.notify()
         if self.alive and self.ppid != os.getppid():
             self.log.info("Parent changed, shutting down: %s", self)
@@ -287,7 +287,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             util.close_graceful(client)
 
     def _serve(self, client: PatientSocket, address: Any) -> None:
-        """Answer requests until one says that it is the last; raises OSError where the client has gone."""
+        """Answer requests until the last one on this connection. Raises OSError if the client is gone."""
         parser = http.get_parser(self.cfg, client, address)
         request = None
         keep = True
@@ -317,7 +317,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._idle.discard(client)
 
     def _answer(self, request: Any, client: PatientSocket, address: Any) -> bool:
-        """Whether another request may follow."""
+        """Answer a request; returns whether another may follow on this connection."""
         body = request.body.reader
         # A body that is compressed may become large.
         is_small = getattr(body, "length", LARGE_BODY) < LARGE_BODY
@@ -351,7 +351,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         except Exception:
             if not answer.headers_sent or answer._head:
                 raise
-            # Half an answer is out; another one after it would be taken for its end.
+            # Part of the response has been sent; an error response now would be read as the rest of it.
             self.log.exception("An answer broke off")
             raise ConnectionAbortedError from None
         if self.log.access_log_enabled:
@@ -360,7 +360,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         return not answer.should_close()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
-        """Answer what never reached Flask, as the native protocol answers errors."""
+        """Respond to a request that never reached Flask, in the native protocol's form."""
         status, reason, kind = next(
             (refusal for kinds, *refusal in REFUSALS if isinstance(exc, kinds)),
             (500, "Internal Server Error", "internal"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from embedding_service.inference.fair_queue import (
+    BACKGROUND_COST,
     BULK_OVERHEADS,
     PADDING_SHARE,
     SMALL_AGO_SECONDS,
@@ -30,8 +31,15 @@ class Driven:
         self.lengths: dict[Flow, list[int]] = {}
         self.expired: list[Flow] = []
 
-    def add(self, *texts: int, group: object = None, deadline: float = 1e9, push: bool = True) -> Flow:
-        flow = Flow(texts=[str(length) for length in texts], deadline=deadline)
+    def add(
+        self,
+        *texts: int,
+        group: object = None,
+        deadline: float = 1e9,
+        push: bool = True,
+        background: bool = False,
+    ) -> Flow:
+        flow = Flow(texts=[str(length) for length in texts], deadline=deadline, background=background)
         self.queue.add(flow, self.now)
         self.lengths[flow] = list(texts)
         if push:
@@ -263,3 +271,31 @@ def test_a_withdrawn_text_is_never_in_a_batch():
     driven.queue.withdraw(flow, 1)
     assert flow.tokens == 16
     assert sorted(row for batch in driven.drain() for _, rows in batch for row in rows) == [0, 2]
+
+
+@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
+@pytest.mark.parametrize("size", [1, 100], ids=["small", "bulk"])
+def test_what_comes_later_passes_the_background(separate_bulk, size):
+    driven = Driven(separate_bulk=separate_bulk)
+    background = driven.add(*[32] * 200, background=True)
+    driven.batch()
+    normal = driven.add(*[32] * size)
+    while normal.tokens:
+        assert [flow for flow, _ in driven.batch()] == [normal]
+    assert [flow for flow, _ in driven.batch()] == [background]
+
+
+def test_the_background_shares_no_batch_with_others():
+    driven = Driven(10_000, 10_000)
+    driven.add(32, background=True)
+    driven.add(32)
+    assert [len(batch) for batch in driven.drain()] == [1, 1]
+
+
+@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
+def test_the_background_does_not_starve(separate_bulk):
+    """Beside a client that always has a text waiting it gets a few hundredths."""
+    driven = Driven(64, separate_bulk=separate_bulk)
+    background = driven.add(*[32] * 40, background=True)
+    share = share_of_bulk(driven, background, 1)
+    assert 0.25 / BACKGROUND_COST < share < 2 / BACKGROUND_COST

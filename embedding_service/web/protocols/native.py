@@ -20,6 +20,7 @@ from embedding_service.web.embedding import (
     EncodingFormat,
     InputType,
     PrecisionField,
+    Priority,
     Prompt,
     PromptName,
     answer_embeddings,
@@ -102,6 +103,7 @@ class EmbedBody(msgspec.Struct, frozen=True):
         ]
         | None
     ) = "fail"
+    priority: Priority | None = "normal"
     encoding_format: EncodingFormat | None = "float"
     precision: PrecisionField | None = "float32"
 
@@ -178,6 +180,7 @@ def embed() -> Response:
         prompt=body.prompt,
         input_type=body.input_type,
         dimensions=body.dimensions,
+        priority=body.priority or "normal",
     )
     if body.overflow == "chunks":
         return _in_chunks(body, wanted)

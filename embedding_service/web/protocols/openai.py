@@ -19,6 +19,7 @@ from embedding_service.web.embedding import (
     EncodingFormat,
     InputType,
     OverflowField,
+    Priority,
     Prompt,
     PromptName,
     answer_embeddings,
@@ -129,6 +130,7 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
         | None
     ) = None
     truncation: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
+    priority: Priority | None = "normal"
     overflow: OverflowField | None = None
     chunk_overlap: ChunkOverlap | None = 0
 
@@ -196,6 +198,7 @@ def embeddings() -> Response:
             input_type=body.input_type or TASKS.get(body.task or ""),
             prompt=body.prompt,
             prompt_name=body.prompt_name,
+            priority=body.priority or "normal",
             dimensions=body.output_dimension if body.dimensions is None else body.dimensions,
         ),
         overflow=overflow_of(body.overflow, body.truncation, "truncation"),

@@ -1,0 +1,112 @@
+"""A web worker's connection to a model process, against a socket that answers as the test says."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedding_service.engine import Embeddings, EmbedRequest, Timings
+from embedding_service.errors import DeadlineExceeded, ModelFailure, Unavailable
+from embedding_service.sharing import wire
+from embedding_service.sharing.client import ModelConnection
+from tests.service import wait_until
+
+
+class ModelProcess:
+    """Accepts one connection; `answer` sends a vector for each call received so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self.calls: list[wire.Call] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        self._sock, _ = self._listener.accept()
+        self.channel = wire.Channel(self._sock)
+        try:
+            while True:
+                self.calls += [call for call in self.channel.receive_all() if isinstance(call, wire.Call)]
+        except wire.Closed:
+            pass
+
+    def answer(self) -> None:
+        vector = np.ones((1, 3), np.float32)
+        result = Embeddings(vectors=vector, tokens=1, truncated=[], timings=Timings())
+        for call in self.calls:
+            self.channel.send((wire.Replies([wire.Answer.of(call.number, result)]), [vector]))
+
+    def close(self) -> None:
+        self._listener.close()
+        self.channel.close()
+        self._thread.join(10)
+
+
+@pytest.fixture
+def process(tmp_path) -> Iterator[ModelProcess]:
+    process = ModelProcess(tmp_path / "socket")
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def connection(process, tmp_path) -> ModelConnection:
+    connection = ModelConnection(str(tmp_path / "socket"), lambda: None)
+    wait_until(lambda: connection._channel is not None)
+    return connection
+
+
+class Asked:
+    """A request in a thread of its own, and its outcome."""
+
+    def __init__(self, connection: ModelConnection, text: str, seconds: float = 30.0) -> None:
+        self.outcome: Embeddings | Exception | None = None
+        request = EmbedRequest(texts=[text], deadline=time.monotonic() + seconds)
+        self._thread = threading.Thread(target=self._ask, args=(connection, request))
+        self._thread.start()
+
+    def _ask(self, connection: ModelConnection, request: EmbedRequest) -> None:
+        try:
+            self.outcome = connection.embed(request)
+        except Exception as error:
+            self.outcome = error
+
+    def wait(self) -> Embeddings | Exception | None:
+        self._thread.join(10)
+        return self.outcome
+
+
+def test_every_request_gets_its_answer(connection, process):
+    asked = [Asked(connection, f"text {number}") for number in range(50)]
+    wait_until(lambda: len(process.calls) == 50)
+    process.answer()
+    assert all(isinstance(one.wait(), Embeddings) for one in asked)
+    assert connection.load == 0
+
+
+def test_a_request_that_cannot_be_encoded_fails_alone(connection, process):
+    bad = Asked(connection, "lone \ud800 surrogate")
+    assert isinstance(bad.wait(), ModelFailure)
+    good = Asked(connection, "good")
+    wait_until(lambda: process.calls)
+    process.answer()
+    assert isinstance(good.wait(), Embeddings)
+
+
+def test_requests_in_flight_fail_with_the_connection(connection, process):
+    asked = Asked(connection, "text")
+    wait_until(lambda: process.calls)
+    process.channel.close()
+    assert isinstance(asked.wait(), Unavailable)
+
+
+def test_an_overdue_request_is_failed_and_forgotten(connection, process):
+    asked = Asked(connection, "text", seconds=0.1)
+    assert isinstance(asked.wait(), DeadlineExceeded)
+    assert connection.load == 0
