@@ -40,7 +40,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Scenario:
-    """So many texts a request, from so many clients, in JSON or base64, to so many web workers."""
+    """A load: texts per request, clients, JSON or base64, and web workers."""
 
     texts: int
     clients: int
@@ -200,7 +200,7 @@ class Bench:
         return result
 
     def _tokenizer_us(self, texts: int) -> float:
-        """CPU of the Rust tokenizer alone, in one thread, for a text in requests of so many."""
+        """CPU of the Rust tokenizer alone, in one thread, per text, in requests of this many texts."""
         starts = range(0, SENTENCES, texts)
         took = []
         for _ in range(3):

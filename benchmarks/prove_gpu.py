@@ -367,7 +367,7 @@ class Results:
 
 
 def run_step(name: str, seconds: float, results: Results, log: Path, dry: bool) -> None:
-    """One step in a process group of its own, all of which ends with it or with its time."""
+    """Run one step in its own process group, which is ended with the step or at its time limit."""
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.prove_gpu", "--step", name]
     with log.open("a") as errors:

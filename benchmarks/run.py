@@ -1,7 +1,7 @@
 """Measures the systems side by side: `make bench`, or `python -m benchmarks.run --help`.
 
-All are started, then asked one at a time and in turn, scenario by scenario, several times over; while
-one is measured the others are idle. The figure of a system is the median of its turns. The load is
+All systems are started first. Then each is measured in turn, scenario by scenario, several times; meanwhile
+the others are idle. A system's figure is the median of its turns. The load is
 closed-loop, made by wrk: each client sends its next request when it has the answer to the last.
 """
 
@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Scenario:
-    """A load: texts of a kind, so many a request, from so many clients."""
+    """A load: the kind of texts, how many per request, and the number of clients."""
 
     name: str
     title: str
@@ -41,7 +41,7 @@ class Scenario:
     texts: int = 1
     clients: int = 1
     encoding: str = "float"
-    # Of the length of a turn: more where few requests fit in one, of which wrk drops the unfinished.
+    # Factor on the length of a turn: longer if few requests fit in one, since wrk drops unfinished ones.
     stretch: float = 1.0
 
     @property

@@ -98,7 +98,7 @@ class Measured:
 
 @dataclass
 class Load:
-    """Requests with these bodies, of which each instance always has `connections` open."""
+    """Sends requests with these bodies, `connections` at a time to each instance."""
 
     bodies: Path
     connections: int

@@ -137,7 +137,7 @@ def _owned_by_nobody(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def divide(staging: Path, bundle: Path, most: int) -> None:
-    """Put the files into pieces of at most `most` bytes, the largest first, each where it fits."""
+    """Distribute files over pieces of at most `most` bytes, the largest first, each where it first fits."""
     free: list[int] = []
     paths = [path for path in staging.rglob("*") if path.is_file()]
     for path in sorted(paths, key=lambda path: (-path.stat().st_size, path)):

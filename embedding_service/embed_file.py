@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from embedding_service import config, logs
@@ -19,7 +21,9 @@ from embedding_service.bulk.paths import errors_path, part_path, require_room
 from embedding_service.bulk.pipeline import Chunk, Patient, run
 from embedding_service.bulk.rows import Row
 from embedding_service.bulk.source import FORMATS, Source, require_texts
+from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
+from embedding_service.quantization import Precision, quantize, read_ranges
 
 # Exit codes; argparse itself ends with 2.
 DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130
@@ -74,6 +78,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "pieces and write the mean",
     )
     made.add_argument("--dimensions", type=_positive, help="truncate the vectors to this many dimensions")
+    made.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="number format of the vectors (default: float32); int8 and uint8 need the setting INT8_RANGES",
+    )
     made.add_argument("--batch", type=_positive, default=256, help="texts per request (default: 256)")
     made.add_argument("--in-flight", type=_positive, default=4, help="concurrent requests (default: 4)")
     made.add_argument(
@@ -96,6 +106,7 @@ class Work(msgspec.Struct):
     total: int | None
     embedder: Patient
     part: Part
+    convert: outputs.Convert | None
 
 
 def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
@@ -151,9 +162,36 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         dimensions=options.dimensions,
         overflow=options.overflow,
     )
+    convert = _convert(arguments.precision, embedder.dimension)
     part = Part(arguments.output, job, restart=arguments.restart)
     rest = dropwhile(lambda row: row.number < part.rows, rows)
-    return Work(source, rest, total, embedder, part)
+    return Work(source, rest, total, embedder, part, convert)
+
+
+def _convert(precision: Precision, dimension: int) -> outputs.Convert | None:
+    """Turns vectors into the number format; None for float32. Raises StartupError without fitting ranges."""
+    if precision == "float32":
+        return None
+    ranges = None
+    if precision in ("int8", "uint8"):
+        path = config.load().int8_ranges
+        if path is None:
+            raise StartupError(
+                f"--precision {precision} needs the setting INT8_RANGES: a file that "
+                "`embedding-service calibrate` has written"
+            )
+        ranges = read_ranges(Path(path).expanduser())
+        if len(ranges.minimum) != dimension:
+            raise StartupError(
+                f"INT8_RANGES={path!r} is for {len(ranges.minimum)} dimensions; the vectors have {dimension}"
+            )
+
+    def convert(vectors: Vectors) -> npt.NDArray[Any]:
+        # Whole numbers have no NaN, which bad rows hold.
+        numbers = vectors if precision == "float16" else np.nan_to_num(vectors)
+        return quantize(numbers, precision, ranges)
+
+    return convert
 
 
 def _embed(arguments: argparse.Namespace, work: Work) -> int:
@@ -190,7 +228,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         part.close()
         raise StartupError(f"{arguments.input} changed while it was being read; --restart begins again")
     part.seal()
-    outputs.finish(part, arguments.output)
+    outputs.finish(part, arguments.output, work.convert)
     work.embedder.close()
     return _report(arguments.output, part, truncated)
 

@@ -65,16 +65,21 @@ def find_ranges(vectors: Vectors, fingerprint: str) -> Int8Ranges:
     )
 
 
-def read_ranges(path: Path, fingerprint: str) -> Int8Ranges:
-    """The ranges in a file. Raises StartupError if they are not of the model with this fingerprint."""
+def read_ranges(path: Path) -> Int8Ranges:
+    """The ranges in a file. Raises StartupError if it is not a file of ranges."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Int8Ranges)
+        return msgspec.json.decode(path.read_bytes(), type=Int8Ranges)
     except OSError as error:
         raise StartupError(f"INT8_RANGES={str(path)!r} cannot be read: {error.strerror}") from None
     except msgspec.MsgspecError as error:
         raise StartupError(
             f"INT8_RANGES={str(path)!r} was not written by `embedding-service calibrate`: {error}"
         ) from None
+
+
+def read_ranges_of(path: Path, fingerprint: str) -> Int8Ranges:
+    """The ranges in a file. Raises StartupError also if they belong to a model with another fingerprint."""
+    found = read_ranges(path)
     if found.fingerprint != fingerprint:
         raise StartupError(
             f"INT8_RANGES={str(path)!r} was calibrated with another model or other settings of it; "

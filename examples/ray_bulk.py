@@ -1,4 +1,4 @@
-"""Embed a corpus of Parquet files on Ray Data with the service's own engine; goes on where it was stopped.
+"""Embed a corpus of Parquet files on Ray Data with the service's own engine; resumes after a stop.
 
     pip install -r requirements-ray.txt
     python examples/ray_bulk.py corpus/ vectors/ --actors 8 --device cuda

@@ -72,7 +72,7 @@ class Service:
         return self._log_path.read_text(errors="replace")
 
     def health(self) -> tuple[int, dict[str, Any]] | None:
-        """Status and body of GET /health, or None where nobody answers."""
+        """Status and body of GET /health, or None if nothing answers."""
         try:
             response = requests.get(f"{self.url}/health", timeout=5)
         except requests.RequestException:
@@ -80,7 +80,7 @@ class Service:
         return response.status_code, response.json()
 
     def wait_ready(self, seconds: float = START_SECONDS) -> Self:
-        """Wait for a 200 of /health; fails with the log where the service ended or took too long."""
+        """Wait for a 200 from /health; fails with the log if the service ends or takes too long."""
 
         def ready() -> bool:
             if self.process.poll() is not None:

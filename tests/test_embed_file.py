@@ -22,8 +22,10 @@ import numpy as np
 import psutil
 import pyarrow
 import pytest
+import requests
 from hypothesis import strategies
 from pyarrow import parquet
+from sentence_transformers.util import quantize_embeddings
 
 from embedding_service import embed_file
 from embedding_service.bulk import compression, paths
@@ -216,7 +218,7 @@ def test_bad_rows_are_reported_with_their_lines_and_the_others_are_there(service
 
 
 def read_output(output: Path) -> tuple[np.ndarray, list[str | None]]:
-    """Vectors, NaN where there is none, and the errors that stand beside them."""
+    """The vectors, with NaN for missing ones, and the errors."""
     if output.suffix == ".npy":
         return np.load(output), []
     if output.suffix == ".jsonl":
@@ -468,7 +470,7 @@ def test_faults_in_quotes_are_bad_rows_on_their_lines_and_the_rows_after_them_ar
 
 
 class Strict(msgspec.Struct):
-    """What the csv module reads before a fault: records with their lines, and where the fault is."""
+    """What the csv module reads before a fault: records with their lines, and the fault's place."""
 
     records: list[tuple[int, int, list[str]]]
     fault_lines: range
@@ -1008,3 +1010,58 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     assert part.rows == count
     part.close()
     assert peak < count * characters / 10
+
+
+@pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
+@pytest.mark.parametrize("precision", ["float16", "ubinary"])
+def test_another_number_format(service, oracle, tmp_path, ending, precision):
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / f"vectors.{ending}"
+    texts = write_corpus(corpus, 20)
+    with corpus.open("a") as file:
+        file.write('{"text": null}\n')
+    run = Run(corpus, "-o", output, "--url", service.url, "--precision", precision)
+    assert run.wait() == 3, run.said
+    if ending == "npy":
+        found = np.load(output)[:20]
+    else:
+        table = parquet.read_table(output).to_pylist() if ending == "parquet" else read_lines(output)
+        assert table[20]["embedding"] is None
+        found = np.array([row["embedding"] for row in table[:20]])
+    vectors = oracle.encode(texts, normalize_embeddings=True)
+    if precision == "float16":
+        assert np.abs(found.astype(np.float32) - vectors).max() < 1e-3
+    else:
+        expected = quantize_embeddings(vectors, precision=precision)
+        differing = np.unpackbits(found.astype(np.uint8) ^ expected).sum()
+        # A number next to 0 may have either sign.
+        assert differing <= 2
+    if ending == "npy":
+        assert np.load(output).dtype == {"float16": np.float16, "ubinary": np.uint8}[precision]
+
+
+def read_lines(output: Path) -> list[dict]:
+    """The rows of a .jsonl."""
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_int8_without_ranges_does_not_begin(service, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    write_corpus(corpus, 3)
+    run = Run(corpus, "-o", tmp_path / "vectors.npy", "--url", service.url, "--precision", "int8")
+    assert run.wait() == 2
+    assert "--precision int8 needs the setting INT8_RANGES" in run.said
+    assert not (tmp_path / "vectors.npy").exists()
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["here", "at a service"])
+def test_over_long_texts_become_the_mean_of_their_pieces(service, tmp_path, here):
+    long = " ".join(f"word{number % 100} and more" for number in range(400))
+    (tmp_path / "corpus.txt").write_text(f"{long}\nshort\n")
+    output = tmp_path / "vectors.npy"
+    where = [] if here else ["--url", service.url]
+    run = Run(tmp_path / "corpus.txt", "-o", output, "--overflow", "mean", *where)
+    assert run.wait() == 0, run.said
+    body = {"texts": [long, "short"], "overflow": "mean"}
+    answer = requests.post(f"{service.url}/embed", json=body, timeout=60).json()
+    assert answer["usage"]["chunks"] > 2
+    assert np.abs(np.load(output) - np.array(answer["embeddings"])).max() < 1e-5

@@ -170,7 +170,7 @@ def test_no_alert_fires_in_a_healthy_service(tmp_path):
 
 
 class Prometheus:
-    """A running Prometheus with the shipped configuration, but for the target, its key and the pace."""
+    """A running Prometheus with the shipped configuration, except for target, key and scrape interval."""
 
     def __init__(self, folder: Path, service: Service) -> None:
         program = require_program("prometheus", "prometheus")

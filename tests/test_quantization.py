@@ -13,7 +13,7 @@ import requests
 from sentence_transformers.util import quantize_embeddings
 
 from embedding_service.errors import InvalidRequest, StartupError
-from embedding_service.quantization import find_ranges, quantize, read_ranges
+from embedding_service.quantization import find_ranges, quantize, read_ranges_of
 from tests.service import ROOT
 
 TEXTS = ["How do I reset my password?", "Forgot login", "A third sentence", "and one more, a bit longer"]
@@ -67,7 +67,7 @@ def test_a_file_of_ranges_that_cannot_be_used_stops_the_start(tmp_path, content,
     if content is not None:
         path.write_text(content)
     with pytest.raises(StartupError, match=reason):
-        read_ranges(path, "f")
+        read_ranges_of(path, "f")
 
 
 def ask(service, **fields):

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from embedding_service.bulk.columns import import_pyarrow
@@ -15,10 +17,11 @@ from embedding_service.errors import StartupError
 
 BLOCK_ROWS = 4096
 
-Block = tuple[int, Vectors, dict[int, str]]
+Block = tuple[int, npt.NDArray[Any], dict[int, str]]
+Convert = Callable[[Vectors], npt.NDArray[Any]]
 
 
-def writer(output: Path) -> Callable[[Part, Path], None]:
+def writer(output: Path) -> Callable[[Part, Path, Convert | None], None]:
     """The function that turns a part into `output`, by suffix. Raises StartupError if it is unsupported."""
     writers = {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
     chosen = writers.get(output.suffix.lower())
@@ -29,22 +32,40 @@ def writer(output: Path) -> Callable[[Part, Path], None]:
     return chosen
 
 
-def finish(part: Part, output: Path) -> None:
-    """Make the output from the sealed part; it gets its name only once it is complete."""
-    writer(output)(part, output)
+def finish(part: Part, output: Path, convert: Convert | None = None) -> None:
+    """Make the output from the sealed part; it gets its name only once it is complete.
+
+    `convert` turns float32 vectors into another number format.
+    """
+    writer(output)(part, output, convert)
     # In this order: a part without its job file could not be resumed.
     part.path.unlink(missing_ok=True)
     part.job_path.unlink()
 
 
-def _write_npy(part: Part, output: Path) -> None:
-    part.path.replace(output)
+def _write_npy(part: Part, output: Path, convert: Convert | None) -> None:
+    if convert is None:
+        part.path.replace(output)
+        return
+    new = new_path(output)
+    dtype, width = _form(part, convert)
+    array = np.lib.format.open_memmap(new, "w+", dtype, (part.rows, width))
+    for first, vectors, _ in _blocks(part, convert):
+        array[first : first + len(vectors)] = vectors
+    array.flush()
+    new.replace(output)
 
 
-def _write_jsonl(part: Part, output: Path) -> None:
+def _form(part: Part, convert: Convert) -> tuple[np.dtype[Any], int]:
+    """The type and the number of a converted row's numbers."""
+    one = convert(np.zeros((1, _open(part).shape[1]), np.float32))
+    return one.dtype, one.shape[1]
+
+
+def _write_jsonl(part: Part, output: Path, convert: Convert | None) -> None:
     new = new_path(output)
     with new.open("wb") as file:
-        for first, vectors, errors in _blocks(part):
+        for first, vectors, errors in _blocks(part, convert):
             for offset, vector in enumerate(vectors):
                 error = errors.get(first + offset)
                 row = {"row": first + offset, "embedding": None if error else vector, "error": error}
@@ -52,14 +73,14 @@ def _write_jsonl(part: Part, output: Path) -> None:
     new.replace(output)
 
 
-def _write_parquet(part: Part, output: Path) -> None:
+def _write_parquet(part: Part, output: Path, convert: Convert | None) -> None:
     pyarrow, parquet = import_pyarrow()
     new = new_path(output)
-    dimension = _open(part).shape[1]
-    vector = pyarrow.list_(pyarrow.float32(), dimension)
+    dtype, width = _form(part, convert or _unchanged)
+    vector = pyarrow.list_(pyarrow.from_numpy_dtype(dtype), width)
     schema = pyarrow.schema([("row", pyarrow.int64()), ("embedding", vector), ("error", pyarrow.string())])
     with parquet.ParquetWriter(new, schema) as file:
-        for first, vectors, errors in _blocks(part):
+        for first, vectors, errors in _blocks(part, convert):
             numbers = range(first, first + len(vectors))
             mask = np.array([number in errors for number in numbers])
             embeddings = pyarrow.FixedSizeListArray.from_arrays(
@@ -79,7 +100,11 @@ def _open(part: Part) -> Vectors:
     return opened
 
 
-def _blocks(part: Part) -> Iterator[Block]:
+def _unchanged(vectors: Vectors) -> Vectors:
+    return vectors
+
+
+def _blocks(part: Part, convert: Convert | None) -> Iterator[Block]:
     """Row number of the first vector, some vectors, and the errors among them by row number."""
     # Map the file again for each block: the pages of one long mapping would count as our memory.
     errors = _errors(part.errors_path)
@@ -90,7 +115,7 @@ def _blocks(part: Part) -> Iterator[Block]:
         while pending is not None and pending.row < first + len(vectors):
             found[pending.row] = pending.error
             pending = next(errors, None)
-        yield first, vectors, found
+        yield first, vectors if convert is None else convert(vectors), found
 
 
 def _errors(path: Path) -> Iterator[Failure]:

@@ -22,7 +22,7 @@ from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor, choose_preprocessor
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.warm_up import find_cost, warm_up
-from embedding_service.quantization import read_ranges
+from embedding_service.quantization import read_ranges_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def load(settings: ModelSettings) -> Model:
     checkpoint = read_checkpoint(settings)
     ranges = None
     if settings.int8_ranges:
-        ranges = read_ranges(Path(settings.int8_ranges).expanduser(), checkpoint.fingerprint)
+        ranges = read_ranges_of(Path(settings.int8_ranges).expanduser(), checkpoint.fingerprint)
     prepare_libraries(checkpoint.device, threads)
     preprocessor = choose_preprocessor(
         checkpoint.model,

@@ -27,7 +27,7 @@ HUB_IGNORED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's folder, where it came from in words, and the commit where it came from a hub."""
+    """A model's folder, a description of its origin, and the commit if it came from a hub."""
 
     folder: Path
     origin: str

@@ -33,7 +33,7 @@ class Context:
     def __init__(self, engine: Engine, settings: WebSettings) -> None:
         self.engine = engine
         self.settings = settings
-        # The first is shown in answers; each is accepted where a caller names a model.
+        # Answers show the first; callers may use any of them as the model's name.
         self.names = [name.strip() for name in (settings.served_model_name or "").split(",") if name.strip()]
         self.draining: Callable[[], bool] = lambda: False
         # One item for each further request that may be in flight: a list is a semaphore that never waits.

@@ -1,4 +1,4 @@
-"""`make bundle`: made here, installed and served where there is no network and no package."""
+"""`make bundle`: built here, then installed and served without a network."""
 
 import json
 import subprocess

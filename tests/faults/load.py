@@ -85,7 +85,7 @@ def closed_loop(
 def open_loop(
     port: int, per_second: float, seconds: float, clients: int, make: Callable[[int], bytes]
 ) -> Seen:
-    """Requests at a fixed rate however long the answers take, from at most so many connections."""
+    """Sends requests at a fixed rate, however long the answers take, over a limited number of connections."""
     seen = Seen()
     began = time.monotonic()
     lock = threading.Lock()

@@ -169,7 +169,7 @@ def padded(batch: Sequence[Text]) -> int:
 
 
 def text(tokens: int, name: object = "") -> str:
-    """A text of so many tokens."""
+    """A text with this many tokens."""
     return f"{tokens} {name}"
 
 
@@ -180,7 +180,7 @@ def lengths(seed: int, count: int, most: int = 256) -> list[int]:
 
 
 def request(texts: Sequence[str], seconds: float = 30.0, **fields) -> EmbedRequest:
-    """A request with so many seconds to its deadline."""
+    """A request with this many seconds until its deadline."""
     return EmbedRequest(texts=list(texts), deadline=time.monotonic() + seconds, **fields)
 
 

@@ -310,7 +310,7 @@ def test_a_full_queue_refuses_and_says_how_long_to_wait(build, texts_a_request):
 
 
 def test_a_text_is_charged_with_what_the_model_can_read_of_it(build):
-    """100,000 characters of which 256 tokens count must not fill the queue."""
+    """A text of 100,000 characters, truncated to 256 tokens, must not fill the queue."""
     batcher, gate = held(build, FakeRuntime(), max_queued_tokens=2000)
     answers = [submit(batcher, [text(9999, "x" * 100_000 + str(i))]) for i in range(5)]
     gate.open()

@@ -213,7 +213,7 @@ def share_of_bulk(driven: Driven, bulk: Flow, singles: int, length: int = 32) ->
 @pytest.mark.parametrize("texts", [9, 256])
 def test_a_bulk_request_is_not_starved_by_single_texts(texts):
     driven = Driven(separate_bulk=True)
-    # Its share among 9 flows, but for what is rounded.
+    # Its share among 9 flows, allowing for rounding.
     assert share_of_bulk(driven, driven.add(*[32] * texts), 8) > 1 / 9 / 2
 
 

@@ -1,4 +1,4 @@
-"""Identical texts: computed once, whoever asks; everyone gets the right vector, count and truncations."""
+"""Identical texts are computed once, and each request gets the right vectors, counts and truncations."""
 
 import random
 import threading

@@ -1,4 +1,4 @@
-"""The converted model: kept on disk, checked against torch, and refused where it answers otherwise."""
+"""The converted model: cached on disk, checked against torch, and rejected if it disagrees."""
 
 import logging
 import os

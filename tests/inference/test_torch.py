@@ -1,4 +1,4 @@
-"""The torch backend: other number formats, what its errors mean, and CUDA where there is one."""
+"""The torch backend: number formats, the meaning of errors, and CUDA if there is a device."""
 
 import contextlib
 import random
@@ -223,7 +223,7 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
 
 
 class Lane:
-    """Has a device's memory for so many tokens to itself, since the other lane happens to wait."""
+    """Has all of the device's memory for this many tokens, since the other lane happens to wait."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -26,7 +26,7 @@ class GraphCache:
         self._entry = Path(os.path.expanduser(folder)) / "openvino" / name  # noqa: PTH111 - never raises
 
     def load(self) -> openvino.Model | None:
-        """The graph, or None where it is not there or not whole."""
+        """The graph, or None if it is missing or incomplete."""
         if not (self._entry / FILE).is_file():
             return None
         try:

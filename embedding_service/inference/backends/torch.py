@@ -15,7 +15,7 @@ CUDA_STREAMS = 2
 
 
 def torch_backend(model: SentenceTransformer) -> Backend:
-    """The model where it lies: on CUDA two streams, elsewhere one batch at a time on all cores."""
+    """The model on its device: two streams on CUDA, one batch at a time on all cores elsewhere."""
     count = CUDA_STREAMS if model.device.type == "cuda" else 1
     return Backend(
         name="torch", version=torch.__version__, sessions=[open_session(model) for _ in range(count)]
@@ -42,7 +42,7 @@ class TorchSession:
             failure = _failure(error, self._device.type)
             if failure is None:
                 raise
-        # Here, where the exception no longer holds the frames that hold the tensors.
+        # Only here does the exception no longer hold the frames that hold the tensors.
         if isinstance(failure, OutOfMemory) and self._device.type == "cuda":
             torch.cuda.empty_cache()
         raise failure
