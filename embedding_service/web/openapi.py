@@ -33,7 +33,8 @@ ON_EVERY, ON_WAIT, ON_VECTORS = tuple(HEADERS)[:1], tuple(HEADERS)[1:3], tuple(H
 
 def document(app: Flask) -> dict[str, Any]:
     """The OpenAPI document, covering every route that has an Operation."""
-    described = [(rule, view, found) for rule, view, found in _operations(app)]
+    # The service's own route first, since readers begin there.
+    described = sorted(_operations(app), key=lambda operation: operation[0].rule != "/embed")
     schemas = Schemas([kind for _, view, found in described for kind in _types(app, view, found)])
     paths: dict[str, dict[str, Any]] = {}
     for rule, view, found in described:

@@ -1,7 +1,9 @@
 """The page at / in a real Chromium: over the real service, and over one that fails as it is told."""
 
 import json
+import re
 import subprocess
+import sys
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -272,6 +274,133 @@ def test_a_hundred_texts_make_a_matrix_and_one_more_is_refused(browser, scripted
     page.type(*[f"text {i}" for i in range(101)])
     page["compare"].click()
     page.wait("error", "up to 100 texts, and here are 101")
+
+
+def test_the_example_is_compared_at_once(browser, service):
+    page = Page(browser, service.url)
+    wait_until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#matrix td[data-i]")) == 36)
+    assert "How do I reset my password?" in page.text("pairs")
+    page.type("something else")
+    page["example"].click()
+    wait_until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#matrix td[data-i]")) == 36)
+
+
+def test_an_error_leaves_no_old_results(browser, scripted):
+    page = Page(browser, scripted.url)
+    page.compare("one", "two", "three")
+    assert page["more"].is_displayed()
+    scripted.engine.error = Overloaded("9000 tokens are waiting for the model", retry_after_seconds=3)
+    page["compare"].click()
+    page.wait("error", "9000 tokens")
+    assert not page["more"].is_displayed()
+    assert page.browser.find_elements(By.CSS_SELECTOR, "#matrix td") == []
+
+
+def test_the_code_in_python_and_javascript_gets_the_same_vectors(browser, service, oracle, tmp_path):
+    texts = ['it\'s "quoted" $HOME `id` \\n ${1}', "東京 👩‍👩‍👧 \\"]
+    page = Page(browser, service.url)
+    page.compare(*texts)
+    expected = oracle.encode(texts, normalize_embeddings=True)
+    page["code-python"].click()
+    script = tmp_path / "script.py"
+    script.write_text(
+        page["curl"].get_property("textContent") + "\nimport json; print(json.dumps(vectors))\n"
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, check=True, timeout=60)
+    assert np.abs(np.array(json.loads(ran.stdout)) - expected).max() < 1e-5
+    page["code-python"].send_keys(Keys.ARROW_RIGHT)
+    code = page["curl"].get_property("textContent")
+    found = page.browser.execute_async_script(
+        f"const done = arguments[0]; (async () => {{ {code}\n return embeddings; }})().then(done)"
+    )
+    assert np.abs(np.array(found) - expected).max() < 1e-5
+
+
+def test_the_vectors_can_be_saved(browser, service, oracle, tmp_path):
+    page = Page(browser, service.url)
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    texts = ["one", "two", "três"]
+    page.compare(*texts)
+    expected = oracle.encode(texts, normalize_embeddings=True)
+    for kind in ("npy", "jsonl"):
+        page[f"save-{kind}"].click()
+        wait_until((tmp_path / f"vectors.{kind}").exists, what="the file")
+    saved = np.load(tmp_path / "vectors.npy")
+    assert (saved.dtype, np.abs(saved - expected).max() < 1e-5) == (np.float32, True)
+    rows = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text("utf-8").splitlines()]
+    assert [row["text"] for row in rows] == texts
+    assert np.abs(np.array([row["embedding"] for row in rows]) - expected).max() < 1e-5
+
+
+def test_the_map_has_the_two_directions_of_the_largest_differences(browser, service, oracle):
+    page = Page(browser, service.url)
+    texts = ["a cat", "a kitten", "stock prices", "the market", "a password", "my login"]
+    page.compare(*texts)
+    points = page.browser.find_elements(By.CSS_SELECTOR, "#map g")
+    places = [re.findall(r"[\d.]+", point.get_attribute("transform")) for point in points]
+    vectors = oracle.encode(texts, normalize_embeddings=True)
+    left, size, _ = np.linalg.svd(vectors - vectors.mean(axis=0))
+    for axis, place in enumerate(np.array(places, float).T):
+        assert abs(np.corrcoef(place, left[:, axis] * size[axis])[0, 1]) > 0.999
+
+
+def search(page: Page, query: str) -> list[str]:
+    """What is found for a query, best first."""
+    page["query"].clear()
+    page["query"].send_keys(query)
+    page.wait("search-status", "The nearest")
+    wait_until(lambda: page["query"].get_property("value") == query)
+    return [item.text for item in page.browser.find_elements(By.CSS_SELECTOR, "#results .found")]
+
+
+DOCUMENTS = ["The cat sleeps on the sofa.", "Shares fell by two percent.", "I forgot my password."]
+
+
+def test_a_search_ranks_the_documents(browser, service, oracle):
+    page = Page(browser, service.url)
+    page["tab-search"].click()
+    page["documents"].click()
+    browser.execute_cdp_cmd("Input.insertText", {"text": "\n".join(DOCUMENTS)})
+    assert page.text("document-count") == "3 documents"
+    found = search(page, "a kitten")
+    scores = oracle.encode(DOCUMENTS, normalize_embeddings=True) @ oracle.encode(
+        "a kitten", normalize_embeddings=True
+    )
+    assert found == [DOCUMENTS[i] for i in np.argsort(-scores)]
+    assert page.accessibility_violations() == []
+    page.resize(360)
+    assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+FILES = {
+    "documents.txt": "\n".join(DOCUMENTS),
+    "documents.jsonl": "\n".join(json.dumps({"text": text}) for text in DOCUMENTS),
+    "documents.csv": "id,text\n" + "\n".join(f'{i},"{text}"' for i, text in enumerate(DOCUMENTS)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_documents(browser, service, tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    page = Page(browser, service.url)
+    page["tab-search"].click()
+    page["file"].send_keys(str(tmp_path / name))
+    wait_until(lambda: page["documents"].get_property("value") == "\n".join(DOCUMENTS), what="the documents")
+    page.wait("document-count", "3 documents")
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_line(browser, service, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"other": 1}\n')
+    page = Page(browser, service.url)
+    page["tab-search"].click()
+    page["file"].send_keys(str(tmp_path / "bad.jsonl"))
+    page.wait("search-error", 'Line 2 has no field "text".')
+
+
+def test_the_api_reference_begins_with_embed(service):
+    paths = requests.get(f"{service.url}/openapi.json", timeout=10).json()["paths"]
+    assert next(iter(paths)) == "/embed"
 
 
 def test_the_page_is_asked_for_again_and_its_files_are_kept(scripted):

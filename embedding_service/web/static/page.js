@@ -1,8 +1,11 @@
 // The page: the service's state above, texts on the left, how alike they are on the right.
 
+import { jsonl, npy, save } from "./files.js";
 import { element, floor, heatmap, number, pairs, similarities } from "./heatmap.js";
+import { draw, legend } from "./map.js";
+import { start as startSearch } from "./search.js";
 import { ServiceError, address, embed, health, info, key } from "./service.js";
-import { curl } from "./shell.js";
+import { curl, javascript, python } from "./shell.js";
 
 const EXAMPLE = [
   "A cat sleeps on the warm windowsill.",
@@ -14,6 +17,9 @@ const EXAMPLE = [
 ];
 
 const MOST_TEXTS = 100;
+// A map of fewer texts shows nothing.
+const LEAST_ON_MAP = 3;
+const CODE = { curl, python, javascript };
 const MOST_PAIRS = 5;
 const POLL_MS = { healthy: 5000, otherwise: 1000 };
 
@@ -69,6 +75,8 @@ async function showModel() {
     $("backend").textContent = `${model.backend}, ${model.model_dtype}`;
     $("version").textContent = `Version ${model.version}`;
     acceptKey();
+    // A visitor sees at once what the page is for.
+    if (!runs && $("texts").value === EXAMPLE.join("\n")) compare();
   } catch (error) {
     if (error.status === 401) askForKey();
     else knowsModel = false;
@@ -125,11 +133,16 @@ function useExample() {
   $("texts").value = EXAMPLE.join("\n");
   countTexts();
   $("texts").focus();
+  compare();
 }
+
+// Of several answers on their way only that to the last question counts.
+let runs = 0;
+let shown = null;
 
 async function compare(event) {
   event?.preventDefault();
-  if ($("compare").disabled) return;
+  const run = ++runs;
   show("error", "");
   const texts = lines();
   if (texts.length === 0) return show("error", "Type at least one text.");
@@ -137,23 +150,38 @@ async function compare(event) {
     return show("error", `This page compares up to ${MOST_TEXTS} texts, and here are ${texts.length}.`);
   }
   const body = JSON.stringify({ texts });
-  busy(true);
+  busy(true, Boolean(event));
   try {
     const began = performance.now();
     const answer = await embed(body);
+    if (run !== runs) return;
+    shown = { texts, vectors: answer.embeddings, body };
     showAnswer(texts, answer, performance.now() - began);
-    showCurl(body);
+    showCode();
   } catch (error) {
     if (!(error instanceof ServiceError)) throw error;
+    if (run !== runs) return;
+    clearAnswer();
     if (error.status === 401) askForKey();
     else show("error", error.message);
   } finally {
-    busy(false);
+    if (run === runs) busy(false);
   }
 }
 
-function busy(is) {
-  $("compare").disabled = is;
+// What is shown belongs to the texts that were compared, or there is nothing.
+function clearAnswer() {
+  $("matrix").replaceChildren();
+  $("empty").hidden = false;
+  $("legend").hidden = true;
+  $("more").hidden = true;
+  $("timing").textContent = "";
+  show("readout", "");
+  show("truncated", "");
+}
+
+function busy(is, byButton = false) {
+  $("compare").disabled = is && byButton;
   $("compare").textContent = is ? "Comparing…" : "Compare";
   $("similarity").setAttribute("aria-busy", is);
 }
@@ -178,6 +206,10 @@ function showAnswer(texts, answer, elapsed) {
     `${milliseconds(answer.processing_time_ms)} in the service, ${milliseconds(elapsed)} with the way there and back.`;
   showTruncated(texts, usage.truncated);
   showPairs(texts, pairs(matrix).slice(0, MOST_PAIRS));
+  const onMap = texts.length >= LEAST_ON_MAP;
+  $("map-card").hidden = !onMap;
+  $("map").replaceChildren(...(onMap ? [draw(texts, answer.embeddings, $("map").clientWidth)] : []));
+  $("map-list").replaceChildren(...(onMap ? legend(texts) : []));
 }
 
 const milliseconds = (value) => (value < 10 ? `${value.toFixed(1)} ms` : `${Math.round(value)} ms`);
@@ -210,10 +242,37 @@ function numbered(index, texts) {
   return line;
 }
 
-function showCurl(body) {
+function showCode() {
   const withKey = key.get() !== "";
-  $("curl").textContent = curl(address("embed"), body, withKey);
+  const language = document.querySelector("[id^=code-][aria-selected=true]").id.replace("code-", "");
+  $("curl").textContent = CODE[language](address("embed"), shown.body, withKey);
+  $("curl").setAttribute("aria-labelledby", `code-${language}`);
   $("curl-help").hidden = !withKey;
+}
+
+// Tabs
+
+function connectTabs(list, onSelect) {
+  const tabs = [...list.querySelectorAll("[role=tab]")];
+  const select = (chosen) => {
+    for (const tab of tabs) {
+      tab.setAttribute("aria-selected", tab === chosen);
+      tab.tabIndex = tab === chosen ? 0 : -1;
+    }
+    onSelect(chosen);
+  };
+  list.addEventListener("click", ({ target }) => tabs.includes(target) && select(target));
+  list.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    const next = tabs[(tabs.indexOf(event.target) + step + tabs.length) % tabs.length];
+    next.focus();
+    select(next);
+  });
+}
+
+function showPanel(tab) {
+  for (const name of ["compare", "search"]) $(`panel-${name}`).hidden = tab.id !== `tab-${name}`;
 }
 
 async function copyCurl() {
@@ -238,6 +297,12 @@ $("example").addEventListener("click", useExample);
 $("key-form").addEventListener("submit", useKey);
 $("forget").addEventListener("click", forgetKey);
 $("copy").addEventListener("click", copyCurl);
+$("save-npy").addEventListener("click", () => save(npy(shown.vectors), "vectors.npy"));
+$("save-jsonl").addEventListener("click", () => save(jsonl(shown.texts, shown.vectors), "vectors.jsonl"));
+const [panels, languages] = document.querySelectorAll("[role=tablist]");
+connectTabs(panels, showPanel);
+connectTabs(languages, showCode);
+startSearch(askForKey);
 if (navigator.platform.startsWith("Mac")) $("modifier").textContent = "⌘";
 // After a reload browsers put back what was typed.
 if (!$("texts").value) $("texts").value = EXAMPLE.join("\n");

@@ -1,0 +1,78 @@
+// The texts as points in two dimensions: the two directions in which their vectors differ most (PCA).
+
+import { element } from "./heatmap.js";
+
+const HEIGHT = 360;
+const MARGIN = 20;
+const ROUNDS = 100;
+
+/** Two coordinates for each of `vectors`, by power iteration on the centred Gram matrix. */
+export function project(vectors) {
+  const count = vectors.length;
+  const mean = vectors[0].map((_, k) => vectors.reduce((sum, vector) => sum + vector[k], 0) / count);
+  const centred = vectors.map((vector) => vector.map((value, k) => value - mean[k]));
+  const gram = centred.map((a) => centred.map((b) => dot(a, b)));
+  const first = leading(gram);
+  const second = leading(deflated(gram, first));
+  return vectors.map((_, i) => [first, second].map(({ vector, value }) => vector[i] * Math.sqrt(Math.max(0, value))));
+}
+
+const dot = (a, b) => a.reduce((sum, value, k) => sum + value * b[k], 0);
+
+function leading(matrix) {
+  // Not a constant vector, which centring has taken out of the matrix.
+  let vector = matrix.map((_, i) => Math.sin(1 + 3 * i));
+  let value = 0;
+  for (let round = 0; round < ROUNDS; round++) {
+    const next = matrix.map((row) => dot(row, vector));
+    value = Math.sqrt(dot(next, next));
+    if (value < 1e-12) return { vector: matrix.map(() => 0), value: 0 };
+    vector = next.map((one) => one / value);
+  }
+  return { vector, value };
+}
+
+const deflated = (matrix, { vector, value }) =>
+  matrix.map((row, i) => row.map((one, j) => one - value * vector[i] * vector[j]));
+
+/** A drawing of the texts, `width` pixels wide; the number of each is its number in the list. */
+export function draw(texts, vectors, width) {
+  const points = project(vectors);
+  const [x, y] = [width, HEIGHT].map((length, axis) => scale(points.map((point) => point[axis]), length));
+  const svg = shape("svg", {
+    viewBox: `0 0 ${width} ${HEIGHT}`,
+    role: "img",
+    "aria-label": `A map of ${texts.length} texts: the closer two points, the more alike the texts`,
+  });
+  points.forEach((point, i) => {
+    const group = shape("g", { transform: `translate(${x(point[0])} ${y(point[1])})` });
+    const title = shape("title", {});
+    title.textContent = texts[i];
+    const label = shape("text", { dy: "0.35em" });
+    label.textContent = i + 1;
+    group.append(title, shape("circle", { r: 11 }), label);
+    svg.append(group);
+  });
+  return svg;
+}
+
+function scale(values, length) {
+  const low = Math.min(...values);
+  const span = Math.max(...values) - low || 1;
+  return (value) => (MARGIN + ((value - low) / span) * (length - 2 * MARGIN)).toFixed(1);
+}
+
+function shape(name, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);
+  return made;
+}
+
+/** The list that the numbers on the map refer to. */
+export function legend(texts) {
+  return texts.map((text, i) => {
+    const item = element("li", { title: text });
+    item.append(element("b", {}, i + 1), text);
+    return item;
+  });
+}

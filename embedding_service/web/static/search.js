@@ -1,0 +1,140 @@
+// The tab "Search": documents are embedded as they come, and ranked while a query is typed.
+
+import { element, number } from "./heatmap.js";
+import { textsOf } from "./files.js";
+import { ServiceError, embed } from "./service.js";
+
+const MOST_DOCUMENTS = 5000;
+const BATCH = 128;
+const SHOWN = 20;
+// How long after the last key a query, and a change of the documents, is sent.
+const QUERY_MS = 150;
+const DOCUMENTS_MS = 400;
+
+const $ = (id) => document.getElementById(id);
+const documents = () => $("documents").value.split("\n").filter((line) => line.trim() !== "");
+
+// The vector of each document that has been embedded, by its text.
+const known = new Map();
+let onUnauthorized = () => {};
+// Of several answers on their way only that to the last question counts.
+let asked = 0;
+let embedding = 0;
+
+const show = (id, text) => {
+  $(id).textContent = text;
+  $(id).hidden = !text;
+};
+
+/** Connect the tab; `unauthorized` asks for a key. */
+export function start(unauthorized) {
+  onUnauthorized = unauthorized;
+  $("documents").addEventListener("input", count);
+  $("documents").addEventListener("input", later(embedDocuments, DOCUMENTS_MS));
+  $("query").addEventListener("input", later(search, QUERY_MS));
+  $("search-form").addEventListener("submit", (event) => event.preventDefault());
+  $("file").addEventListener("change", () => open($("file").files[0]));
+  $("documents").addEventListener("dragover", (event) => event.preventDefault());
+  $("documents").addEventListener("drop", (event) => {
+    const [file] = event.dataTransfer.files;
+    if (file) event.preventDefault();
+    if (file) open(file);
+  });
+  count();
+}
+
+function later(act, milliseconds) {
+  let timer;
+  return () => {
+    clearTimeout(timer);
+    timer = setTimeout(act, milliseconds);
+  };
+}
+
+async function open(file) {
+  if (!file) return;
+  try {
+    const texts = textsOf(file.name, await file.text());
+    $("documents").value = texts.map((text) => text.replace(/\s+/g, " ")).join("\n");
+    await embedDocuments();
+  } catch (error) {
+    fail(error.message);
+  }
+}
+
+function count() {
+  const all = documents().length;
+  $("document-count").textContent = all === 1 ? "1 document" : `${all.toLocaleString("en")} documents`;
+}
+
+async function embedDocuments() {
+  const mine = ++embedding;
+  count();
+  const all = documents();
+  if (all.length > MOST_DOCUMENTS) {
+    return fail(`This page searches up to ${MOST_DOCUMENTS.toLocaleString("en")} documents, and here are ${all.length.toLocaleString("en")}.`);
+  }
+  show("search-error", "");
+  const missing = [...new Set(all)].filter((text) => !known.has(text));
+  for (let first = 0; first < missing.length; first += BATCH) {
+    const texts = missing.slice(first, first + BATCH);
+    const vectors = await vectorsOf(texts, "document");
+    if (mine !== embedding || !vectors) return;
+    texts.forEach((text, i) => known.set(text, vectors[i]));
+    $("search-status").textContent = `${first + texts.length} of ${missing.length} documents embedded`;
+  }
+  await search();
+}
+
+async function search() {
+  const mine = ++asked;
+  const query = $("query").value.trim();
+  if (!query || !documents().length) return clear();
+  const began = performance.now();
+  const vectors = await vectorsOf([query], "query");
+  if (mine !== asked || !vectors) return;
+  const ranked = documents()
+    .filter((text) => known.has(text))
+    .map((text) => ({ text, score: similarity(vectors[0], known.get(text)) }))
+    .sort((a, b) => b.score - a.score);
+  // The documents are still on their way; they are searched when they have come.
+  if (!ranked.length) return;
+  show("search-error", "");
+  $("search-empty").hidden = true;
+  $("results").replaceChildren(...ranked.slice(0, SHOWN).map(result));
+  $("search-status").textContent =
+    `The nearest ${Math.min(SHOWN, ranked.length)} of ${ranked.length.toLocaleString("en")}, in ${Math.round(performance.now() - began)} ms.`;
+}
+
+const similarity = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
+
+async function vectorsOf(texts, kind) {
+  try {
+    const answer = await embed(JSON.stringify({ texts, input_type: kind }));
+    return answer.embeddings;
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error;
+    if (error.status === 401) onUnauthorized();
+    fail(error.message);
+    return null;
+  }
+}
+
+function result({ text, score }) {
+  const item = element("li");
+  const meter = element("span", { class: "meter" });
+  meter.style.setProperty("--shade", `${(100 * Math.max(0, score)).toFixed(1)}%`);
+  item.append(element("output", {}, number(score, 2)), element("p", { class: "found" }, text), meter);
+  return item;
+}
+
+function fail(message) {
+  clear();
+  show("search-error", message);
+}
+
+function clear() {
+  $("results").replaceChildren();
+  $("search-empty").hidden = false;
+  $("search-status").textContent = "";
+}
