@@ -3,8 +3,11 @@
 import contextlib
 import json
 import socket
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import requests
 
@@ -230,3 +233,33 @@ def test_an_answer_says_so_where_the_connection_ends_after_it(service):
                 answered = session.post(f"{service.url}/embed", data=BODY, timeout=10)
                 assert answered.status_code == 200
                 assert answered.headers["Connection"] == "keep-alive"
+
+
+def test_a_request_that_is_never_finished_gets_a_408(service):
+    answer = exchange(service.port, HOST, 20)
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+    body = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert (body["error"], body["error_type"]) == ("the request did not arrive in time", "timeout")
+
+
+def test_a_web_worker_without_descriptors_waits_and_serves_again(start):
+    service = start().wait_ready()
+    [worker] = service.web_workers()
+    limit = worker.num_fds() + 5
+    worker.rlimit(psutil.RLIMIT_NOFILE, (limit, limit))
+    held = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(30)]
+    wait_until(lambda: "No connection can be accepted: Too many open files" in service.log())
+    for sock in held:
+        sock.close()
+    assert service.post("/embed", {"texts": "hello"}).status_code == 200
+    assert worker.is_running()
+
+
+def test_a_worker_that_has_had_its_requests_is_replaced_and_none_is_lost(start):
+    command = [sys.executable, "-m", "gunicorn", "--max-requests", "40", "-b", "127.0.0.1:{port}", "app:app"]
+    service = start(command).wait_ready()
+    [first] = service.web_workers()
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda n: service.post("/embed", {"texts": f"text {n}"}), range(150)))
+    assert {answer.status_code for answer in answers} == {200}
+    wait_until(lambda: not first.is_running(), what="the end of the first worker")
