@@ -89,6 +89,23 @@ class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
     maximum: list[float]
 
 
+class TokensRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts for a vector of each token; the fields as in EmbedRequest. Over-long texts are cut."""
+
+    texts: list[str]
+    deadline: float
+    prompt_name: str | None = None
+    input_type: Literal["query", "document"] | None = None
+    prompt: str | None = None
+
+
+class TokenVectors(msgspec.Struct, frozen=True, kw_only=True):
+    """The vectors of all tokens, float32 of shape (tokens, dimension), and how many are of each text."""
+
+    vectors: Vectors
+    counts: list[int]
+
+
 class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Texts to cut into pieces that the model can read whole, each with the prompt in front of it.
 
@@ -149,6 +166,9 @@ class Engine(Protocol):
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         """The tokens of the texts, untruncated; raises a ServiceError, by the request's deadline."""
+
+    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
+        """A vector for each token; raises a ServiceError, by the request's deadline."""
 
     def split(self, request: SplitRequest) -> list[list[Chunk]]:
         """The pieces of each text; raises a ServiceError, by the request's deadline."""

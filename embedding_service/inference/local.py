@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from embedding_service import logs, metrics
 from embedding_service.engine import (
     GRACE_SECONDS,
@@ -17,6 +19,9 @@ from embedding_service.engine import (
     Status,
     TokenizedText,
     TokenizeRequest,
+    TokensRequest,
+    TokenVectors,
+    Vectors,
 )
 from embedding_service.errors import (
     DeadlineExceeded,
@@ -118,8 +123,17 @@ class LocalEngine:
 
         return self._in_pieces(request, split)
 
+    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
+        def embed(runtime: Runtime, texts: list[str]) -> list[Vectors]:
+            return runtime.embed_tokens(texts, request)
+
+        found = self._in_pieces(request, embed)
+        return TokenVectors(vectors=np.concatenate(found), counts=[len(one) for one in found])
+
     def _in_pieces(
-        self, request: TokenizeRequest | SplitRequest, step: Callable[[Runtime, list[str]], list[Tokenized]]
+        self,
+        request: TokenizeRequest | SplitRequest | TokensRequest,
+        step: Callable[[Runtime, list[str]], list[Tokenized]],
     ) -> list[Tokenized]:
         """Tokenise some of the texts at a time, so that the deadline is kept."""
         if self._runtime is None:

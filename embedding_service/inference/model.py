@@ -1,15 +1,25 @@
 """A loaded model: prompts, preparing of texts, lanes, and vectors computed again exactly."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from sentence_transformers import SentenceTransformer
 
-from embedding_service.engine import Chunk, EmbedRequest, ModelInfo, SplitRequest, TokenizedText, Vectors
+from embedding_service.engine import (
+    Chunk,
+    EmbedRequest,
+    ModelInfo,
+    SplitRequest,
+    TokenizedText,
+    TokensRequest,
+    Vectors,
+)
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.budget import BatchBudget
-from embedding_service.inference.preprocessing import Preprocessor
+from embedding_service.inference.preprocessing import Preprocessor, check_unicode
 from embedding_service.inference.runtime import Lane, Prepared, Side, Slice
 from embedding_service.inference.splitting import Splitter
 from embedding_service.inference.token_list import TokenLister
@@ -32,7 +42,7 @@ class Model:
     uses_accelerator: bool
     info: ModelInfo
 
-    def prompt(self, request: EmbedRequest | SplitRequest) -> str | None:
+    def prompt(self, request: EmbedRequest | SplitRequest | TokensRequest) -> str | None:
         """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it."""
         prompts, prompt_name = self.info.prompts, request.prompt_name
         if request.prompt is not None:
@@ -70,10 +80,25 @@ class Model:
     def split(self, texts: Sequence[str], request: SplitRequest) -> list[list[Chunk]]:
         return self._splitter.split(texts, self.prompt(request), request.overlap)
 
+    def embed_tokens(self, texts: Sequence[str], request: TokensRequest) -> list[Vectors]:
+        check_unicode(texts)
+        with self._tokens_lock:
+            found = self.sentence_transformer.encode(
+                list(texts), prompt=self.prompt(request), output_value="token_embeddings"
+            )
+        if not all(isinstance(one, torch.Tensor) and one.ndim == 2 for one in found):
+            raise InvalidRequest("this model has no vectors of tokens")
+        return [one.float().cpu().numpy() for one in found]
+
     def forward_exact(self, one: Slice) -> Vectors:
         return self._exact.forward([one])
 
     # Made when first needed, which for most services is never.
+
+    @cached_property
+    def _tokens_lock(self) -> threading.Lock:
+        # One at a time: it runs beside the lanes, in torch, whatever the backend.
+        return threading.Lock()
 
     @cached_property
     def _lister(self) -> TokenLister:

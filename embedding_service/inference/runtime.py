@@ -7,7 +7,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.engine import Chunk, EmbedRequest, ModelInfo, SplitRequest, TokenizedText, Vectors
+from embedding_service.engine import (
+    Chunk,
+    EmbedRequest,
+    ModelInfo,
+    SplitRequest,
+    TokenizedText,
+    TokensRequest,
+    Vectors,
+)
 from embedding_service.inference.budget import BatchBudget
 
 IntArray = npt.NDArray[np.int32]
@@ -89,7 +97,7 @@ class Runtime(Protocol):
     uses_accelerator: bool
     info: ModelInfo
 
-    def prompt(self, request: EmbedRequest | SplitRequest) -> str | None:
+    def prompt(self, request: EmbedRequest | SplitRequest | TokensRequest) -> str | None:
         """The text to put in front of each text; raises InvalidRequest for a name the model lacks."""
 
     def prepare(
@@ -111,6 +119,9 @@ class Runtime(Protocol):
 
     def split(self, texts: Sequence[str], request: SplitRequest) -> list[list[Chunk]]:
         """The pieces of some of the request's texts that the model can read whole; raises InvalidRequest."""
+
+    def embed_tokens(self, texts: Sequence[str], request: TokensRequest) -> list[Vectors]:
+        """The vectors of each text's tokens, of shape (tokens, dimension); raises InvalidRequest."""
 
     def forward_exact(self, one: Slice) -> Vectors:
         """The vector of one text, of shape (1, dimension), computed in float32 throughout."""

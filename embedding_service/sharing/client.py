@@ -19,6 +19,8 @@ from embedding_service.engine import (
     Status,
     TokenizedText,
     TokenizeRequest,
+    TokensRequest,
+    TokenVectors,
 )
 from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
 from embedding_service.sharing import wire
@@ -32,7 +34,7 @@ RETRY_AFTER_SECONDS = 1.0
 # How often overdue requests are looked for.
 EXPIRY_SECONDS = 0.1
 
-Outcome = Embeddings | list[TokenizedText] | list[list[Chunk]] | ServiceError
+Outcome = Embeddings | list[TokenizedText] | list[list[Chunk]] | TokenVectors | ServiceError
 
 
 class Waiter:
@@ -69,7 +71,7 @@ class ModelConnection:
         self._on_refused = on_refused
         self._channel: wire.Channel | None = None
         self._waiters: dict[int, Waiter] = {}
-        self._unsent: dict[int, wire.Call | wire.Tokenize | wire.Split] = {}
+        self._unsent: dict[int, wire.Call | wire.Tokenize | wire.Split | wire.CallTokens] = {}
         # Released if there are calls to send; `_is_sending` says that the sender will look again.
         self._calls = threading.Lock()
         self._calls.acquire()
@@ -102,6 +104,12 @@ class ModelConnection:
         """Send the request and wait for its outcome."""
         outcome: Any = self._ask(wire.Split, request)
         assert isinstance(outcome, list)
+        return outcome
+
+    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
+        """Send the request and wait for its outcome."""
+        outcome = self._ask(wire.CallTokens, request)
+        assert isinstance(outcome, TokenVectors)
         return outcome
 
     def _ask(self, kind: Any, request: Any) -> Any:
@@ -200,6 +208,8 @@ class ModelConnection:
                     self._finish(number, result)
             case wire.Tokenized() | wire.Chunks():
                 self._finish(message.number, message.texts)
+            case wire.TokenReply():
+                self._finish(message.number, message.result(payload))
             case wire.Failure():
                 self._finish(message.number, message.error())
             case wire.StatusNotice():
@@ -250,6 +260,9 @@ class RemoteEngine:
 
     def split(self, request: SplitRequest) -> list[list[Chunk]]:
         return self._least_loaded().split(request)
+
+    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
+        return self._least_loaded().embed_tokens(request)
 
     def _least_loaded(self) -> ModelConnection:
         ready = [connection for connection in self._alive() if connection.status.state == "healthy"]

@@ -79,7 +79,7 @@ class Connection:
                 if calls:
                     engine.submit_all(calls, self._answer)
                 for message in messages:
-                    if isinstance(message, wire.Tokenize | wire.Split):
+                    if isinstance(message, wire.Tokenize | wire.Split | wire.CallTokens):
                         self._server.tokenizing.submit(self._tokenize, message)
         except wire.Closed:
             pass
@@ -111,11 +111,15 @@ class Connection:
             self._outbox.append((wire.Replies(answers), vectors))
         self._flush()
 
-    def _tokenize(self, message: wire.Tokenize | wire.Split) -> None:
+    def _tokenize(self, message: wire.Tokenize | wire.Split | wire.CallTokens) -> None:
         engine, number = self._server.engine, message.number
         try:
             if isinstance(message, wire.Split):
                 self.send(wire.Chunks(number, engine.split(message.request)))
+            elif isinstance(message, wire.CallTokens):
+                found = engine.embed_tokens(message.request)
+                reply = wire.TokenReply(number, found.counts, found.vectors.shape[1])
+                self.send((reply, [found.vectors]))
             else:
                 self.send(wire.Tokenized(number, engine.tokenize(message.request)))
         except ServiceError as error:

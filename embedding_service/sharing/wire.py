@@ -23,6 +23,8 @@ from embedding_service.engine import (
     Timings,
     TokenizedText,
     TokenizeRequest,
+    TokensRequest,
+    TokenVectors,
 )
 from embedding_service.errors import BY_NAME, ServiceError
 
@@ -110,6 +112,26 @@ class Chunks(msgspec.Struct, frozen=True, tag=True, array_like=True):
     texts: list[list[Chunk]]
 
 
+class CallTokens(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Web to model: embed the tokens of this."""
+
+    number: int
+    request: TokensRequest
+
+
+class TokenReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Model to web: how many vectors follow for each text, and of what dimension."""
+
+    number: int
+    counts: list[int]
+    dimension: int
+
+    def result(self, payload: Any) -> TokenVectors:
+        """The answer; the vectors are a view of the payload."""
+        vectors = np.frombuffer(payload, np.float32).reshape(-1, self.dimension)
+        return TokenVectors(vectors=vectors, counts=self.counts)
+
+
 class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Model to web: a ServiceError, by the name of its class."""
 
@@ -142,7 +164,9 @@ class StatusNotice(msgspec.Struct, frozen=True, tag=True, array_like=True):
     status: Status
 
 
-Message = Call | Replies | Tokenize | Tokenized | Split | Chunks | Failure | StatusNotice
+Message = (
+    Call | Replies | Tokenize | Tokenized | Split | Chunks | CallTokens | TokenReply | Failure | StatusNotice
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -152,8 +176,8 @@ class Closed(ConnectionError):
     """The other side has closed the connection."""
 
 
-# A message, or Replies with the vectors of its answers.
-Sendable = Message | tuple[Replies, Sequence[Any]]
+# A message, or one with the vectors that follow it.
+Sendable = Message | tuple[Replies | TokenReply, Sequence[Any]]
 
 
 def _framed(messages: Sequence[Sendable]) -> list[memoryview]:

@@ -17,6 +17,8 @@ from embedding_service.engine import (
     Status,
     TokenizedText,
     TokenizeRequest,
+    TokensRequest,
+    TokenVectors,
 )
 from embedding_service.errors import Overloaded, Unavailable
 from embedding_service.web.settings import WebSettings
@@ -66,6 +68,14 @@ class Context:
         began = self._enter()
         try:
             return self.engine.split(request)
+        finally:
+            self._leave(began)
+
+    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
+        """Engine.embed_tokens, with the same limit as `embed`."""
+        began = self._enter()
+        try:
+            return self.engine.embed_tokens(request)
         finally:
             self._leave(began)
 

@@ -51,6 +51,24 @@ _NUMBERS = {"type": "array", "items": {"type": "number"}}
 Vector = Annotated[Any, Meta(description="float32", extra_json_schema=_NUMBERS)]
 Matrix = Annotated[Any, Meta(description="float32", extra_json_schema={"type": "array", "items": _NUMBERS})]
 EncodedVector = Annotated[Any, Meta(extra_json_schema={"anyOf": [_NUMBERS, {"type": "string"}]})]
+# As EncodedVectors; null is a bad text's, and a list of vectors is of a text's tokens.
+EncodedTexts = Annotated[
+    Any,
+    Meta(
+        extra_json_schema={
+            "type": "array",
+            "items": {
+                "anyOf": [
+                    _NUMBERS,
+                    {"type": "string"},
+                    {"type": "null"},
+                    {"type": "array", "items": _NUMBERS},
+                ]
+            },
+            "description": "One vector per text, in the order of the texts.",
+        }
+    ),
+]
 EncodedVectors = Annotated[
     Any,
     Meta(

@@ -7,16 +7,16 @@ import numpy as np
 from flask import Response
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from embedding_service.engine import Embeddings, EmbedRequest
+from embedding_service.engine import Embeddings, EmbedRequest, TokensRequest
 from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.overflow import embed_chunks
-from embedding_service.web.body import BodyDecoder, read
+from embedding_service.web.body import BodyDecoder, answer, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     NPY,
     ChunkOverlap,
     Dimensions,
-    EncodedVectors,
+    EncodedTexts,
     EncodingFormat,
     InputType,
     PrecisionField,
@@ -39,6 +39,7 @@ from embedding_service.web.partial import embed_good_ones
 from embedding_service.web.protocol import Failure, Protocol, set_protocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
+from embedding_service.web.token_vectors import ask_tokens
 
 
 class ErrorAnswer(TypedDict):
@@ -103,6 +104,13 @@ class EmbedBody(msgspec.Struct, frozen=True):
         ]
         | None
     ) = "fail"
+    output: (
+        Annotated[
+            Literal["sentence", "tokens"],
+            Meta(description="tokens answers a list of vectors for each text, one for each of its tokens."),
+        ]
+        | None
+    ) = "sentence"
     priority: Priority | None = "normal"
     encoding_format: EncodingFormat | None = "float"
     precision: PrecisionField | None = "float32"
@@ -112,7 +120,9 @@ class Usage(TypedDict):
     """What the model read."""
 
     tokens: Annotated[int, Meta(description="Tokens read, special ones and prompts included.")]
-    truncated: Annotated[list[int], Meta(description="Indices of the texts that were cut.")]
+    truncated: NotRequired[
+        Annotated[list[int], Meta(description="Indices of the texts that were cut; not with output: tokens.")]
+    ]
     chunks: NotRequired[Annotated[int, Meta(description="Pieces embedded, with overflow: mean or chunks.")]]
 
 
@@ -135,7 +145,7 @@ class TextError(TypedDict):
 class EmbedAnswer(TypedDict):
     """The embeddings, in the order of the texts."""
 
-    embeddings: EncodedVectors
+    embeddings: EncodedTexts
     dimension: Annotated[int, Meta(description="Dimensions of a vector, before binary packs them.")]
     model: str
     count: int
@@ -182,6 +192,8 @@ def embed() -> Response:
         dimensions=body.dimensions,
         priority=body.priority or "normal",
     )
+    if body.output == "tokens":
+        return _tokens(body, wanted)
     if body.overflow == "chunks":
         return _in_chunks(body, wanted)
     overflow = overflow_of(body.overflow, body.truncate)
@@ -193,6 +205,35 @@ def embed() -> Response:
         )
         return _answer(body, result, errors=errors)
     return _answer(body, ask(wanted, overflow=overflow, overlap=body.chunk_overlap))
+
+
+def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
+    for name in ("dimensions", "overflow", "precision", "encoding_format", "on_error"):
+        value = getattr(body, name)
+        if value not in (None, "truncate", "float", "float32", "fail"):
+            raise InvalidRequest("cannot be used with output: tokens", field=name)
+    if body.truncate is False:
+        raise InvalidRequest("cannot be used with output: tokens", field="truncate")
+    if wants_npy():
+        raise InvalidRequest("tokens needs a JSON answer", field="output")
+    vectors = ask_tokens(
+        TokensRequest(
+            texts=wanted.texts,
+            deadline=wanted.deadline,
+            prompt_name=wanted.prompt_name,
+            input_type=wanted.input_type,
+            prompt=wanted.prompt,
+        )
+    )
+    answer_body: EmbedAnswer = {
+        "embeddings": vectors,
+        "dimension": vectors[0].shape[1],
+        "model": model_name(),
+        "count": len(vectors),
+        "processing_time_ms": round(current().seconds * 1e3, 2),
+        "usage": {"tokens": sum(len(own) for own in vectors)},
+    }
+    return answer(answer_body)
 
 
 def _in_chunks(body: EmbedBody, wanted: EmbedRequest) -> Response:
@@ -244,7 +285,7 @@ def _answer(
     usage: Usage = {"tokens": result.tokens, "truncated": result.truncated}
     if result.chunks is not None:
         usage["chunks"] = result.chunks
-    answer: EmbedAnswer = {
+    found: EmbedAnswer = {
         "embeddings": embeddings,
         "dimension": dimension,
         "model": model_name(),
@@ -253,11 +294,11 @@ def _answer(
         "usage": usage,
     }
     if chunks is not None:
-        answer["chunks"] = chunks
+        found["chunks"] = chunks
     if errors is not None:
-        answer["embeddings"] = [None if index in errors else one for index, one in enumerate(embeddings)]
-        answer["errors"] = [
+        found["embeddings"] = [None if index in errors else one for index, one in enumerate(embeddings)]
+        found["errors"] = [
             {"index": index, "error_type": error.error_type, "reason": error.reason}
             for index, error in sorted(errors.items())
         ]
-    return answer_embeddings(answer, result)
+    return answer_embeddings(found, result)

@@ -6,7 +6,7 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, EmbedRequest, TokenizedText, TokenizeRequest
+from embedding_service.engine import Embeddings, EmbedRequest, TokenizedText, TokenizeRequest, TokensRequest
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, answer, parse, read
 from embedding_service.web.context import context
@@ -27,6 +27,7 @@ from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.request import current
+from embedding_service.web.token_vectors import ask_tokens
 
 # A token becomes some sixty bytes of JSON, so /tokenize takes fewer characters than /embed.
 MAX_TOKENIZE_CHARACTERS = 1_000_000
@@ -91,6 +92,15 @@ class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
     parameters: TEIParameters | None = None
 
 
+class TEIEmbedAllBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts whose tokens are to be embedded."""
+
+    inputs: Texts
+    truncate: Annotated[Literal[True], Meta(description="Over-long texts are cut.")] | None = None
+    prompt_name: PromptName | None = None
+    prompt: Prompt | None = None
+
+
 class TokenizeBody(msgspec.Struct, frozen=True):
     """Texts whose tokens are asked for."""
 
@@ -137,6 +147,7 @@ class SimilarityBody(msgspec.Struct, frozen=True):
 
 
 embed_decoder = BodyDecoder(TEIEmbedBody)
+embed_all_decoder = BodyDecoder(TEIEmbedAllBody)
 _comparison_decoder = msgspec.json.Decoder(Comparison)
 _tokenize_decoder = BodyDecoder(TokenizeBody)
 _similarity_decoder = BodyDecoder(SimilarityBody)
@@ -203,6 +214,20 @@ def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
         overflow=overflow_of(given.overflow, given.truncate),
         overlap=given.chunk_overlap,
     )
+
+
+@protocol.post("/embed_all")
+@operation({200: Any}, body=embed_all_decoder, embeds=False)
+def embed_all() -> Response:
+    """Embed each token of one text or many: a list of vectors for each text, special tokens included."""
+    body = parse(embed_all_decoder)
+    request = TokensRequest(
+        texts=listed(body.inputs),
+        deadline=current().deadline,
+        prompt_name=body.prompt_name,
+        prompt=body.prompt,
+    )
+    return answer(ask_tokens(request))
 
 
 @protocol.post("/tokenize")

@@ -1,0 +1,67 @@
+"""Vectors of tokens, against `SentenceTransformer.encode(output_value="token_embeddings")`."""
+
+import numpy as np
+import pytest
+import requests
+
+TEXTS = ["How do I reset my password?", "a", "", "東京 👩‍👩‍👧", "long " * 400]
+
+
+def ask(service, path, **fields):
+    return requests.post(f"{service.url}/{path}", json=fields, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "vectors"),
+    [
+        ("embed_all", {"inputs": TEXTS}, lambda body: body),
+        ("embed", {"texts": TEXTS, "output": "tokens"}, lambda body: body["embeddings"]),
+    ],
+    ids=["TEI", "native"],
+)
+def test_each_token_has_the_vector_that_the_library_gives(service, oracle, path, fields, vectors):
+    found = vectors(ask(service, path, **fields).json())
+    expected = oracle.encode(TEXTS, output_value="token_embeddings")
+    assert [len(own) for own in found] == [len(own) for own in expected]
+    for mine, own in zip(found, expected, strict=True):
+        assert np.abs(np.array(mine) - own.numpy()).max() < 1e-4
+
+
+def test_a_prompt_is_in_front(service, oracle):
+    found = ask(service, "embed_all", inputs=["text"], prompt="query: ").json()
+    [expected] = oracle.encode(["text"], prompt="query: ", output_value="token_embeddings")
+    assert np.abs(np.array(found[0]) - expected.numpy()).max() < 1e-4
+
+
+def test_the_answer_tells_what_was_read(service):
+    body = ask(service, "embed", texts=["one", "two words"], output="tokens").json()
+    assert (body["count"], body["dimension"]) == (2, 384)
+    assert body["usage"] == {"tokens": 3 + 4}
+
+
+def test_too_many_numbers_are_refused_before_they_are_computed(service):
+    response = ask(service, "embed", texts=["word " * 400] * 100, output="tokens")
+    assert (response.status_code, response.json()["field"]) == (413, "texts")
+    assert "at most 4000000 numbers are allowed, so send fewer texts" in response.json()["reason"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"dimensions": 64}, "dimensions"),
+        ({"overflow": "mean"}, "overflow"),
+        ({"precision": "int8"}, "precision"),
+        ({"encoding_format": "base64"}, "encoding_format"),
+        ({"on_error": "null"}, "on_error"),
+        ({"truncate": False}, "truncate"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_tokens_is_refused(service, fields, field):
+    response = ask(service, "embed", texts="a", output="tokens", **fields)
+    assert (response.status_code, response.json()["field"]) == (400, field)
+
+
+def test_the_errors_of_tei(service):
+    assert ask(service, "embed_all", inputs=[]).status_code == 422
+    assert ask(service, "embed_all", inputs="a", prompt_name="nope").status_code == 422
