@@ -32,8 +32,8 @@ LABEL org.opencontainers.image.title="embedding-service" \
 RUN groupadd --gid 10001 service \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin service \
     && install -d -o 10001 -g 10001 /models \
-    # SageMaker runs `docker run IMAGE serve`.
-    && printf '#!/bin/sh\nexec python /app/app.py\n' > /usr/local/bin/serve \
+    # SageMaker runs `docker run IMAGE serve`, and asks at port 8080.
+    && printf '#!/bin/sh\nexport PORT="${PORT:-8080}"\nexec python /app/app.py\n' > /usr/local/bin/serve \
     && chmod 755 /usr/local/bin/serve
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=builder /app /app
@@ -46,5 +46,5 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 10001:10001
 EXPOSE 8001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('PORT') or 8001}/health\", timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('PORT') or os.environ.get('AIP_HTTP_PORT') or 8001}/health\", timeout=4)"]
 CMD ["python", "app.py"]

@@ -30,5 +30,7 @@ def build() -> Flask:
             logging.getLogger("embedding_service").warning(OPEN_WARNING, settings.host)
         model = msgspec.convert(settings, ModelSettings, from_attributes=True)
         preflight.check_model(model)
+        preflight.check_traces(config.sends_traces())
         engine = LocalEngine(model)
-    return create_app(engine, msgspec.convert(settings, WebSettings, from_attributes=True))
+    web = msgspec.convert(settings, WebSettings, from_attributes=True)
+    return create_app(engine, msgspec.structs.replace(web, traces=config.sends_traces()))

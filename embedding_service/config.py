@@ -291,6 +291,14 @@ def client_api_key() -> str | None:
     return environment().get("API_KEY", "").strip() or None
 
 
+def sends_traces() -> bool:
+    """Whether OpenTelemetry's own variables say where to send traces."""
+    found = environment()
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    is_off = found.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return not is_off and any(found.get(name, "").strip() for name in names)
+
+
 def descriptions() -> dict[str, str]:
     """Each setting with its sentence and default."""
     described: dict[str, str] = {}
@@ -330,8 +338,8 @@ NAMES = [field.name.upper() for field in FIELDS]
 # What settings were called before.
 OLD_NAMES = {"MAX_CONCURRENT_REQUESTS": "WEB_THREADS"}
 
-# What the platforms that start containers call a setting: Vertex AI and SageMaker.
-PLATFORM_NAMES = {"PORT": ("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT")}
+# What Vertex AI, which starts the container, calls a setting.
+PLATFORM_NAMES = {"PORT": ("AIP_HTTP_PORT",)}
 
 BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 

@@ -83,6 +83,7 @@ def on_starting(server: Any) -> None:
     try:
         KeyRing(settings.api_keys, settings.api_keys_file).check()
         preflight.check_model(model)
+        preflight.check_traces(service_config.sends_traces())
         for address in _new_addresses(server):
             preflight.check_address(*address)
         supervisor.start(processes)

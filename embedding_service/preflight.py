@@ -30,6 +30,15 @@ def check_model(settings: ModelSettings) -> None:
             )
 
 
+def check_traces(wanted: bool) -> None:
+    """Raises StartupError if traces are wanted and OpenTelemetry is not installed."""
+    if wanted and importlib.util.find_spec("opentelemetry") is None:
+        raise StartupError(
+            "OTEL_EXPORTER_OTLP_ENDPOINT is set, but OpenTelemetry is not installed: "
+            "pip install -r requirements-otel.txt"
+        )
+
+
 def _no_cuda() -> str | None:
     """Why CUDA is certainly unavailable, or None if only torch can tell."""
     build = importlib.metadata.version("torch").partition("+")[2]

@@ -13,6 +13,7 @@ from embedding_service.web import (
     monitoring,
     page,
     request_ids,
+    tracing,
 )
 from embedding_service.web.context import Context, install
 from embedding_service.web.protocols import clouds, cohere, native, ollama, openai, tei, weaviate
@@ -29,6 +30,7 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     monitoring.register(app)
     request_ids.register(app)
     access_log.register(app)
+    tracing.register(app)
     cors.register(app)
     auth.register(app)
     error_handlers.register(app)

@@ -17,6 +17,7 @@ class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str | None = None
     cors_origins: str = ""
     access_log: bool = False
+    traces: bool = False
     slow_request_seconds: float = 0.0
     api_keys: str | None = None
     api_keys_file: str | None = None

@@ -210,6 +210,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
         """
         monkey.patch_time()
         monkey.patch_thread()
+        # The queue of thread pools, which would otherwise block every greenlet.
+        monkey.patch_queue()
         monkey.patch_select()
         monkey.patch_socket(dns=False)
         if self.cfg.is_ssl:

@@ -39,7 +39,6 @@ def test_an_error_names_the_instance(service, body, error):
 
 def test_the_platforms_port_counts_if_port_is_not_set():
     assert config.load({"AIP_HTTP_PORT": "8080"}).port == 8080
-    assert config.load({"SAGEMAKER_BIND_TO_PORT": "8080"}).port == 8080
     assert config.load({"AIP_HTTP_PORT": "8080", "PORT": "9000"}).port == 9000
     with pytest.raises(config.ConfigError, match="PORT='x' is not allowed"):
         config.load({"AIP_HTTP_PORT": "x"})

@@ -12,6 +12,7 @@ from embedding_service.engine import Status
 from embedding_service.web.factory import create_app
 from embedding_service.web.openapi import document
 from embedding_service.web.settings import WebSettings
+from tests.fakes import INFO
 
 KINDS = [kind for kind in errors.BY_NAME.values() if kind is not errors.NotFound]
 
@@ -26,7 +27,14 @@ BODIES = {
     "/api/embed": {"input": "x"},
     "/api/embeddings": {"prompt": "x"},
     "/vectors": {"text": "x"},
+    "/v1/embed": {"texts": ["x"]},
+    "/v2/embed": {"texts": ["x"]},
+    "/embed_all": {"inputs": "x"},
+    "/invocations": {"inputs": "x"},
+    "/predict": {"instances": [{"inputs": "x"}]},
 }
+# They answer with the statuses of Text Embeddings Inference.
+AS_TEI = ("/", "/v1", "/tokenize", "/similarity", "/embed_all", "/invocations", "/predict")
 
 
 class FailingEngine:
@@ -40,8 +48,11 @@ class FailingEngine:
     def tokenize(self, _request):
         raise self.error
 
+    def embed_tokens(self, _request):
+        raise self.error
+
     def status(self):
-        return Status(state="healthy")
+        return Status(state="healthy", info=INFO)
 
     def must_restart(self):
         return False
@@ -74,7 +85,7 @@ def test_every_embedding_route_is_in_the_table(app):
 def test_errors_are_answered_as_documented(app, path, kind):
     app.extensions["embedding_service"].engine.error = kind("it failed", retry_after_seconds=1.2)
     answer = app.test_client().post(path, json=BODIES[path])
-    changed = {400: 422, 500: 424} if path in ("/", "/v1", "/tokenize", "/similarity") else {}
+    changed = {400: 422, 500: 424} if path in AS_TEI else {}
     assert answer.status_code == changed.get(kind.status, kind.status)
     assert "it failed" in answer.text
     assert (answer.headers["Retry-After"], answer.headers["retry-after-ms"]) == ("2", "1200")

@@ -204,6 +204,8 @@ def embeddings() -> Response:
         overflow=overflow_of(body.overflow, body.truncation, "truncation"),
         overlap=body.chunk_overlap,
     )
+    if body.output_dtype is not None and body.embedding_type is not None:
+        raise InvalidRequest("cannot be sent together with output_dtype", field="embedding_type")
     precision = PRECISIONS.get(body.output_dtype or body.embedding_type or "float")
     numbers = in_precision(result.vectors, precision, field="output_dtype")
     encoding = body.encoding_format or ("base64" if body.embedding_type == "base64" else "float")

@@ -1,0 +1,105 @@
+"""Traces over OTLP, from the real service to a collector in this process."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from embedding_service import config, preflight
+from embedding_service.errors import StartupError
+from tests.service import wait_until
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+class Collector:
+    """Keeps the spans that it receives."""
+
+    def __init__(self) -> None:
+        self.requests: list[ExportTraceServiceRequest] = []
+        requests = self.requests
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                requests.append(ExportTraceServiceRequest.FromString(body))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_arguments) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def spans(self, name: str) -> list:
+        found = [
+            span
+            for request in self.requests
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+        return [span for span in found if span.name == name]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    running = Collector()
+    yield running
+    running.close()
+
+
+def test_a_request_is_a_span_of_the_callers_trace(start, collector):
+    service = start(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100").wait_ready()
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
+    assert service.post("/embed", {"texts": ["one", "two"]}, headers=headers).status_code == 200
+    wait_until(lambda: collector.spans("POST /embed"), what="the span")
+    [span] = collector.spans("POST /embed")
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    attributes = {each.key: each.value for each in span.attributes}
+    assert attributes["http.response.status_code"].int_value == 200
+    assert attributes["embedding.request_id"].string_value == "mine"
+    assert (attributes["embedding.texts"].int_value, attributes["embedding.tokens"].int_value) == (2, 6)
+    assert attributes["embedding.inference_ms"].double_value > 0
+    assert 0 < span.end_time_unix_nano - span.start_time_unix_nano < 60e9
+    resource = collector.requests[0].resource_spans[0].resource
+    names = {each.key: each.value.string_value for each in resource.attributes}
+    assert names["service.name"] == "embedding-service"
+
+
+def test_a_collector_that_is_away_delays_nobody(start):
+    service = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9").wait_ready()
+    assert service.post("/embed", {"texts": "hello"}).status_code == 200
+
+
+def test_a_missing_package_stops_the_start(monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(StartupError, match=r"pip install -r requirements-otel\.txt"):
+        preflight.check_traces(True)
+    preflight.check_traces(False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x"}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://x"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"}, False),
+    ],
+    ids=["none", "for everything", "for traces", "turned off"],
+)
+def test_the_variables_of_opentelemetry_decide(monkeypatch, tmp_path, variables, wanted):
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert config.sends_traces() is wanted
