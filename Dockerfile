@@ -33,7 +33,7 @@ RUN groupadd --gid 10001 service \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin service \
     && install -d -o 10001 -g 10001 /models \
     # SageMaker runs `docker run IMAGE serve`, and asks at port 8080.
-    && printf '#!/bin/sh\nexport PORT="${PORT:-8080}"\nexec python /app/app.py\n' > /usr/local/bin/serve \
+    && printf '%s\n' '#!/bin/sh' "exec env PORT=\${PORT:-8080} python /app/app.py" > /usr/local/bin/serve \
     && chmod 755 /usr/local/bin/serve
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=builder /app /app
