@@ -13,7 +13,6 @@ from axe_core_python.base import AXE_SCRIPT
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support import expected_conditions
 
 from embedding_service.engine import Status
 from embedding_service.errors import Overloaded
@@ -242,12 +241,13 @@ def test_an_api_key_is_asked_for_kept_in_the_tab_and_never_shown(browser, guarde
 
 
 def test_the_api_reference_asks_for_the_key_too(browser, guarded):
-    browser.get(f"{guarded.url}/docs")
-    for typed in ("wrong", KEY):
-        wait_until(lambda: expected_conditions.alert_is_present()(browser), what="the question for a key")
-        browser.switch_to.alert.send_keys(typed)
-        browser.switch_to.alert.accept()
+    page = Page(browser, f"{guarded.url}/docs")
+    wait_until(page["key-form"].is_displayed, what="the question for a key")
+    page["key"].send_keys("wrong", Keys.ENTER)
+    page.wait("key-error", "The service does not accept this key.")
+    page["key"].send_keys(KEY, Keys.ENTER)
     wait_until(lambda: "/v1/embeddings" in browser.page_source, what="the reference")
+    assert not page["key-form"].is_displayed()
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
