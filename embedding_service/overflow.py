@@ -48,13 +48,16 @@ def embed_chunks(
     pieces = [
         text[chunk.start : chunk.stop] for text, own in zip(texts, chunks, strict=True) for chunk in own
     ]
+    owners = [index for index, own in enumerate(chunks) for _ in own]
     try:
         result = engine.embed(msgspec.structs.replace(request, texts=pieces, truncate=True))
     except ServiceError as error:
         if error.index is not None:
-            error.index = int(np.repeat(np.arange(len(texts)), [len(own) for own in chunks])[error.index])
+            error.index = owners[error.index]
         raise
-    return msgspec.structs.replace(result, truncated=[], chunks=count), chunks
+    # A piece is cut only if the model's own preprocessing makes more tokens of it than its tokenizer.
+    truncated = sorted({owners[index] for index in result.truncated})
+    return msgspec.structs.replace(result, truncated=truncated, chunks=count), chunks
 
 
 def embed_means(engine: Splits, request: EmbedRequest, overlap: int, most: int) -> Embeddings:

@@ -8,10 +8,10 @@ import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_service.engine import Chunk
+from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Timings
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.splitting import Splitter, end_of_piece, start_of_next
-from embedding_service.overflow import means
+from embedding_service.overflow import embed_chunks, means
 from tests.service import ROOT
 
 SENTENCES = (ROOT / "benchmarks" / "sentences.txt").read_text().split("\n")
@@ -95,6 +95,33 @@ def test_the_prompt_takes_its_room_in_each_piece(oracle, splitter):
     assert max(tokens_of(oracle, prompt + LONG[chunk.start : chunk.stop]) for chunk in chunks) <= 256
     with pytest.raises(InvalidRequest, match=r"chunk_overlap must be below 254, the tokens of a piece"):
         splitter.split([LONG], None, 254)
+
+
+def test_a_prompt_that_fills_the_window_is_what_the_error_is_about(splitter):
+    with pytest.raises(
+        InvalidRequest, match="the prompt leaves no room for a text in the 256 tokens"
+    ) as info:
+        splitter.split([LONG], "a long prompt " * 100, 0)
+    assert info.value.field is None
+
+
+class CuttingEngine:
+    """Cuts "a b" and "c" into their letters, and cannot read a "b" whole."""
+
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        return [[Chunk(i, i + 1, 1) for i in range(0, len(text), 2)] for text in request.texts]
+
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        cut = [index for index, text in enumerate(request.texts) if text == "b"]
+        vectors = np.ones((len(request.texts), 2), np.float32)
+        return Embeddings(vectors=vectors, tokens=3, truncated=cut, timings=Timings())
+
+
+def test_a_piece_that_is_cut_all_the_same_is_told_by_its_text():
+    request = EmbedRequest(texts=["c", "a b", "b b"], deadline=0)
+    result, chunks = embed_chunks(CuttingEngine(), request, 0, 10)
+    assert (result.truncated, result.chunks) == ([1, 2], 5)
+    assert [len(own) for own in chunks] == [1, 2, 2]
 
 
 def test_a_model_that_reads_everything_has_whole_pieces(oracle):

@@ -34,6 +34,10 @@ class Splitter:
                 for text, encoding in zip(texts, encodings, strict=True)
             ]
         room = self._max_length - self._count(prompt or "")
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt leaves no room for a text in the {self._max_length} tokens that the model reads"
+            )
         if overlap >= room:
             raise InvalidRequest(f"must be below {room}, the tokens of a piece", field="chunk_overlap")
         return [

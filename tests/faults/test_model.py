@@ -56,6 +56,20 @@ def test_one_poisoned_text_among_a_hundred_concurrent_requests(faulty, oracle):
     )
 
 
+@pytest.mark.parametrize("overflow", ["truncate", "mean"])
+def test_on_error_null_keeps_the_neighbours_of_texts_that_the_model_fails_on(faulty, oracle, overflow):
+    texts = ["before", "@@poison@@", "between", "@@nan-always@@", "after"]
+    response = faulty.post("/embed", {"texts": texts, "overflow": overflow, "on_error": "null"})
+    body = response.json()
+    assert response.status_code == 200, body
+    assert [error["index"] for error in body["errors"]] == [1, 3]
+    assert {error["error_type"] for error in body["errors"]} == {"internal"}
+    assert [index for index, one in enumerate(body["embeddings"]) if one is None] == [1, 3]
+    good = [body["embeddings"][index] for index in (0, 2, 4)]
+    expected = oracle.encode(["before", "between", "after"], normalize_embeddings=True)
+    assert np.abs(np.array(good) - expected).max() < 1e-5
+
+
 def test_out_of_memory_is_halved_away(faulty, oracle):
     # Short, so that even a small batch holds more than one.
     texts = [f"{n} @@oom@@" for n in range(40)]
