@@ -71,6 +71,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     made.add_argument(
         "--input-type", choices=["query", "document"], help="use the model's prompt for this kind of text"
     )
+    prompts = made.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt-name", help="put this prompt of the model in front of each text")
+    prompts.add_argument("--prompt", help="put this text in front of each text")
     made.add_argument(
         "--overflow",
         choices=["truncate", "error", "mean"],
@@ -146,7 +149,11 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     size, digest = source.identify()
     total = source.count()
     options = Options(
-        input_type=arguments.input_type, dimensions=arguments.dimensions, overflow=arguments.overflow
+        input_type=arguments.input_type,
+        prompt_name=arguments.prompt_name,
+        prompt=arguments.prompt,
+        dimensions=arguments.dimensions,
+        overflow=arguments.overflow,
     )
     embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
     job = Job(
@@ -159,6 +166,8 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         fingerprint=embedder.description.fingerprint,
         dimension=embedder.dimension,
         input_type=options.input_type,
+        prompt_name=options.prompt_name,
+        prompt=options.prompt,
         dimensions=options.dimensions,
         overflow=options.overflow,
     )

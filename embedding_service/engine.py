@@ -148,6 +148,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     int8_ranges: Int8Ranges | None = None
     # True if texts are not truncated at `max_seq_length`, as with static embedding models.
     reads_whole_texts: bool = False
+    # The prompt of requests that name none.
+    default_prompt_name: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

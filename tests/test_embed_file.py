@@ -777,6 +777,7 @@ def test_reading_holds_a_part_of_the_file_in_memory(tmp_path, kind):
         ({"field": "body"}, "--field 'text', now 'body'"),
         ({"dimensions": 64}, "--dimensions none, now 64"),
         ({"input_type": "query"}, "--input-type none, now 'query'"),
+        ({"prompt": "a: "}, "--prompt none, now 'a: '"),
         ({"format": "csv", "delimiter": ";"}, "--format 'jsonl', now 'csv'; --delimiter '', now ';'"),
         ({"model": "other", "fingerprint": "g"}, "the model 'm', now 'other'"),
         ({"fingerprint": "g"}, "a model with the fingerprint 'f', now 'g'"),
@@ -1037,6 +1038,16 @@ def test_another_number_format(service, oracle, tmp_path, ending, precision):
         assert differing <= 2
     if ending == "npy":
         assert np.load(output).dtype == {"float16": np.float16, "ubinary": np.uint8}[precision]
+
+
+@pytest.mark.parametrize("here", [False, True], ids=["service", "in this process"])
+def test_a_prompt(service, oracle, tmp_path, here):
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors.npy"
+    texts = write_corpus(corpus, 5)
+    run = Run(corpus, "-o", output, "--prompt", "find: ", *([] if here else ["--url", service.url]))
+    assert run.wait() == 0, run.said
+    expected = oracle.encode(texts, prompt="find: ", normalize_embeddings=True)
+    assert np.abs(np.load(output) - expected).max() < 1e-5
 
 
 def read_lines(output: Path) -> list[dict]:

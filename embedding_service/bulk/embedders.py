@@ -24,6 +24,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Options that apply to every text."""
 
     input_type: Literal["query", "document"] | None = None
+    prompt_name: str | None = None
+    prompt: str | None = None
     dimensions: int | None = None
     overflow: Overflow | None = None
 
@@ -181,6 +183,8 @@ class LocalEmbedder:
                 texts=texts,
                 deadline=time.monotonic() + REQUEST_SECONDS,
                 input_type=self._options.input_type,
+                prompt_name=self._options.prompt_name,
+                prompt=self._options.prompt,
                 dimensions=self._options.dimensions,
                 truncate=self._options.overflow != "error",
             )

@@ -28,6 +28,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     input_type: str | None
     dimensions: int | None
     overflow: str | None = None
+    prompt_name: str | None = None
+    prompt: str | None = None
 
 
 # How messages describe each compared field.
@@ -42,6 +44,8 @@ _COMPARED = {
     "input_type": "--input-type",
     "dimensions": "--dimensions",
     "overflow": "--overflow",
+    "prompt_name": "--prompt-name",
+    "prompt": "--prompt",
 }
 
 

@@ -148,6 +148,7 @@ def _assemble(
             fingerprint=with_ranges(checkpoint.fingerprint, ranges) if ranges else checkpoint.fingerprint,
             int8_ranges=ranges,
             reads_whole_texts=checkpoint.reads_whole_texts,
+            default_prompt_name=checkpoint.model.default_prompt_name,
         ),
     )
 

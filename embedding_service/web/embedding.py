@@ -42,7 +42,8 @@ Dimensions = Annotated[
     ),
 ]
 PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
-Prompt = Annotated[str, Meta(description="Text to put in front of each text, as it is.")]
+# The prompt is copied in front of each text, so a long one would multiply a request of many short texts.
+Prompt = Annotated[str, Meta(max_length=10_000, description="Text to put in front of each text, as it is.")]
 InputType = Annotated[
     Literal["query", "document"], Meta(description="Use the model's own prompt for queries or documents.")
 ]

@@ -87,6 +87,8 @@ def _accepts(kind: inspect.Type, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
             return False
         return (kind.ge is None or value >= kind.ge) and (kind.le is None or value <= kind.le)
+    if isinstance(kind, inspect.StrType) and isinstance(value, str):
+        return kind.max_length is None or len(value) <= kind.max_length
     return isinstance(value, PLAIN.get(type(kind), object))
 
 
@@ -97,6 +99,8 @@ def _allowed(kind: inspect.Type) -> str:
         return "a whole number" if kind.ge is None else f"a whole number from {kind.ge} to {kind.le}"
     if isinstance(kind, inspect.ListType):
         return "an array of strings"
+    if isinstance(kind, inspect.StrType) and kind.max_length is not None:
+        return f"a string of at most {kind.max_length} characters"
     return NAMES[PLAIN[type(kind)]]
 
 

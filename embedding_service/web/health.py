@@ -64,6 +64,7 @@ class InfoAnswer(TypedDict):
     backend: str
     fingerprint: str
     prompts: dict[str, str]
+    default_prompt_name: str | None
 
 
 @blueprint.get("/health")
@@ -109,6 +110,7 @@ def info() -> Response:
         "backend": model.backend,
         "fingerprint": model.fingerprint,
         "prompts": model.prompts,
+        "default_prompt_name": model.default_prompt_name,
     }
     return answer(found)
 

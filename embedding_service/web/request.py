@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from embedding_service.web.protocol import Protocol
 
 SLASHES = re.compile("/{2,}")
-# https://www.w3.org/TR/trace-context/: version, trace, parent, flags; later versions may append more.
-TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+# https://www.w3.org/TR/trace-context/: version, trace, parent, flags; only versions after 00 may append more.
+TRACEPARENT = re.compile(r"(?!ff|00.{54})[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 

@@ -89,11 +89,33 @@ def test_a_free_prompt_beside_a_name_is_refused(service):
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "status"),
+    [("embed", "texts", 400), ("v1/embeddings", "input", 400), ("embed", "inputs", 422)],
+    ids=["native", "OpenAI", "TEI"],
+)
+def test_a_prompt_far_too_long_is_refused(service, path, field, status):
+    body = {field: ["a"] * 4000, "prompt": "x" * 10_001}
+    answer = requests.post(f"{service.url}/{path}", json=body, timeout=60)
+    assert answer.status_code == status
+    assert "prompt must be a string of at most 10000 characters" in answer.text
+
+
+@pytest.mark.parametrize("overflow", ["mean", "chunks"])
+def test_a_prompt_that_leaves_no_room_for_pieces_is_refused(service, overflow):
+    answer = ask(service, prompt="word " * 400, overflow=overflow)
+    assert (answer.status_code, answer.json()["error"]) == (
+        400,
+        "the prompt leaves no room for a text in the 256 tokens that the model reads",
+    )
+
+
 def test_prompts_from_the_settings(start, service, oracle, close):
     settings = {"PROMPTS": '{"mine": "my text: ", "query": "q: "}', "DEFAULT_PROMPT_NAME": "mine"}
     prompted = start(**settings).wait_ready()
     info = requests.get(f"{prompted.url}/info", timeout=10).json()
     assert (info["prompts"]["mine"], info["prompts"]["query"]) == ("my text: ", "q: ")
+    assert info["default_prompt_name"] == "mine"
     assert info["fingerprint"] != requests.get(f"{service.url}/info", timeout=10).json()["fingerprint"]
     for fields, prompt in (
         ({}, "my text: "),

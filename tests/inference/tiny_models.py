@@ -43,6 +43,7 @@ def tokenizer(special: dict[str, str], template: str, **arguments) -> transforme
 
 BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 ROBERTA = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
+GEMMA = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
 QWEN = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
@@ -93,6 +94,40 @@ def qwen(folder: Path) -> Transformer:
     return transformer(folder, transformers.Qwen3Model(config), words)
 
 
+def gemma(folder: Path) -> Transformer:
+    """As EmbeddingGemma: every token sees those on both sides, in some layers only the near ones."""
+    words = tokenizer(GEMMA, "<bos> $A <eos>")
+    words.model_input_names = ["input_ids", "attention_mask"]
+    config = transformers.Gemma3TextConfig(
+        vocab_size=len(words),
+        max_position_embeddings=64,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=True,
+        **SIZES,
+    )
+    return transformer(folder, transformers.Gemma3TextModel(config), words)
+
+
+def modernbert(folder: Path) -> Transformer:
+    words = tokenizer(BERT, "[CLS] $A [SEP]")
+    words.model_input_names = ["input_ids", "attention_mask"]
+    special = {"pad_token_id": 0, "cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
+    config = transformers.ModernBertConfig(
+        vocab_size=len(words), max_position_embeddings=64, local_attention=8, **special, **SIZES
+    )
+    return transformer(folder, transformers.ModernBertModel(config), words)
+
+
+def nomic(folder: Path) -> Transformer:
+    words = tokenizer(BERT, "[CLS] $A [SEP]")
+    words.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    config = transformers.NomicBertConfig(vocab_size=len(words), max_position_embeddings=64, **SIZES)
+    return transformer(folder, transformers.NomicBertModel(config), words)
+
+
 def static() -> StaticEmbedding:
     return StaticEmbedding(tokenizer(BERT, "[CLS] $A [SEP]"), embedding_dim=32)
 
@@ -119,6 +154,20 @@ KINDS: dict[str, Build] = {
     ),
     "left-padding-prompt-not-pooled": lambda path: SentenceTransformer(
         modules=[qwen(path), Pooling(32, "weightedmean", include_prompt=False)], prompts=PROMPTS
+    ),
+    "gemma": lambda path: SentenceTransformer(
+        modules=[
+            gemma(path),
+            Pooling(32),
+            Dense(32, 48, bias=False, activation_function=torch.nn.Identity()),
+            Dense(48, 32, bias=False, activation_function=torch.nn.Identity()),
+            Normalize(),
+        ],
+        prompts=PROMPTS,
+    ),
+    "modernbert": lambda path: SentenceTransformer(modules=[modernbert(path), Pooling(32, "cls")]),
+    "nomic": lambda path: SentenceTransformer(
+        modules=[nomic(path), Pooling(32), Normalize()], prompts=PROMPTS
     ),
     "static": lambda _path: SentenceTransformer(modules=[static(), Normalize()], prompts=PROMPTS),
     "routed": lambda path: SentenceTransformer(

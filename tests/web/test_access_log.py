@@ -101,13 +101,23 @@ def test_a_slow_request_is_logged_once(lines):
     [
         (TRACEPARENT, TRACE),
         (f"01-{TRACE}-00f067aa0ba902b7-01-what comes later", TRACE),
+        (f"{TRACEPARENT}-what comes later", None),
         (f"ff-{TRACE}-00f067aa0ba902b7-01", None),
         (f"00-{'0' * 32}-00f067aa0ba902b7-01", None),
         (f"00-{TRACE}-{'0' * 16}-01", None),
         (f"00-{TRACE.upper()}-00f067aa0ba902b7-01", None),
         ("nonsense", None),
     ],
-    ids=["valid", "later version", "version ff", "no trace", "no parent", "capitals", "nonsense"],
+    ids=[
+        "valid",
+        "later version",
+        "more than version 00 has",
+        "version ff",
+        "no trace",
+        "no parent",
+        "capitals",
+        "nonsense",
+    ],
 )
 def test_the_callers_trace_is_on_the_line(lines, header, trace):
     kept = lines()
