@@ -23,6 +23,7 @@ from embedding_service.bulk.rows import Row
 from embedding_service.bulk.source import FORMATS, Source, require_texts
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
+from embedding_service.inference.fingerprint import with_ranges
 from embedding_service.quantization import Precision, quantize, read_ranges
 
 # Exit codes; argparse itself ends with 2.
@@ -171,13 +172,13 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         dimensions=options.dimensions,
         overflow=options.overflow,
     )
-    convert = _convert(arguments.precision, embedder.dimension)
+    convert = _convert(arguments.precision, embedder)
     part = Part(arguments.output, job, restart=arguments.restart)
     rest = dropwhile(lambda row: row.number < part.rows, rows)
     return Work(source, rest, total, embedder, part, convert)
 
 
-def _convert(precision: Precision, dimension: int) -> outputs.Convert | None:
+def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
     """Turns vectors into the number format; None for float32. Raises StartupError without fitting ranges."""
     if precision == "float32":
         return None
@@ -190,9 +191,16 @@ def _convert(precision: Precision, dimension: int) -> outputs.Convert | None:
                 "`embedding-service calibrate` has written"
             )
         ranges = read_ranges(Path(path).expanduser())
-        if len(ranges.minimum) != dimension:
+        # The other fingerprint is that of a service with these ranges.
+        own = (ranges.fingerprint, with_ranges(ranges.fingerprint, ranges))
+        if embedder.description.fingerprint not in own:
             raise StartupError(
-                f"INT8_RANGES={path!r} is for {len(ranges.minimum)} dimensions; the vectors have {dimension}"
+                f"INT8_RANGES={path!r} was calibrated with another model or other settings of it"
+            )
+        if len(ranges.minimum) != embedder.dimension:
+            raise StartupError(
+                f"INT8_RANGES={path!r} is for {len(ranges.minimum)} dimensions; "
+                f"the vectors have {embedder.dimension}"
             )
 
     def convert(vectors: Vectors) -> npt.NDArray[Any]:

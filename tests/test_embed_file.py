@@ -1064,6 +1064,22 @@ def test_int8_without_ranges_does_not_begin(service, tmp_path):
     assert not (tmp_path / "vectors.npy").exists()
 
 
+def test_ranges_of_another_model_do_not_begin(service, tmp_path):
+    ranges, corpus = tmp_path / "ranges.json", tmp_path / "corpus.jsonl"
+    numbers = {"minimum": [-1.0] * 384, "maximum": [1.0] * 384}
+    ranges.write_text(json.dumps({"fingerprint": "another"} | numbers))
+    write_corpus(corpus, 3)
+    arguments = (corpus, "-o", tmp_path / "vectors.npy", "--url", service.url, "--precision", "int8")
+    run = Run(*arguments, INT8_RANGES=str(ranges))
+    assert run.wait() == 2
+    assert "was calibrated with another model" in run.said
+    own = requests.get(f"{service.url}/info", timeout=10).json()["fingerprint"]
+    ranges.write_text(json.dumps({"fingerprint": own} | numbers))
+    run = Run(*arguments, INT8_RANGES=str(ranges))
+    assert run.wait() == 0, run.said
+    assert np.load(tmp_path / "vectors.npy").dtype == np.int8
+
+
 @pytest.mark.parametrize("here", [True, False], ids=["here", "at a service"])
 def test_over_long_texts_become_the_mean_of_their_pieces(service, tmp_path, here):
     long = " ".join(f"word{number % 100} and more" for number in range(400))

@@ -149,6 +149,16 @@ def test_calibrate_and_serve_in_8_bits(tmp_path, start):
     assert info["fingerprint"] != kept["fingerprint"]
 
 
+def test_errors_of_texts_need_json(service):
+    response = requests.post(
+        f"{service.url}/embed",
+        json={"texts": TEXTS, "on_error": "null"},
+        headers={"Accept": "application/x-npy"},
+        timeout=60,
+    )
+    assert (response.status_code, response.json()["field"]) == (400, "on_error")
+
+
 def test_calibrate_wants_enough_texts(tmp_path):
     (tmp_path / "few.txt").write_text("one\n\ntwo\n")
     command = [sys.executable, "-m", "embedding_service", "calibrate", str(tmp_path / "few.txt")]

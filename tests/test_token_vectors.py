@@ -45,6 +45,12 @@ def test_too_many_numbers_are_refused_before_they_are_computed(service):
     assert "at most 4000000 numbers are allowed, so send fewer texts" in response.json()["reason"]
 
 
+def test_the_prompt_counts_too(service):
+    response = ask(service, "embed", texts=["a"] * 100, prompt="word " * 400, output="tokens")
+    assert (response.status_code, response.json()["field"]) == (413, "texts")
+    assert ask(service, "embed", texts=["a"] * 100, prompt="word ", output="tokens").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -54,6 +60,7 @@ def test_too_many_numbers_are_refused_before_they_are_computed(service):
         ({"encoding_format": "base64"}, "encoding_format"),
         ({"on_error": "null"}, "on_error"),
         ({"truncate": False}, "truncate"),
+        ({"priority": "background"}, "priority"),
     ],
     ids=str,
 )

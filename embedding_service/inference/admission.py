@@ -17,19 +17,24 @@ class Admission:
         self._max_queued_tokens = max_queued_tokens
         self._tokens = self._seconds = 0.0
         self._measured = 0.0
-        self.queued_tokens = 0
+        self.queued_tokens = self._background_tokens = 0
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second over recent batches, weighted by their size; 0 if nothing has run."""
         return self._tokens / max(self._seconds, 1e-6)
 
-    def admit(self, tokens: int, deadline: float, now: float) -> None:
-        """Accept a request. Raises DeadlineExceeded, or Overloaded with the time to wait."""
+    def admit(self, tokens: int, deadline: float, now: float, *, background: bool = False) -> None:
+        """Accept a request. Raises DeadlineExceeded, or Overloaded with the time to wait.
+
+        Requests in the background do not delay others, so they do not keep others out.
+        """
         left = deadline - now
         if left <= 0:
             raise DeadlineExceeded("the deadline passed before the request was queued")
         queued, rate = self.queued_tokens, self.tokens_per_second
+        if not background:
+            queued -= self._background_tokens
         if queued and tokens:
             wait = (queued + tokens) / rate if rate else 0.0
             if queued + tokens > self._max_queued_tokens or wait > ADMITTED_SHARE * left:
@@ -38,10 +43,14 @@ class Admission:
                     retry_after_seconds=max(0.05, queued / rate / 2 if rate else 0.5),
                 )
         self.queued_tokens += tokens
+        if background:
+            self._background_tokens += tokens
 
-    def release(self, tokens: int) -> None:
+    def release(self, tokens: int, *, background: bool = False) -> None:
         """Remove tokens from the queue's count."""
         self.queued_tokens -= tokens
+        if background:
+            self._background_tokens -= tokens
 
     def begin(self, now: float) -> None:
         """The model starts after an idle time, which must not count."""

@@ -18,7 +18,6 @@ from embedding_service.errors import (
     Unavailable,
 )
 from embedding_service.inference.admission import Admission
-from embedding_service.inference.fair_queue import FairQueue
 from embedding_service.inference.identical import IdenticalTexts, reduce
 from embedding_service.inference.job import (
     Job,
@@ -32,6 +31,7 @@ from embedding_service.inference.job import (
     normalize,
     truncated_of,
 )
+from embedding_service.inference.priority_queue import PriorityQueue
 from embedding_service.inference.runtime import (
     DeviceLost,
     Lane,
@@ -76,7 +76,7 @@ class Batcher:
         self._work = threading.Condition(self._lock)
         self._untokenized_work = threading.Condition(self._lock)
         self._untokenized: deque[Job] = deque()
-        self._queue = FairQueue(separate_bulk=runtime.separate_bulk)
+        self._queue = PriorityQueue(separate_bulk=runtime.separate_bulk)
         self._identical = IdenticalTexts(self._queue)
         self._cache = VectorCache(cache_bytes) if cache_bytes else None
         self._admission = Admission(max_queued_tokens)
@@ -188,7 +188,7 @@ class Batcher:
         if self._cache is not None:
             job.hits = reduction.hits if reduction is not None else 0
             metrics.record_cache(job.hits, len(request.texts) - job.hits)
-        self._admission.admit(job.charge, job.deadline, now)
+        self._admission.admit(job.charge, job.deadline, now, background=job.background)
         self._jobs.add(job)
         self._queue.add(job, now)
         return job
@@ -322,7 +322,7 @@ class Batcher:
         if len(rows):
             self._queue.push(job, lengths, rows, piece.prepared.group)
         if job.tokenized == len(job.texts):
-            self._admission.release(job.charge - job.read_tokens)
+            self._admission.release(job.charge - job.read_tokens, background=job.background)
             job.charge = job.read_tokens
 
     # Running
@@ -549,7 +549,7 @@ class Batcher:
         job.finished = True
         self._jobs.discard(job)
         self._queue.remove(job)
-        self._admission.release(job.charge)
+        self._admission.release(job.charge, background=job.background)
         if dropped:
             self._identical.drop(job)
         return True

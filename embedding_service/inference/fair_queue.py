@@ -20,10 +20,6 @@ SMALL_REQUEST_TEXTS = 8
 # batch does: it is short, and bulk still has two thirds of its speed. Only if `separate_bulk` is set.
 SMALL_AGO_SECONDS, BULK_OVERHEADS = 1.0, 2
 
-# A request in the background pays this many times its tokens. So beside others that always have texts waiting
-# it gets a few hundredths of the model: it lets all of them pass, but does not starve.
-BACKGROUND_COST = 16
-
 # The share of its tokens that a batch may waste on padding. If nothing waits beyond the window, it may
 # waste as much as another batch would cost, if that is more, since there will be no better company.
 PADDING_SHARE = 0.08
@@ -57,8 +53,6 @@ class Flow:
     finished: bool = False
     bulk: bool = False
     background: bool = False
-    # How far one token moves the tag.
-    cost: int = 1
 
     def take(self, first: int, last: int) -> IntArray:
         """Remove the texts at these places and return their rows."""
@@ -74,7 +68,9 @@ class Flow:
         return taken
 
 
-_Entry = tuple[float, int, int, Flow]
+_Entry = tuple[float, bool, int, Flow]
+
+Batch = list[tuple[Flow, IntArray]]
 
 
 class FairQueue:
@@ -85,12 +81,14 @@ class FairQueue:
 
     def __init__(self, *, separate_bulk: bool) -> None:
         self._separate_bulk = separate_bulk
-        # By tag, then small before bulk before background, then in order of arrival.
+        # By tag, then small before bulk, then in order of arrival.
         self._heap: list[_Entry] = []
         self._sequence = count()
         self._flows = 0
         self._virtual_time = 0.0
         self._small_until = 0.0
+        # Tokens of all batches so far.
+        self.served = 0
 
     def __bool__(self) -> bool:
         return bool(self._heap)
@@ -100,9 +98,7 @@ class FairQueue:
         self._flows += 1
         flow.tag = self._virtual_time
         flow.bulk = len(flow.texts) > SMALL_REQUEST_TEXTS
-        if flow.background:
-            flow.cost = BACKGROUND_COST
-        elif not flow.bulk:
+        if not flow.bulk:
             self._small_until = now + SMALL_AGO_SECONDS
 
     def remove(self, flow: Flow) -> None:
@@ -124,8 +120,7 @@ class FairQueue:
         if not flow.queued:
             flow.queued = True
             flow.tag = max(flow.tag, self._virtual_time)
-            rank = 2 if flow.background else int(flow.bulk)
-            heapq.heappush(self._heap, (flow.tag, rank, next(self._sequence), flow))
+            heapq.heappush(self._heap, (flow.tag, flow.bulk, next(self._sequence), flow))
 
     def withdraw(self, flow: Flow, row: int) -> None:
         """Remove one text, if it is queued."""
@@ -133,9 +128,13 @@ class FairQueue:
         if len(places):
             flow.take(int(places[0]), int(places[0]) + 1)
 
-    def next_batch(
-        self, budget: int, overhead: int, now: float
-    ) -> tuple[list[tuple[Flow, IntArray]], list[Flow]]:
+    def bulk_limit(self, budget: int, overhead: int, now: float) -> int:
+        """How many tokens a batch may hold that requests with few texts may have to wait for."""
+        if self._separate_bulk and now < self._small_until:
+            return min(budget, BULK_OVERHEADS * overhead)
+        return budget
+
+    def next_batch(self, budget: int, overhead: int, now: float) -> tuple[Batch, list[Flow]]:
         """Take the next batch, as rows of requests, and the requests whose deadline has passed.
 
         It holds at most `budget` tokens, padding included, but at least one text. `overhead` is what
@@ -145,20 +144,18 @@ class FairQueue:
         if not window:
             return [], expired
         due, _, _, head = window[0]
-        limit = budget
-        fellows = [
-            flow for *_, flow in window if flow.group == head.group and flow.background == head.background
-        ]
+        limit, fellows = budget, [flow for *_, flow in window if flow.group == head.group]
         if self._separate_bulk:
             fellows = [flow for flow in fellows if flow.bulk == head.bulk]
-            if (head.bulk or head.background) and now < self._small_until:
-                limit = min(budget, BULK_OVERHEADS * overhead)
+            if head.bulk:
+                limit = self.bulk_limit(budget, overhead, now)
         batch, served = _take(fellows, limit, 0 if self._heap else overhead)
-        for _, rank, number, flow in window:
+        self.served += served
+        for _, bulk, number, flow in window:
             flow.queued = len(flow.rows) > 0
             if flow.queued:
-                heapq.heappush(self._heap, (flow.tag, rank, number, flow))
-        if all(rank for _, rank, _, _ in window):
+                heapq.heappush(self._heap, (flow.tag, bulk, number, flow))
+        if all(bulk for _, bulk, _, _ in window):
             # Bulk runs and nothing small waits: whatever comes now is next.
             self._virtual_time = due
         else:
@@ -187,7 +184,7 @@ class FairQueue:
         return window, expired
 
 
-def _take(fellows: list[Flow], limit: int, free: int) -> tuple[list[tuple[Flow, IntArray]], int]:
+def _take(fellows: list[Flow], limit: int, free: int) -> tuple[Batch, int]:
     """Take a batch with the longest text of the first flow, and its tokens; each flow pays for its own."""
     total = sum([flow.tokens for flow in fellows])
     texts = sum([len(flow.rows) for flow in fellows])
@@ -195,19 +192,19 @@ def _take(fellows: list[Flow], limit: int, free: int) -> tuple[list[tuple[Flow, 
     if texts == 1 or (padded <= limit and padded - total <= max(free, PADDING_SHARE * padded)):
         batch = []
         for flow in fellows:
-            flow.tag += flow.tokens * flow.cost
+            flow.tag += flow.tokens
             batch.append((flow, flow.take(0, len(flow.rows))))
         return batch, total
     return _take_similar(fellows, limit, free)
 
 
-def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[list[tuple[Flow, IntArray]], int]:
+def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[Batch, int]:
     starts = [0, *accumulate([len(flow.rows) for flow in fellows])]
     if len(fellows) == 1:
         flow, before = fellows[0], fellows[0].tokens
         low, high = densest(flow.lengths, starts[1] - 1, limit, free)
         taken = flow.take(low, high)
-        flow.tag += (before - flow.tokens) * flow.cost
+        flow.tag += before - flow.tokens
         return [(flow, taken)], before - flow.tokens
     lengths = np.concatenate([flow.lengths for flow in fellows])
     # Stable, and each flow is in order, so that a range of the whole is a range of each flow.
@@ -224,7 +221,7 @@ def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[list[tupl
             before = flow.tokens
             first = int(chosen[cuts[index]]) - starts[index]
             batch.append((flow, flow.take(first, first + size)))
-            flow.tag += (before - flow.tokens) * flow.cost
+            flow.tag += before - flow.tokens
             served += before - flow.tokens
     return batch, served
 

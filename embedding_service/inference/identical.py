@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedding_service.inference.fair_queue import FairQueue, Flow
+from embedding_service.inference.fair_queue import Flow
+from embedding_service.inference.priority_queue import PriorityQueue
 from embedding_service.inference.runtime import IntArray
 from embedding_service.inference.vector_cache import Cached, VectorCache
 
@@ -75,7 +76,7 @@ class IdenticalTexts:
     a text for all, and the others' copies leave the queue.
     """
 
-    def __init__(self, queue: FairQueue) -> None:
+    def __init__(self, queue: PriorityQueue) -> None:
         self._queue = queue
         self._known: dict[Hashable, dict[str, Sharer | Shared]] = {}
 

@@ -28,6 +28,7 @@ from embedding_service.errors import (
     ModelFailure,
     ServiceError,
     StartupError,
+    TooLarge,
     Unavailable,
 )
 from embedding_service.inference.batcher import Batcher
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 
 # How many texts are tokenised before the deadline is checked again.
 TOKENIZE_PIECE_TEXTS = 64
+
+# An answer with vectors of tokens may hold this many numbers: about 40 MB of JSON.
+MOST_NUMBERS = 4_000_000
 
 Tokenized = TypeVar("Tokenized")
 
@@ -127,6 +131,8 @@ class LocalEngine:
         def embed(runtime: Runtime, texts: list[str]) -> list[Vectors]:
             return runtime.embed_tokens(texts, request)
 
+        if self._runtime is not None:
+            _check_size(request, self._runtime)
         found = self._in_pieces(request, embed)
         return TokenVectors(vectors=np.concatenate(found), counts=[len(one) for one in found])
 
@@ -228,3 +234,17 @@ def _load_model(settings: ModelSettings) -> Runtime:
 
     logs.adopt_libraries()
     return load(settings)
+
+
+def _check_size(request: TokensRequest, runtime: Runtime) -> None:
+    """Raises TooLarge if the vectors of all tokens could be too many numbers."""
+    info = runtime.info
+    # A token is at least a character or a byte of one, and two are special. Each text has the prompt too.
+    prompt = len(runtime.prompt(request) or "")
+    tokens = sum(min(info.max_seq_length, 4 * (prompt + len(text)) + 2) for text in request.texts)
+    if tokens * info.embedding_dimension > MOST_NUMBERS:
+        raise TooLarge(
+            f"could have {tokens} tokens of {info.embedding_dimension} numbers each; at most "
+            f"{MOST_NUMBERS} numbers are allowed, so send fewer texts",
+            field="texts",
+        )

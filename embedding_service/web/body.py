@@ -17,6 +17,8 @@ from embedding_service.web.fields import check_others
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 GZIP = ("gzip", "x-gzip")
+# A gzip body may consist of this many parts, which take time even if they are empty, and is read in blocks.
+MOST_MEMBERS, BLOCK_BYTES = 1000, 1 << 16
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -143,19 +145,29 @@ def _inflated(raw: bytes, limit: int) -> bytes:
     """The body without its compression. Raises TooLarge as soon as it exceeds the limit."""
     parts: list[bytes] = []
     room = limit + 1
+    members, member = 1, _gzip_member()
     try:
-        while raw:
-            member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            parts.append(member.decompress(raw, room))
-            room -= len(parts[-1])
-            if room <= 0:
-                raise TooLarge(f"the body is over {limit} bytes once it is decompressed")
-            if not member.eof:
-                raise InvalidRequest("the gzip body is not complete")
-            raw = member.unused_data
+        for start in range(0, len(raw), BLOCK_BYTES):
+            block = raw[start : start + BLOCK_BYTES]
+            while block:
+                if member.eof:
+                    members, member = members + 1, _gzip_member()
+                    if members > MOST_MEMBERS:
+                        raise InvalidRequest(f"the gzip body has more than {MOST_MEMBERS} parts")
+                parts.append(member.decompress(block, room))
+                room -= len(parts[-1])
+                if room <= 0:
+                    raise TooLarge(f"the body is over {limit} bytes once it is decompressed")
+                block = member.unused_data
     except zlib.error as error:
         raise InvalidRequest(f"the body is not valid gzip: {error}") from None
+    if not member.eof:
+        raise InvalidRequest("the gzip body is not complete")
     return b"".join(parts)
+
+
+def _gzip_member() -> "zlib._Decompress":
+    return zlib.decompressobj(zlib.MAX_WBITS | 16)
 
 
 def answer(body: Any, status: int = 200) -> Response:

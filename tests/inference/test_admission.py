@@ -52,6 +52,19 @@ def test_a_deadline_that_passed_already_is_refused():
         Admission(1024).admit(5, 1.0, 1.0)
 
 
+def test_the_background_keeps_nobody_out():
+    admission = measured(1000)
+    admission.admit(4000, 600.0, 1.0, background=True)
+    admission.admit(1000, 11.0, 1.0)
+    with pytest.raises(Overloaded):
+        admission.admit(1, 600.0, 1.0, background=True)
+    admission.release(1000)
+    admission.release(4000, background=True)
+    admission.admit(4000, 600.0, 1.0)
+    with pytest.raises(Overloaded):
+        admission.admit(1, 600.0, 1.0)
+
+
 def test_a_request_that_costs_nothing_is_taken_by_a_full_queue():
     admission = measured(1.0)
     admission.admit(4000, 1e9, 0.0)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from embedding_service.inference.fair_queue import (
-    BACKGROUND_COST,
     BULK_OVERHEADS,
     PADDING_SHARE,
     SMALL_AGO_SECONDS,
@@ -16,6 +15,7 @@ from embedding_service.inference.fair_queue import (
     Flow,
     densest,
 )
+from embedding_service.inference.priority_queue import PriorityQueue
 from tests.inference.fake_runtime import lengths
 
 Batch = list[tuple[Flow, list[int]]]
@@ -24,8 +24,10 @@ Batch = list[tuple[Flow, list[int]]]
 class Driven:
     """A queue with a clock that the test sets, which knows the length of every text."""
 
+    kind: type[FairQueue] | type[PriorityQueue] = FairQueue
+
     def __init__(self, budget: int = 256, overhead: int = 16, *, separate_bulk: bool = False) -> None:
-        self.queue = FairQueue(separate_bulk=separate_bulk)
+        self.queue = self.kind(separate_bulk=separate_bulk)
         self.budget, self.overhead = budget, overhead
         self.now = 0.0
         self.lengths: dict[Flow, list[int]] = {}
@@ -271,31 +273,3 @@ def test_a_withdrawn_text_is_never_in_a_batch():
     driven.queue.withdraw(flow, 1)
     assert flow.tokens == 16
     assert sorted(row for batch in driven.drain() for _, rows in batch for row in rows) == [0, 2]
-
-
-@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
-@pytest.mark.parametrize("size", [1, 100], ids=["small", "bulk"])
-def test_what_comes_later_passes_the_background(separate_bulk, size):
-    driven = Driven(separate_bulk=separate_bulk)
-    background = driven.add(*[32] * 200, background=True)
-    driven.batch()
-    normal = driven.add(*[32] * size)
-    while normal.tokens:
-        assert [flow for flow, _ in driven.batch()] == [normal]
-    assert [flow for flow, _ in driven.batch()] == [background]
-
-
-def test_the_background_shares_no_batch_with_others():
-    driven = Driven(10_000, 10_000)
-    driven.add(32, background=True)
-    driven.add(32)
-    assert [len(batch) for batch in driven.drain()] == [1, 1]
-
-
-@pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
-def test_the_background_does_not_starve(separate_bulk):
-    """Beside a client that always has a text waiting it gets a few hundredths."""
-    driven = Driven(64, separate_bulk=separate_bulk)
-    background = driven.add(*[32] * 40, background=True)
-    share = share_of_bulk(driven, background, 1)
-    assert 0.25 / BACKGROUND_COST < share < 2 / BACKGROUND_COST

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from embedding_service.errors import DeadlineExceeded, ModelFailure, Overloaded, Unavailable
+from embedding_service.web import body as bodies
 
 
 def test_one_string_gives_nested_embeddings(client):
@@ -118,13 +119,42 @@ WHOLE = gzip.compress(b'{"texts": "a"}')
         (gzip.compress(b" " * 2035 + b'{"texts":"a"}'), 200, None),
         (gzip.compress(b" " * 2036 + b'{"texts":"a"}'), 413, "the body is over 2048 bytes once it is"),
         (gzip.compress(bytes(100_000)), 413, "the body is over 2048 bytes once it is"),
+        (gzip.compress(b"") * 60 + WHOLE, 200, None),
     ],
-    ids=["two members", "cut off", "damaged", "something after it", "just fits", "a byte more", "a bomb"],
+    ids=[
+        "two members",
+        "cut off",
+        "damaged",
+        "something after it",
+        "just fits",
+        "a byte more",
+        "a bomb",
+        "empty members",
+    ],
 )
 def test_a_gzip_body_counts_as_what_it_holds(client, sent, status, error):
     response = client.post("/embed", data=sent, headers={"Content-Encoding": "gzip"})
     assert response.status_code == status
     assert error is None or response.json["error"].startswith(error)
+
+
+def test_gzip_members_are_counted(client, monkeypatch):
+    """Each takes time, even if it is empty, so their number has a limit of its own."""
+    monkeypatch.setattr(bodies, "MOST_MEMBERS", 3)
+    empty = gzip.compress(b"")
+    headers = {"Content-Encoding": "gzip"}
+    assert client.post("/embed", data=empty * 2 + WHOLE, headers=headers).status_code == 200
+    refused = client.post("/embed", data=empty * 3 + WHOLE, headers=headers)
+    assert (refused.status_code, refused.json["error"]) == (400, "the gzip body has more than 3 parts")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 18])
+def test_a_gzip_body_is_read_in_blocks(client, monkeypatch, size):
+    monkeypatch.setattr(bodies, "BLOCK_BYTES", size)
+    sent = gzip.compress(b'{"texts"') + gzip.compress(b': "a"}')
+    assert client.post("/embed", data=sent, headers={"Content-Encoding": "gzip"}).status_code == 200
+    cut = client.post("/embed", data=sent[:-5], headers={"Content-Encoding": "gzip"})
+    assert cut.json["error"] == "the gzip body is not complete"
 
 
 def test_a_bomb_is_not_inflated(client):

@@ -198,6 +198,8 @@ def embed() -> Response:
         return _in_chunks(body, wanted)
     overflow = overflow_of(body.overflow, body.truncate)
     if body.on_error == "null":
+        if wants_npy():
+            raise InvalidRequest("null needs a JSON answer, for the errors", field="on_error")
         result, errors = embed_good_ones(
             lambda part: ask(part, overflow=overflow, overlap=body.chunk_overlap),
             wanted,
@@ -208,9 +210,9 @@ def embed() -> Response:
 
 
 def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
-    for name in ("dimensions", "overflow", "precision", "encoding_format", "on_error"):
+    for name in ("dimensions", "overflow", "precision", "encoding_format", "on_error", "priority"):
         value = getattr(body, name)
-        if value not in (None, "truncate", "float", "float32", "fail"):
+        if value not in (None, "truncate", "float", "float32", "fail", "normal"):
             raise InvalidRequest("cannot be used with output: tokens", field=name)
     if body.truncate is False:
         raise InvalidRequest("cannot be used with output: tokens", field="truncate")

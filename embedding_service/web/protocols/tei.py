@@ -15,6 +15,7 @@ from embedding_service.web.embedding import (
     Dimensions,
     Matrix,
     OverflowField,
+    Priority,
     Prompt,
     PromptName,
     Vector,
@@ -83,6 +84,7 @@ class TEIParameters(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: Dimensions | None = None
     overflow: OverflowField | None = None
     chunk_overlap: ChunkOverlap | None = None
+    priority: Priority | None = None
 
 
 class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
@@ -210,6 +212,7 @@ def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
             prompt=given.prompt,
             dimensions=given.dimensions,
             truncation_side=_side(given.truncation_direction),
+            priority=given.priority or "normal",
         ),
         overflow=overflow_of(given.overflow, given.truncate),
         overlap=given.chunk_overlap,
