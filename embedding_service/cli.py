@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser("embedding-service", DESCRIPTION, COMMANDS)
     parser.add_argument("command", choices=["serve", "embed", "download", "calibrate"], metavar="COMMAND")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # What follows the command belongs to it, --help included.
+    # Everything after the command belongs to it, including --help.
     command = parser.parse_args(given[:1] or ["--help"]).command
     if command == "embed":
         from embedding_service import embed_file
@@ -64,7 +64,7 @@ def download(arguments: Sequence[str]) -> int:
     parser = _parser(
         "embedding-service download",
         "Fetch a model into the cache (HF_HOME), compare its files with the hub's hashes, and exit.",
-        "exit codes: 0 the model is there and whole; 78 it cannot be had, or its files are damaged",
+        "exit codes: 0 the model is complete; 78 it is not available, or its files are damaged",
     )
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face name, as EMBEDDING_MODEL")
     parser.add_argument("--revision", help="branch, tag or commit, as MODEL_REVISION")
@@ -86,12 +86,12 @@ def download(arguments: Sequence[str]) -> int:
 
 
 def calibrate(arguments: Sequence[str]) -> int:
-    """Write the ranges of the model's vectors over the lines of a file; returns the exit code."""
+    """Write the ranges of the vectors of a file's lines; returns the exit code."""
     parser = _parser(
         "embedding-service calibrate",
         "Embed the lines of a text file with the model of the settings, and write the smallest and largest "
-        "number of each dimension to a file for INT8_RANGES. Some thousand lines like those that you will "
-        "embed are enough.",
+        "number of each dimension to a file for INT8_RANGES. A few thousand lines similar to your own texts "
+        "are enough.",
         "exit codes: 0 the ranges are written; 78 the file or the model cannot be used",
     )
     parser.add_argument("texts", type=Path, metavar="TEXTS", help="text file, one text on each line")

@@ -218,7 +218,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.device.split(",")
 
     def is_open_at(self, host: str) -> bool:
-        """Whether others than this machine may use the service at this address without a key."""
+        """Whether other machines may use the service at this address without a key."""
         if self.api_keys or self.api_keys_file or host == "localhost":
             return False
         try:
@@ -228,10 +228,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def environment() -> dict[str, str]:
-    """The process environment over `.env`: that of the working folder, else the one beside app.py.
+    """The process environment, which overrides `.env` (in the working folder, else beside app.py).
 
-    What is no setting of ours is meant for the libraries (HF_TOKEN, HF_HOME), which look in the process
-    environment only, so it is put there. Raises ConfigError.
+    Variables in `.env` that are not our settings (HF_TOKEN, HF_HOME) go into the process environment,
+    since libraries look only there. Raises ConfigError.
     """
     places = [Path(), PROJECT] if (PROJECT / "app.py").is_file() else [Path()]
     file = env_file.find(places)
@@ -252,26 +252,26 @@ def environment() -> dict[str, str]:
     return found
 
 
-# What was odd in the settings, to be logged once there is a log.
+# Warnings about the settings, logged once logging is set up.
 _notes: list[str] = []
 
 _current: "Config | None" = None
 
 
 def start(arguments: Mapping[str, str]) -> Config:
-    """Read the settings of this process, those on its command line first. Raises ConfigError."""
+    """Read this process's settings; its command line comes first. Raises ConfigError."""
     global _current  # noqa: PLW0603
     _current = load(environment() | dict(arguments))
     return _current
 
 
 def current() -> Config:
-    """The settings that this process, or the one that it was forked from, has started with."""
+    """The settings that this process, or its parent before the fork, started with."""
     return _current or start({})
 
 
 def log_format() -> str:
-    """LOG_FORMAT as far as it can be told while other settings may be wrong."""
+    """LOG_FORMAT, even if other settings are invalid."""
     try:
         found: Mapping[str, str] = environment()
     except ConfigError:
@@ -280,14 +280,14 @@ def log_format() -> str:
 
 
 def notes() -> list[str]:
-    """Warnings about what was read, each returned once."""
+    """Return the warnings about the settings and clear them."""
     noted = _notes.copy()
     _notes.clear()
     return noted
 
 
 def client_api_key() -> str | None:
-    """The key with which embed_file asks a service, from API_KEY; the service itself has API_KEYS."""
+    """The key that embed_file sends, from API_KEY; the service itself reads API_KEYS."""
     return environment().get("API_KEY", "").strip() or None
 
 
@@ -300,16 +300,17 @@ def sends_traces() -> bool:
 
 
 def descriptions() -> dict[str, str]:
-    """Each setting with its sentence and default."""
+    """The description and default of each setting."""
     described: dict[str, str] = {}
     for field in FIELDS:
-        default = "" if field.default is None else f" ({field.default})"
+        value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+        default = "" if value is None else f" ({value})"
         described[field.name.upper()] = _split(field.type)[1].get("description", "") + default
     return described
 
 
 def load(environ: Mapping[str, str] | None = None) -> Config:
-    """The settings from `environ`, by default the process environment over `.env`.
+    """The settings from `environ`, by default from `environment()`.
 
     An empty value counts as not set. Raises ConfigError at the first value that is not allowed.
     """
@@ -335,15 +336,15 @@ def load(environ: Mapping[str, str] | None = None) -> Config:
 FIELDS = msgspec.structs.fields(Config)
 NAMES = [field.name.upper() for field in FIELDS]
 
-# What settings were called before.
+# Former names of settings.
 OLD_NAMES = {"MAX_CONCURRENT_REQUESTS": "WEB_THREADS"}
 
-# What Vertex AI, which starts the container, calls a setting.
+# Names that Vertex AI, which starts the container, uses for a setting.
 PLATFORM_NAMES = {"PORT": ("AIP_HTTP_PORT",)}
 
 BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
-# What other software calls the same.
+# Names that other software uses for the same values.
 ALIASES = {
     "LOG_LEVEL": {"warn": "warning", "err": "error"},
     "BACKEND": {"pytorch": "torch"},
@@ -381,7 +382,7 @@ def _convert(name: str, raw: str, wanted: Any) -> Any:
 
 
 def _split(wanted: Any) -> tuple[msgspec.inspect.Type, dict[str, Any]]:
-    """The type of a setting, and what its Meta says of it."""
+    """The type of a setting, and its Meta as a dictionary."""
     kind = msgspec.inspect.type_info(wanted)
     if not isinstance(kind, msgspec.inspect.Metadata):
         return kind, {}

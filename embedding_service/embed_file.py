@@ -31,7 +31,7 @@ DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130
 
 SHOWN_FAILURES = 20
 
-GOES_ON = "\nRun the same command to resume."
+RESUMABLE = "\nRun the same command to resume."
 READ_ONCE = "\nThe stream cannot be read again; run with --restart to begin again."
 
 DESCRIPTION = """\
@@ -127,16 +127,16 @@ def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
     except KeyboardInterrupt:
         print("Interrupted before it began.", file=sys.stderr, flush=True)
         return INTERRUPTED
-    goes_on = READ_ONCE if work.source.is_stream else GOES_ON
+    advice = READ_ONCE if work.source.is_stream else RESUMABLE
     try:
         return _embed(arguments, work)
     except (StartupError, Stopped, OSError) as error:
         # From here on a StartupError means that the rest of the input cannot be read.
-        ending = "" if isinstance(error, StartupError) else goes_on
+        ending = "" if isinstance(error, StartupError) else advice
         print(f"Stopped: {error}{ending}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print(f"Interrupted.{goes_on}", file=sys.stderr, flush=True)
+        print(f"Interrupted.{advice}", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 
@@ -145,7 +145,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     source = Source(arguments.input, arguments.field, arguments.format, arguments.delimiter)
     require_room(source.stat, arguments.output, restart=arguments.restart)
     if source.is_stream and part_path(arguments.output).exists() and not arguments.restart:
-        raise StartupError(f"an unfinished run cannot go on from {source.name}; --restart begins again")
+        raise StartupError(f"an unfinished run cannot resume from {source.name}; --restart begins again")
     rows = require_texts(source.rows())
     size, digest = source.identify()
     total = source.count()
@@ -179,7 +179,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
 
 
 def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
-    """Turns vectors into the number format; None for float32. Raises StartupError without fitting ranges."""
+    """Convert vectors to the number format; None for float32. Raises StartupError without fitting ranges."""
     if precision == "float32":
         return None
     ranges = None
@@ -204,7 +204,7 @@ def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
             )
 
     def convert(vectors: Vectors) -> npt.NDArray[Any]:
-        # Whole numbers have no NaN, which bad rows hold.
+        # Bad rows are NaN, which integers cannot represent.
         numbers = vectors if precision == "float16" else np.nan_to_num(vectors)
         return quantize(numbers, precision, ranges)
 

@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 
 from embedding_service import __version__, multiprocess
 
-# prometheus-client asks for the class of a metric's numbers here.
+# prometheus-client makes the value of every metric from this class.
 values.ValueClass = multiprocess.SharedValue
 
 # The metrics of this process, or of the whole service if no folder is shared.
@@ -42,25 +42,24 @@ REQUEST_SECONDS = _histogram(
 )
 PHASE_SECONDS = _histogram(
     "phase_duration_seconds",
-    "Where the time of an embedding request went: tokenization, queue or inference.",
+    "Time of an embedding request by phase: tokenization, queue or inference.",
     _SECONDS,
     ("phase",),
 )
-TRUNCATED_TEXTS = _counter(
-    "truncated_texts", "Texts embedded without their end, being over the model's length."
-)
+TRUNCATED_TEXTS = _counter("truncated_texts", "Texts that were truncated to the model's maximum length.")
 
 BATCH_TEXTS = _histogram("batch_texts", "Texts in a forward pass.", [2**n for n in range(11)])
 BATCH_TOKENS = _histogram(
     "batch_tokens", "Tokens in a forward pass, without padding.", [2**n for n in range(3, 17)]
 )
 BATCH_SECONDS = _histogram("batch_duration_seconds", "Duration of a forward pass.", _SECONDS)
-PADDING_TOKENS = _counter("padding_tokens", "Tokens of padding in forward passes, computed for nothing.")
+PADDING_TOKENS = _counter("padding_tokens", "Padding tokens in forward passes.")
 QUEUED_TOKENS = _gauge(
-    "queued_tokens", "Tokens accepted and not yet answered, at the last second.", "livesum"
+    "queued_tokens", "Tokens accepted and not yet answered, sampled once a second.", "livesum"
 )
 OUT_OF_MEMORY_HALVINGS = _counter(
-    "out_of_memory_halvings", "Forward passes that did not fit in the device's memory, and halved what may."
+    "out_of_memory_halvings",
+    "Forward passes that did not fit in the device's memory and halved the batch size.",
 )
 NONFINITE_RECOMPUTATIONS = _counter(
     "nonfinite_recomputations", "Vectors that were not finite and were computed again in float32."
@@ -69,7 +68,7 @@ NONFINITE_RECOMPUTATIONS = _counter(
 CACHE_HITS = _counter("cache_hits", "Texts answered from the cache of vectors (CACHE_MB).")
 CACHE_MISSES = _counter("cache_misses", "Texts that the cache of vectors did not hold.")
 
-MODEL_RESTARTS = _counter("model_restarts", "Model processes started again after one has ended.")
+MODEL_RESTARTS = _counter("model_restarts", "Restarts of model processes.")
 MODEL_READY = _gauge("model_ready", "Model processes that are ready to embed.", "livesum")
 MODEL_INFO = _gauge(
     "model_info",
@@ -83,7 +82,7 @@ GPU_MEMORY_USED = _gauge("gpu_memory_used_bytes", "Memory in use on the model's 
 GPU_MEMORY_TOTAL = _gauge("gpu_memory_total_bytes", "Memory of the model's GPU.", "livemax", ("gpu",))
 GPU_UTILIZATION = _gauge(
     "gpu_utilization_ratio",
-    "Share of the last moments in which the GPU computed, 0 to 1.",
+    "Share of the last sampling period in which the GPU was busy, 0 to 1.",
     "livemax",
     ("gpu",),
 )
@@ -93,10 +92,10 @@ BUILD_INFO.labels(__version__).set(1)
 
 
 class Distribution:
-    """A histogram's series, ready to be counted with others at once.
+    """A histogram's series, prepared so that several can be counted under one lock.
 
-    On the path of every request: looking up labels costs as much as counting, and the library's own
-    `observe` takes a lock twice and compares with every bound in turn.
+    It is used for every request: looking up labels costs as much as counting, and the library's own
+    `observe` takes a lock twice and compares the value with every bound in turn.
     """
 
     def __init__(self, child: Histogram) -> None:
@@ -105,7 +104,7 @@ class Distribution:
         self._buckets: list[Any] = child._buckets
 
     def amounts(self, value: float) -> tuple[tuple[Any, float], tuple[Any, float]]:
-        """What counting this value adds to, and how much."""
+        """The values that change if this value is counted, and by how much."""
         return (self._sum, value), (self._buckets[bisect_left(self._bounds, value)], 1.0)
 
 
@@ -139,7 +138,7 @@ def record_batch(texts: int, tokens: int, padded_tokens: int, seconds: float) ->
 
 
 def record_cache(hits: int, misses: int) -> None:
-    """Count texts that were asked of the cache of vectors."""
+    """Count texts looked up in the cache of vectors."""
     if hits:
         CACHE_HITS.inc(hits)
     if misses:

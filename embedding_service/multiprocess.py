@@ -2,9 +2,9 @@
 
 A value starts in memory and moves into the folder once its process calls `share`. Each process locks the
 lowest free slot of the folder for its lifetime. Files are named after slots, not process ids, so a new
-process continues from where a dead one stopped: counters outlive their processes, the
-folder does not grow, and the gauges of unlocked slots are left out. The files have prometheus-client's
-format; its own multiprocess mode would read the folder from the environment when it is imported.
+process continues where a dead one stopped: counters outlive their processes, the folder does not grow,
+and the gauges of unlocked slots are left out. The files have prometheus-client's format. Its own
+multiprocess mode is not used, since it reads the folder from the environment when it is imported.
 """
 
 import contextlib

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 FIELDS = msgspec.structs.fields(config.Config)
 
 
-def _documented_default(value: object) -> str:
+def _documented_default(field) -> str:
+    if field.default is msgspec.NODEFAULT:
+        return str(field.default_factory())
+    value = field.default
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -227,8 +230,7 @@ def test_the_clients_key_alone_is_told_to_protect_nothing(env_file):
 
 def test_env_example_has_every_setting_with_its_default_and_sentence():
     expected = "".join(
-        f"\n# {_description(field)}\n#{field.name.upper()}={_documented_default(field.default)}\n"
-        for field in FIELDS
+        f"\n# {_description(field)}\n#{field.name.upper()}={_documented_default(field)}\n" for field in FIELDS
     )
     assert (ROOT / ".env.example").read_text().endswith(expected)
 
@@ -237,9 +239,7 @@ def test_the_readme_table_has_every_setting_with_its_default_and_sentence():
     rows = re.findall(
         r"^\| `([A-Z0-9_]+)` \| (?:`(.*?)`)? ?\| (.*) \|$", (ROOT / "README.md").read_text(), re.M
     )
-    assert rows == [
-        (field.name.upper(), _documented_default(field.default), _description(field)) for field in FIELDS
-    ]
+    assert rows == [(field.name.upper(), _documented_default(field), _description(field)) for field in FIELDS]
 
 
 def test_every_choice_has_a_sentence_that_ends():

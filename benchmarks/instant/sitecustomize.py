@@ -1,31 +1,9 @@
-"""Lets the model answer at once, in a model process that is started with this folder on its PYTHONPATH.
+"""Makes the model answer at once, in a model process started with this folder on its PYTHONPATH.
 
-The model is loaded, and texts are tokenised, as ever; only the forward pass gives vectors made beforehand.
+The model is loaded and texts are tokenized as usual; only the forward pass returns prepared vectors.
 """
 
-import importlib.machinery
 import sys
-
-MODULE = "embedding_service.inference.local"
-
-
-class Finder:
-    """Lets the module be found as usual, and wraps how it loads a model."""
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name != MODULE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        execute = spec.loader.exec_module
-
-        def execute_and_wrap(module):
-            execute(module)
-            load = module._load_model
-            module._load_model = lambda settings: instant(load(settings))
-
-        spec.loader.exec_module = execute_and_wrap
-        return spec
 
 
 def instant(runtime):
@@ -45,4 +23,7 @@ def instant(runtime):
 
 
 if "embedding_service.sharing.server" in sys.orig_argv:
-    sys.meta_path.insert(0, Finder)
+    from embedding_service.inference import local
+
+    load = local._load_model
+    local._load_model = lambda settings: instant(load(settings))

@@ -57,7 +57,7 @@ def _write_npy(part: Part, output: Path, convert: Convert | None) -> None:
 
 
 def _form(part: Part, convert: Convert) -> tuple[np.dtype[Any], int]:
-    """The type and the number of a converted row's numbers."""
+    """The number format and length of a converted row."""
     one = convert(np.zeros((1, _open(part).shape[1]), np.float32))
     return one.dtype, one.shape[1]
 

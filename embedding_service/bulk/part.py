@@ -34,7 +34,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 # How messages describe each compared field.
 _COMPARED = {
-    "input_bytes": "an input of so many bytes:",
+    "input_bytes": "an input of this many bytes:",
     "input_hash": "an input with the hash",
     "format": "--format",
     "delimiter": "--delimiter",

@@ -1,4 +1,4 @@
-"""The batcher: threads that tokenise, and one thread per lane that runs a batch while the next gathers."""
+"""The batcher: threads that tokenize, and one thread per lane that runs a batch while the next gathers."""
 
 import logging
 import threading
@@ -44,9 +44,9 @@ from embedding_service.inference.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
-# A request of up to this many texts and characters is tokenised by the thread that brings it, together
-# with others that it brings, which saves a thread switch. A larger one is tokenised by the tokenizer
-# thread in pieces, in turn, so that no request waits for the tokenisation of another's 2,048 texts.
+# A request of up to this many texts and characters is tokenized by the thread that brings it, together
+# with others that it brings, which saves a thread switch. A larger one is tokenized by the tokenizer
+# thread in pieces, in turn, so that no request waits for the tokenization of another's 2,048 texts.
 INLINE_TEXTS, INLINE_CHARACTERS = 64, 16_384
 PIECE_TEXTS, PIECE_CHARACTERS = 128, 131_072
 
@@ -193,10 +193,10 @@ class Batcher:
         self._queue.add(job, now)
         return job
 
-    # Tokenising
+    # Tokenizing
 
     def _dispatch(self, jobs: list[Job]) -> None:
-        """Tokenise small jobs here, those of one context at once, and leave large ones to the thread."""
+        """Tokenize small jobs here, those of one context at once, and leave large ones to the thread."""
         together: dict[Hashable, list[Job]] = {}
         large = []
         for job in jobs:
@@ -234,8 +234,8 @@ class Batcher:
                     self._guarded(step, [job])
                 return
             if not isinstance(error, ServiceError):
-                log.exception("Tokenisation failed")
-                error = ModelFailure("the request could not be tokenised")
+                log.exception("Tokenization failed")
+                error = ModelFailure("the request could not be tokenized")
             self._fail([(jobs[0], error)])
 
     def _tokenize_together(self, jobs: list[Job]) -> None:
@@ -257,7 +257,7 @@ class Batcher:
             self._tokenize([(job, first, len(_piece(job.texts, first)))])
 
     def _tokenize(self, pieces: list[tuple[Job, int, int]]) -> None:
-        """Tokenise and queue texts of jobs of one context, each piece a job, its first text and its size."""
+        """Tokenize and queue texts of jobs of one context, each piece a job, its first text and its size."""
         began = time.monotonic()
         job, first, size = pieces[0]
         if began > job.deadline:

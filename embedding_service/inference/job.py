@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job(Sharer):
-    """One accepted request. Its fields are guarded by the batcher's lock, or by its tokeniser thread.
+    """One accepted request. Its fields are guarded by the batcher's lock, or by its tokenizer thread.
 
     `texts` are those to compute, which are all of the request unless there is a `reduction`.
     """
@@ -166,7 +166,7 @@ class Job(Sharer):
 
 
 def merged(batch: Sequence[Part]) -> list[Slice]:
-    """A batch as the model takes it; neighbours that were tokenised together become one slice."""
+    """A batch as the model takes it; neighbours that were tokenized together become one slice."""
     slices = [one for part in batch for one in part.slices]
     if len(slices) == 1:
         return slices

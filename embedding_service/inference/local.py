@@ -39,7 +39,7 @@ from embedding_service.inference.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
-# How many texts are tokenised before the deadline is checked again.
+# How many texts are tokenized before the deadline is checked again.
 TOKENIZE_PIECE_TEXTS = 64
 
 # An answer with vectors of tokens may hold this many numbers: about 40 MB of JSON.
@@ -141,13 +141,13 @@ class LocalEngine:
         request: TokenizeRequest | SplitRequest | TokensRequest,
         step: Callable[[Runtime, list[str]], list[Tokenized]],
     ) -> list[Tokenized]:
-        """Tokenise some of the texts at a time, so that the deadline is kept."""
+        """Tokenize some of the texts at a time, so that the deadline is kept."""
         if self._runtime is None:
             raise Unavailable(self._status.reason, retry_after_seconds=1)
         found: list[Tokenized] = []
         for first in range(0, len(request.texts), TOKENIZE_PIECE_TEXTS):
             if time.monotonic() > request.deadline:
-                raise DeadlineExceeded("the deadline passed before the texts were tokenised")
+                raise DeadlineExceeded("the deadline passed before the texts were tokenized")
             try:
                 found += step(self._runtime, request.texts[first : first + TOKENIZE_PIECE_TEXTS])
             except ServiceError as error:
@@ -155,8 +155,8 @@ class LocalEngine:
                     error.index += first
                 raise
             except Exception:
-                log.exception("Tokenisation failed")
-                raise ModelFailure("the request could not be tokenised") from None
+                log.exception("Tokenization failed")
+                raise ModelFailure("the request could not be tokenized") from None
         return found
 
     def status(self) -> Status:

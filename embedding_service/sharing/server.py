@@ -125,8 +125,8 @@ class Connection:
         except ServiceError as error:
             self.send(wire.Failure.of(number, error))
         except Exception:
-            log.exception("Tokenisation failed")
-            self.send(wire.Failure.of(number, ModelFailure("the request could not be tokenised")))
+            log.exception("Tokenization failed")
+            self.send(wire.Failure.of(number, ModelFailure("the request could not be tokenized")))
 
 
 class ModelServer:

@@ -23,7 +23,7 @@ HEADERS = {
     "retry-after-ms": "Milliseconds to wait before retrying.",
     "x-compute-tokens": "Tokens read by the model.",
     "x-total-time": "Total time of the request in milliseconds.",
-    "x-tokenization-time": "Time spent tokenising, in milliseconds.",
+    "x-tokenization-time": "Time spent tokenizing, in milliseconds.",
     "x-queue-time": "Time spent in the queue, in milliseconds.",
     "x-inference-time": "Time spent in the model, in milliseconds.",
     "x-cache-hits": "Texts answered from the vector cache, if CACHE_MB is set.",

@@ -1,16 +1,19 @@
-"""Tiny models, built once each, and the batcher's answer for texts in any mixture."""
+"""Tiny models, each built once, and batchers that end with their test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from embedding_service.inference.batcher import Batcher
 from tests.inference import tiny_models
+from tests.inference.fake_runtime import FakeRuntime
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny("mpnet")` is the folder of that kind of model."""
+    """`tiny("mpnet")` returns the folder of a model of that kind."""
     built: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
@@ -19,3 +22,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[kind]
 
     return folder
+
+
+@pytest.fixture
+def build() -> Iterator[Callable[..., Batcher]]:
+    """`build(runtime)` makes a batcher that is closed after the test."""
+    batchers: list[Batcher] = []
+
+    def make(runtime: FakeRuntime, max_queued_tokens: int = 1_000_000, **arguments: Any) -> Batcher:
+        batchers.append(Batcher(runtime, max_queued_tokens=max_queued_tokens, **arguments))
+        return batchers[-1]
+
+    yield make
+    for batcher in batchers:
+        batcher.close("the test is over")

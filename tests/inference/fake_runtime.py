@@ -10,6 +10,7 @@ import numpy as np
 
 from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError
+from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.budget import BatchBudget
 from embedding_service.inference.runtime import Batch, Prepared, Slice
 
@@ -206,6 +207,13 @@ class Answer:
     @property
     def done(self) -> bool:
         return self._done.is_set()
+
+
+def submit(batcher: Batcher, texts: Sequence[str], seconds: float = 30.0, **fields: Any) -> Answer:
+    """Submit a request for the texts, to be done within this many seconds."""
+    answer = Answer()
+    answer.job = batcher.submit(request(texts, seconds, **fields), answer)
+    return answer
 
 
 class Gate:

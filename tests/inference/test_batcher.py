@@ -3,7 +3,6 @@
 import random
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -27,31 +26,12 @@ from tests.inference.fake_runtime import (
     lengths,
     padded,
     request,
+    submit,
     text,
     vector_of,
     vectors_of,
 )
 from tests.service import wait_until
-
-
-@pytest.fixture
-def build() -> Iterator:
-    """`build(runtime)` makes a batcher that ends with the test."""
-    batchers: list[Batcher] = []
-
-    def make(runtime: FakeRuntime, max_queued_tokens: int = 1_000_000, **arguments) -> Batcher:
-        batchers.append(Batcher(runtime, max_queued_tokens=max_queued_tokens, **arguments))
-        return batchers[-1]
-
-    yield make
-    for batcher in batchers:
-        batcher.close("the test is over")
-
-
-def submit(batcher: Batcher, texts, seconds: float = 30.0, **fields) -> Answer:
-    answer = Answer()
-    batcher.submit(request(texts, seconds, **fields), answer)
-    return answer
 
 
 def held(build, runtime: FakeRuntime, **arguments) -> tuple[Batcher, Gate]:
@@ -122,7 +102,7 @@ def test_a_text_that_would_be_cut_is_refused_by_its_index_where_cutting_is_off(b
 # 3. Fairness
 
 
-def test_tokenisation_of_a_bulk_request_holds_nobody_up(build):
+def test_tokenization_of_a_bulk_request_holds_nobody_up(build):
     """The bulk request's first piece hangs in the tokenizer; a single text passes it."""
     hung, release = threading.Event(), threading.Event()
 
@@ -258,7 +238,7 @@ def test_work_whose_deadline_passed_in_the_queue_never_reaches_the_model(build):
     assert batcher.queued_tokens == 0
 
 
-def test_work_whose_deadline_passed_is_not_tokenised(build):
+def test_work_whose_deadline_passed_is_not_tokenized(build):
     hung, release = threading.Event(), threading.Event()
 
     def slow(texts) -> None:
@@ -484,7 +464,7 @@ def test_a_recomputation_counts_as_running(build):
 STAGES = {
     "asking for the prompt": lambda batcher: (batcher._runtime, "prompt"),
     "admission": lambda batcher: (batcher._admission, "admit"),
-    "tokenising": lambda batcher: (batcher._runtime, "prepare"),
+    "tokenizing": lambda batcher: (batcher._runtime, "prepare"),
     "looking for identical texts": lambda batcher: (batcher._identical, "add"),
     "queueing": lambda batcher: (batcher._queue, "push"),
     "running": lambda batcher: (batcher._runtime.lanes[0], "forward"),
@@ -543,7 +523,7 @@ def test_a_receiver_that_raises_ends_no_thread(build):
 # 9. Requests that come together
 
 
-def test_requests_that_come_together_are_tokenised_together_and_answered_together(build):
+def test_requests_that_come_together_are_tokenized_together_and_answered_together(build):
     runtime = FakeRuntime()
     batcher, gate = held(build, runtime)
     runtime.parallel.clear()
@@ -623,7 +603,7 @@ def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(build):
     assert set(runtime.ran_on) == {0, 1}
 
 
-def test_what_comes_is_tokenised_and_what_is_done_is_delivered_while_a_lane_runs(build):
+def test_what_comes_is_tokenized_and_what_is_done_is_delivered_while_a_lane_runs(build):
     runtime = FakeRuntime(lanes=2)
     batcher, gate = held(build, runtime)
     expect_vectors(submit(batcher, [text(5, "beside")]).wait(5), [text(5, "beside")])

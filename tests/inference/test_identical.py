@@ -4,7 +4,6 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,27 +14,8 @@ from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFail
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.job import normalize
 from embedding_service.inference.runtime import OutOfMemory
-from tests.inference.fake_runtime import Answer, FakeRuntime, Gate, request, text, vector_of
+from tests.inference.fake_runtime import Answer, FakeRuntime, Gate, request, submit, text, vector_of
 from tests.service import wait_until
-
-
-@pytest.fixture
-def build() -> Iterator:
-    batchers: list[Batcher] = []
-
-    def make(runtime: FakeRuntime, **arguments) -> Batcher:
-        batchers.append(Batcher(runtime, max_queued_tokens=1_000_000, **arguments))
-        return batchers[-1]
-
-    yield make
-    for batcher in batchers:
-        batcher.close("the test is over")
-
-
-def submit(batcher: Batcher, texts, seconds: float = 30.0, **fields) -> Answer:
-    answer = Answer()
-    answer.job = batcher.submit(request(texts, seconds, **fields), answer)
-    return answer
 
 
 def held(build, runtime: FakeRuntime, **arguments) -> tuple[Batcher, Gate]:

@@ -43,7 +43,7 @@ def test_half_precision_is_near_and_exact_on_request(model_folder, oracle, dtype
 
 
 @pytest.mark.parametrize("kind", ["static", "routed"])
-def test_exact_for_models_that_tokenise_for_themselves(tiny, kind):
+def test_exact_for_models_that_tokenize_for_themselves(tiny, kind):
     oracle = SentenceTransformer(str(tiny(kind)), device="cpu")
     model = load(tiny(kind), dtype="bfloat16")
     one = alone(model, "the quick brown fox", "query: ", "query")

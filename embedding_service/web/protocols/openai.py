@@ -136,7 +136,7 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
 
 
 class TokenIds(msgspec.Struct, frozen=True):
-    """A body as clients send it that tokenise with the vocabulary of OpenAI's models."""
+    """A body as clients send it that tokenize with the vocabulary of OpenAI's models."""
 
     input: list[int | list[int]]
 

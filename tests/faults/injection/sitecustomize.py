@@ -1,47 +1,25 @@
-"""Faults for a model process that is started with this folder on its PYTHONPATH, asked for by words in texts.
+"""Faults in a model process started with this folder on its PYTHONPATH, triggered by words in texts.
 
 @@oom@@ runs out of memory in every batch of more than one text, @@poison@@ raises, @@nan@@ gives a vector
 of NaN unless it is computed alone, @@nan-always@@ also then, @@sticky@@ loses the device, @@slow@@ takes six
-seconds, @@hang@@ never returns, @@freeze@@ never returns and keeps the interpreter's lock.
-FAULTS_SEEN names a file that gets a line for each text with a word in it that reaches the model.
+seconds, @@hang@@ never returns, @@freeze@@ never returns and holds the interpreter's lock.
+Each text with such a word that reaches the model is appended to the file that FAULTS_SEEN names.
 """
 
 import ctypes
-import importlib.machinery
 import os
 import sys
 import threading
 import time
 from pathlib import Path
 
-MODULE = "embedding_service.inference.loading"
-
-
-class Finder:
-    """Lets the module be found as usual, and spoils whatever its `load` returns."""
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name != MODULE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        execute = spec.loader.exec_module
-
-        def execute_and_spoil(module):
-            execute(module)
-            load = module.load
-            module.load = lambda settings: spoil(load(settings))
-
-        spec.loader.exec_module = execute_and_spoil
-        return spec
-
 
 class Words:
-    """The texts with a word in them, by the Prepared that holds them; kept, so that no id comes twice."""
+    """The texts with a word in them, by their Prepared, which is kept so that its id is not reused."""
 
     def __init__(self):
         self._kept = {}
-        # Of the batch that a thread runs: what a fault inside the model goes by.
+        # The texts of the batch that a thread runs, which decide about faults inside the model.
         self.of_thread = threading.local()
 
     def remember(self, prepared, texts):
@@ -58,7 +36,7 @@ class Words:
 
 
 def spoil(runtime):
-    """A runtime that does what the words in its texts say."""
+    """Make a runtime do what the words in its texts say."""
     words = Words()
     prepare, exact = runtime.prepare, runtime.forward_exact
 
@@ -96,7 +74,7 @@ def spoil_lane(lane, words):
 
 
 def spoil_model(words):
-    """Faults that the backend must see are raised inside the model that it runs."""
+    """Raise inside the model those faults that its backend must handle."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -129,4 +107,7 @@ def note(texts):
 
 
 if "embedding_service.sharing.server" in sys.orig_argv:
-    sys.meta_path.insert(0, Finder)
+    from embedding_service.inference import local
+
+    load = local._load_model
+    local._load_model = lambda settings: spoil(load(settings))
