@@ -1,5 +1,6 @@
 """Every kind of SentenceTransformer answers as its encode() does, whatever shares its batches."""
 
+import logging
 import random
 
 import numpy as np
@@ -11,8 +12,9 @@ from embedding_service.errors import InvalidRequest, StartupError
 from tests.inference import tiny_models
 from tests.inference.running import embed, load, request, texts
 
-# OpenVINO has no number for a row of attention that is masked whole, as padding on the left makes them.
-TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled"]
+# OpenVINO gives NaN for a row of attention that is masked entirely, as padding on the left makes them, and
+# cannot trace Gemma's masks.
+TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled", "gemma"]
 CASES = [(kind, "torch") for kind in tiny_models.KINDS]
 CASES += [(kind, "openvino") for kind in tiny_models.KINDS if kind not in TORCH_ONLY]
 
@@ -97,8 +99,10 @@ def test_an_unknown_prompt_is_refused_with_those_there_are(tiny):
 
 @pytest.mark.parametrize("kind", TORCH_ONLY)
 def test_openvino_that_was_asked_for_and_cannot_be_is_a_failed_start(tiny, kind):
+    level = logging.getLogger().level
     with pytest.raises(StartupError, match=r"BACKEND=openvino|OpenVINO cannot run"):
         load(tiny(kind), backend="openvino")
+    assert logging.getLogger().level == level
 
 
 def test_a_model_that_openvino_computes_wrongly_runs_in_torch(tiny, caplog):

@@ -114,20 +114,25 @@ def _compile(graph: openvino.Model, streams: int, threads: int, dtype: str) -> o
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Tracing looks at every attribute, and transformers warns about those that nobody has set."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """Silence transformers, and restore the root logger's level.
+
+    Tracing looks at every attribute, and transformers warns about those that are not set. OpenVINO
+    sets the root's level to ERROR and leaves it there if the conversion fails.
+    """
+    loggers = logging.getLogger(), logging.getLogger("transformers")
+    levels = [logger.level for logger in loggers]
+    loggers[1].setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _convert(model: SentenceTransformer, inputs: dict[str, torch.Tensor], int8: bool) -> openvino.Model:
     names = list(inputs)
-    with warnings.catch_warnings(), _quiet_transformers():
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         graph = openvino.convert_model(_IdsToVectors(model, names), example_input=tuple(inputs.values()))
     for port, name in zip(graph.inputs, names, strict=True):
