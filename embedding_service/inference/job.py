@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from embedding_service.engine import Embeddings, EmbedRequest, Timings, Vectors
-from embedding_service.errors import ServiceError
+from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.inference.identical import Reduction, Sharer
 from embedding_service.inference.runtime import BoolArray, IntArray, Prepared, Slice
 from embedding_service.inference.vector_cache import vectors_of
@@ -202,6 +202,14 @@ def halves(batch: Sequence[Part], at: int) -> tuple[list[Part], list[Part]]:
             second.append(part if not here else part.cut(here, size))
         at -= size
     return first, second
+
+
+def refuse_truncated(indices: Sequence[int], max_seq_length: int) -> None:
+    """Raise InvalidRequest if texts, by their index in the request, are too long and may not be cut."""
+    if indices:
+        raise InvalidRequest(
+            f"has more than {max_seq_length} tokens; send truncate=true to cut it", index=min(indices)
+        )
 
 
 def normalize(vectors: Vectors) -> Vectors:

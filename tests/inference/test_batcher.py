@@ -413,7 +413,7 @@ def test_a_fault_of_the_batcher_itself_ends_the_process_instead_of_hanging_it(bu
     def broken(*_arguments):
         raise KeyError("injected")
 
-    monkeypatch.setattr(batcher._queue, "next_batch", broken)
+    monkeypatch.setattr(batcher._schedule._queue, "next_batch", broken)
     assert isinstance(submit(batcher, [text(9)]).wait(5), Unavailable)
     assert len(lost) == 1
 
@@ -463,12 +463,12 @@ def test_a_recomputation_counts_as_running(build):
 
 STAGES = {
     "asking for the prompt": lambda batcher: (batcher._runtime, "prompt"),
-    "admission": lambda batcher: (batcher._admission, "admit"),
+    "admission": lambda batcher: (batcher._schedule._admission, "admit"),
     "tokenizing": lambda batcher: (batcher._runtime, "prepare"),
-    "looking for identical texts": lambda batcher: (batcher._identical, "add"),
-    "queueing": lambda batcher: (batcher._queue, "push"),
+    "looking for identical texts": lambda batcher: (batcher._schedule._identical, "add"),
+    "queueing": lambda batcher: (batcher._schedule._queue, "push"),
     "running": lambda batcher: (batcher._runtime.lanes[0], "forward"),
-    "delivering": lambda batcher: (batcher._identical, "others"),
+    "delivering": lambda batcher: (batcher._schedule._identical, "others"),
     "making the answer": lambda _batcher: (Job, "outcome"),
 }
 
@@ -504,7 +504,7 @@ def test_a_fault_at_any_stage_fails_its_request_alone_and_ends_no_thread(build, 
         ask(number)
         assert isinstance(outcomes[number], Embeddings)
     assert batcher.queued_tokens == 0
-    assert len(batcher._identical) == 0
+    assert len(batcher._schedule._identical) == 0
 
 
 def test_a_receiver_that_raises_ends_no_thread(build):

@@ -58,7 +58,7 @@ def test_a_text_that_several_wait_for_is_computed_once(build):
     for texts, answer in zip(own, answers, strict=True):
         expect(answer.wait(), texts, tokens=sum(int(one.split()[0]) for one in texts))
     assert max(computed(runtime).values()) == 1
-    assert len(batcher._identical) == 0
+    assert len(batcher._schedule._identical) == 0
 
 
 def test_a_text_that_runs_is_not_computed_again(build):
@@ -132,7 +132,7 @@ def test_the_end_of_the_first_who_asked_does_not_harm_the_others(build, how):
     expect(others[1].wait(), [text(6)], tokens=6)
     if how != "cancelled":
         assert isinstance(first.wait(), DeadlineExceeded if how == "late" else ModelFailure)
-    wait_until(lambda: len(batcher._identical) == 0)
+    wait_until(lambda: len(batcher._schedule._identical) == 0)
 
 
 def test_the_first_may_go_while_its_batch_runs(build):
@@ -276,4 +276,4 @@ def test_never_a_wrong_vector_whatever_is_shared_and_whatever_fails(build, seed,
             )
     assert right > len(asked) / 4
     wait_until(lambda: batcher.queued_tokens == 0, what="an empty queue")
-    wait_until(lambda: len(batcher._identical) == 0, what="no text that waits")
+    wait_until(lambda: len(batcher._schedule._identical) == 0, what="no text that waits")
