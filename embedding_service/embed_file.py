@@ -77,9 +77,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     prompts.add_argument("--prompt", help="put this text in front of each text")
     made.add_argument(
         "--overflow",
-        choices=["truncate", "error", "mean"],
+        choices=["truncate", "error", "mean", "chunks"],
         help="for texts longer than the model reads: cut them (default), refuse them, or embed them in "
-        "pieces and write the mean",
+        "chunks and write their mean or a row for each",
+    )
+    made.add_argument(
+        "--chunk-overlap", type=_positive, help="tokens that neighbouring chunks share at most (default: 0)"
     )
     made.add_argument("--dimensions", type=_positive, help="truncate the vectors to this many dimensions")
     made.add_argument(
@@ -142,6 +145,8 @@ def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> Work:
     outputs.writer(arguments.output)
+    if arguments.chunk_overlap and arguments.overflow not in ("mean", "chunks"):
+        raise StartupError("--chunk-overlap needs --overflow mean or --overflow chunks")
     source = Source(arguments.input, arguments.field, arguments.format, arguments.delimiter)
     require_room(source.stat, arguments.output, restart=arguments.restart)
     if source.is_stream and part_path(arguments.output).exists() and not arguments.restart:
@@ -155,6 +160,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         prompt=arguments.prompt,
         dimensions=arguments.dimensions,
         overflow=arguments.overflow,
+        chunk_overlap=arguments.chunk_overlap,
     )
     embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
     job = Job(
@@ -171,10 +177,11 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         prompt=options.prompt,
         dimensions=options.dimensions,
         overflow=options.overflow,
+        chunk_overlap=options.chunk_overlap,
     )
     convert = _convert(arguments.precision, embedder)
     part = Part(arguments.output, job, restart=arguments.restart)
-    rest = dropwhile(lambda row: row.number < part.rows, rows)
+    rest = dropwhile(lambda row: row.number < part.texts, rows)
     return Work(source, rest, total, embedder, part, convert)
 
 
@@ -215,7 +222,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
     part, truncated = work.part, 0
     with tqdm(
         total=work.total,
-        initial=part.rows,
+        initial=part.texts,
         unit=" texts",
         dynamic_ncols=True,
         # Progress ten times a second is too much for a log file.
@@ -225,7 +232,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         def on_chunk(chunk: Chunk) -> None:
             nonlocal truncated
             truncated += chunk.truncated
-            bar.update(len(chunk.vectors))
+            bar.update(chunk.texts)
             if part.failures:
                 bar.set_postfix_str(f"{part.failures} bad", refresh=False)
 
@@ -268,7 +275,10 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
 
 
 def _report(output: Path, part: Part, truncated: int) -> int:
-    print(f"Wrote {part.rows} rows to {output}", file=sys.stderr)
+    print(
+        f"Wrote {part.rows} rows{f' for {part.texts} texts' if part.has_chunks else ''} to {output}",
+        file=sys.stderr,
+    )
     if truncated:
         print(
             f"{truncated} texts of this run were longer than the model's limit and were truncated",

@@ -31,16 +31,17 @@ from embedding_service import embed_file
 from embedding_service.bulk import compression, paths
 from embedding_service.bulk.embedders import (
     Description,
+    Embedded,
     Options,
     RemoteEmbedder,
     Stopped,
     retry_after_seconds,
 )
-from embedding_service.bulk.part import Job, Part
+from embedding_service.bulk.part import Job, Part, Place
 from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
 from embedding_service.bulk.source import FORMATS, Source
-from embedding_service.engine import Embeddings, EmbedRequest, Timings
+from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Timings
 from embedding_service.errors import StartupError
 from tests.fakes import FakeEngine, Served
 from tests.service import ROOT, wait_until
@@ -267,6 +268,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
         (["corpus.jsonl", "-o", "v.npy.errors.jsonl"], "for lists of bad rows"),
         (["corpus.jsonl", "-o", "v" * 250 + ".npy"], "name too long"),
         (["corpus.pdf", "-o", "v.npy"], "must end in .jsonl"),
+        (["corpus.jsonl", "-o", "v.npy", "--chunk-overlap", "9"], "--chunk-overlap needs --overflow mean"),
         (["table.csv", "-o", "v.npy"], "there is no column 'text'; the header is a, b"),
         (["corpus.jsonl", "-o", "v.npy", "--url", "localhost:1"], "http://localhost:1/ does not answer"),
         (["corpus.jsonl", "-o", "v.npy", "--url", "http://127.0.0.1:1"], "does not answer"),
@@ -299,7 +301,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path.relative_to(folder)): (path.lstat().st_ino, path.read_bytes()) for path in files}
 
 
-OURS = ["", ".part", ".part.json", ".errors.jsonl", ".part.new", ".part.json.part.new"]
+OURS = ["", ".part", ".part.json", ".errors.jsonl", ".chunks.jsonl", ".part.new", ".part.json.part.new"]
 
 
 @pytest.mark.parametrize("restart", [[], ["--restart"]], ids=["", "restart"])
@@ -385,10 +387,10 @@ def test_restart_leaves_alone_what_its_part_is_linked_to_and_a_run_under_way(tmp
     paths.part_path(output).hardlink_to(kept)
     first = Part(output, JOB, restart=True)
     assert kept.read_bytes() == b"x" * 1000
-    first.append(np.ones((1, 2), np.float32), [])
+    first.append(np.ones((1, 2), np.float32), [], [Place(0)])
     with pytest.raises(StartupError, match="another run is writing"):
         Part(output, JOB, restart=True)
-    first.append(np.zeros((1, 2), np.float32), [])
+    first.append(np.zeros((1, 2), np.float32), [], [Place(1)])
     first.seal()
     assert np.load(first.path).tolist() == [[1, 1], [0, 0]]
 
@@ -410,7 +412,7 @@ def test_restart_keeps_what_there_is_until_the_run_can_begin(tmp_path, monkeypat
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
     corpus.write_text('"text"\n')
     part = Part(output, JOB)
-    part.append(np.ones((1, 2), np.float32), [])
+    part.append(np.ones((1, 2), np.float32), [], [Place(0)])
     part.close()
     before = snapshot(tmp_path)
     assert main(monkeypatch, corpus, "-o", output, "--restart", "--url", "http://127.0.0.1:1") == 2
@@ -778,6 +780,10 @@ def test_reading_holds_a_part_of_the_file_in_memory(tmp_path, kind):
         ({"dimensions": 64}, "--dimensions none, now 64"),
         ({"input_type": "query"}, "--input-type none, now 'query'"),
         ({"prompt": "a: "}, "--prompt none, now 'a: '"),
+        (
+            {"overflow": "chunks", "chunk_overlap": 9},
+            "--overflow none, now 'chunks'; --chunk-overlap none, now 9",
+        ),
         ({"format": "csv", "delimiter": ";"}, "--format 'jsonl', now 'csv'; --delimiter '', now ';'"),
         ({"model": "other", "fingerprint": "g"}, "the model 'm', now 'other'"),
         ({"fingerprint": "g"}, "a model with the fingerprint 'f', now 'g'"),
@@ -962,7 +968,7 @@ JOB = Job(
 def test_a_torn_row_and_errors_ahead_of_the_rows_are_dropped(tmp_path):
     output = tmp_path / "v.npy"
     part = Part(output, JOB)
-    part.append(np.ones((3, 2), np.float32), [Row(1, 2, error="bad")])
+    part.append(np.ones((3, 2), np.float32), [Row(1, 2, error="bad")], [Place(0), Place(1), Place(2)])
     part.close()
     with part.path.open("ab") as file:
         file.write(b"\0\0\0")
@@ -970,7 +976,7 @@ def test_a_torn_row_and_errors_ahead_of_the_rows_are_dropped(tmp_path):
         file.write(b'{"row":3,"line":4,"error":"of a chunk that was not written"}\n{"row":4,"li')
     again = Part(output, JOB)
     assert (again.rows, again.failures) == (3, 1)
-    again.append(np.zeros((1, 2), np.float32), [])
+    again.append(np.zeros((1, 2), np.float32), [], [Place(3)])
     again.seal()
     assert np.load(again.path).tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
     assert again.errors_path.read_text().count("\n") == 1
@@ -986,30 +992,157 @@ def test_other_work_and_a_second_run_are_kept_out_of_a_part(tmp_path):
         Part(output, msgspec.structs.replace(JOB, fingerprint="another"))
 
 
+CHUNKED = msgspec.structs.replace(JOB, overflow="chunks")
+
+
+def append_texts(part: Part, first: int, last: int) -> None:
+    """Text n has n % 3 + 1 chunks, and their vectors are (n, which chunk); two texts are added at a time."""
+    for number in range(first, last, 2):
+        rows = [(n, k) for n in range(number, min(number + 2, last)) for k in range(n % 3 + 1)]
+        part.append(np.array(rows, np.float32), [], [Place(n, k, k + 1) for n, k in rows])
+
+
+@pytest.mark.parametrize("lost", ["vectors", "places"])
+def test_a_text_of_which_a_chunk_is_missing_is_dropped_and_done_again(tmp_path, lost):
+    """Wherever the writing of either file ends: in the middle of a row, of a line, or between two texts."""
+    part = Part(tmp_path / "whole.npy", CHUNKED)
+    append_texts(part, 0, 6)
+    part.close()
+    vectors, places = part.path.read_bytes(), part.chunks_path.read_bytes()
+    header = len(vectors) - 12 * 8
+    cuts = range(header, len(vectors) + 1) if lost == "vectors" else range(len(places) + 1)
+    for cut in cuts:
+        output = tmp_path / f"{cut}.npy"
+        for path, content, is_cut in (
+            (paths.part_path(output), vectors, lost == "vectors"),
+            (paths.chunks_path(output), places, lost == "places"),
+            (paths.job_path(output), part.job_path.read_bytes(), False),
+        ):
+            path.write_bytes(content[:cut] if is_cut else content)
+        again = Part(output, CHUNKED)
+        assert again.rows == sum(n % 3 + 1 for n in range(again.texts))
+        if lost == "vectors":
+            written = (cut - header) // 8
+            assert again.texts == max(n for n in range(7) if sum(m % 3 + 1 for m in range(n)) <= written)
+        append_texts(again, again.texts, 6)
+        again.close()
+        assert paths.part_path(output).read_bytes() == vectors
+        assert paths.chunks_path(output).read_bytes() == places
+
+
+class InChunks(Numbers):
+    """Cuts a text into as many chunks as it has characters; the vector of a chunk starts with its digit."""
+
+    def split(self, request: SplitRequest) -> list[list[Chunk]]:
+        return [[Chunk(i, i + 1, 1) for i in range(len(text))] for text in request.texts]
+
+
+def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
+    count, corpus, output = 20_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
+    corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
+    expected = [(n, i, int(digit)) for n in range(count) for i, digit in enumerate(str(n + 1))]
+    served = Served(InChunks())
+    command = (corpus, "-o", output, "--url", served.url, "--overflow", "chunks", "--batch", 64)
+    try:
+        for done in (20_000, 60_000):
+            killed = Run(*command)
+            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), 300, "some rows")  # noqa: B023
+            killed.process.kill()
+            assert killed.wait() == -signal.SIGKILL, killed.said
+            assert done <= rows_in(output, 3) < len(expected)
+        finished = Run(*command)
+        assert finished.wait(300) == 0, finished.said
+    finally:
+        served.stop()
+    assert f"Wrote {len(expected)} rows for 20000 texts" in finished.said
+    places = read_lines(paths.chunks_path(output))
+    digits = np.load(output)[:, 0].astype(int).tolist()
+    found = [(place["row"], place["start"], digit) for place, digit in zip(places, digits, strict=True)]
+    assert found == expected
+    assert max(killed.peak_mib, finished.peak_mib) < 200
+
+
+@pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
+@pytest.mark.parametrize("here", [True, False], ids=["here", "at a service"])
+def test_over_long_texts_become_a_row_for_each_chunk(service, tmp_path, here, ending):
+    long = " ".join(f"wörd{number % 100} and more" for number in range(400))
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, [long, 7, "short", long, ""])))
+    output = tmp_path / f"vectors.{ending}"
+    where = [] if here else ["--url", service.url]
+    options = ["--overflow", "chunks", "--chunk-overlap", 20, "--batch", 2]
+    run = Run(tmp_path / "corpus.jsonl", "-o", output, *options, *where)
+    assert run.wait() == 3, run.said
+    assert [failure["row"] for failure in read_lines(paths.errors_path(output))] == [1]
+
+    body = {"texts": [long, "short", long, ""], "overflow": "chunks", "chunk_overlap": 20}
+    answer = requests.post(f"{service.url}/embed", json=body, timeout=60).json()
+    expected = [([0, 2, 3, 4][chunk["text"]], chunk["start"], chunk["end"]) for chunk in answer["chunks"]]
+    bad = expected.index(next(place for place in expected if place[0] == 2))
+    expected.insert(bad, (1, None, None))
+    if ending == "npy":
+        table, vectors = read_lines(paths.chunks_path(output)), np.load(output)
+        assert np.isnan(vectors[bad]).all()
+        vectors = np.delete(vectors, bad, axis=0)
+    else:
+        assert not paths.chunks_path(output).exists()
+        table = read_lines(output) if ending == "jsonl" else parquet.read_table(output).to_pylist()
+        assert [row["error"] is not None for row in table] == [place[0] == 1 for place in expected]
+        vectors = np.array([row["embedding"] for row in table if row["embedding"] is not None])
+    assert [(row["row"], row["start"], row["end"]) for row in table] == expected
+    assert len(expected) > 10
+    assert np.abs(vectors - np.array(answer["embeddings"])).max() < 1e-5
+
+
+def test_a_run_without_chunks_removes_the_list_of_an_earlier_one(tmp_path, monkeypatch):
+    corpus, output = tmp_path / "corpus.txt", tmp_path / "v.npy"
+    corpus.write_text("12\n3\n")
+    served = Served(InChunks())
+    try:
+        assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--overflow", "chunks") == 0
+        assert len(read_lines(paths.chunks_path(output))) == len(np.load(output)) == 3
+        assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--restart") == 0
+    finally:
+        served.stop()
+    assert len(np.load(output)) == 2
+    assert not paths.chunks_path(output).exists()
+
+
 class Instant:
     """Embeds in no time."""
 
     def describe(self) -> Description:
         return Description(model="m", fingerprint="f", most_texts=256)
 
-    def embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
-        return np.ones((len(texts), 2), np.float32), 0
+    def embed(self, texts: list[str]) -> Embedded:
+        return Embedded(np.ones((len(texts), 2), np.float32), 0)
 
     def close(self) -> None:
         pass
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path):
+class InstantChunks(Instant):
+    """Makes three chunks of each text."""
+
+    def embed(self, texts: list[str]) -> Embedded:
+        chunks = [[(0, 1), (1, 2), (2, 3)]] * len(texts)
+        return Embedded(np.ones((3 * len(texts), 2), np.float32), 0, chunks)
+
+
+@pytest.mark.parametrize(
+    ("embedder", "job"), [(Instant(), JOB), (InstantChunks(), CHUNKED)], ids=["", "chunks"]
+)
+def test_memory_does_not_grow_with_the_rows(tmp_path, embedder, job):
     count, characters = 100_000, 300
-    part = Part(tmp_path / "v.npy", JOB)
+    part = Part(tmp_path / "v.npy", job)
     many = (Row(number, number + 1, f"{number:{characters}}") for number in range(count))
-    patient = Patient(Instant(), 10)
+    patient = Patient(embedder, 10)
     tracemalloc.start()
     run(many, patient, part, chunk_rows=256, in_flight=4, on_chunk=lambda _chunk: None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert part.rows == count
+    assert part.texts == count
     part.close()
+    Part(tmp_path / "v.npy", job).close()
     assert peak < count * characters / 10
 
 

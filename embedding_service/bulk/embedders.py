@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from itertools import groupby
 from typing import Literal, Protocol, TypeVar
 
 import httpx2
@@ -14,7 +15,7 @@ import numpy as np
 
 from embedding_service.engine import EmbedRequest, Engine, Vectors
 from embedding_service.errors import ServiceError, StartupError, TooLarge, Unavailable
-from embedding_service.overflow import Overflow, embed_means
+from embedding_service.overflow import Overflow, embed_chunks, embed_means
 
 # A request may wait in the service's queue behind many others.
 REQUEST_SECONDS = 600.0
@@ -27,7 +28,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     prompt_name: str | None = None
     prompt: str | None = None
     dimensions: int | None = None
-    overflow: Overflow | None = None
+    overflow: Overflow | Literal["chunks"] | None = None
+    chunk_overlap: int | None = None
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,14 +40,29 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     most_texts: int
 
 
+Span = tuple[int, int]
+
+
+class Embedded(msgspec.Struct, frozen=True):
+    """A vector for each text, and how many texts were truncated.
+
+    With `--overflow chunks` there is a vector for each chunk, and `chunks` has the characters of each text's
+    chunks: from the first to before the second number.
+    """
+
+    vectors: Vectors
+    truncated: int
+    chunks: list[list[Span]] | None = None
+
+
 class Embedder(Protocol):
     """Safe to use from several threads."""
 
     def describe(self) -> Description:
         """Raises a ServiceError."""
 
-    def embed(self, texts: list[str]) -> tuple[Vectors, int]:
-        """A vector for each text, and how many texts were truncated. Raises a ServiceError."""
+    def embed(self, texts: list[str]) -> Embedded:
+        """Raises a ServiceError."""
 
     def close(self) -> None:
         """Release its resources."""
@@ -93,9 +110,16 @@ class _Usage(msgspec.Struct):
     truncated: list[int]
 
 
+class _Chunk(msgspec.Struct):
+    text: int
+    start: int
+    end: int
+
+
 class _Answer(msgspec.Struct):
     embeddings: list[str]
     usage: _Usage
+    chunks: list[_Chunk] | None = None
 
 
 Answer = TypeVar("Answer")
@@ -129,13 +153,23 @@ class RemoteEmbedder:
             model=info.model_name, fingerprint=info.fingerprint, most_texts=info.max_client_batch_size
         )
 
-    def embed(self, texts: list[str]) -> tuple[Vectors, int]:
+    def embed(self, texts: list[str]) -> Embedded:
         body = msgspec.json.encode({"texts": texts, "encoding_format": "base64"} | self._options)
         answer = self._ask("POST", "embed", body, _Answer)
-        if len(answer.embeddings) != len(texts):
-            raise Lost(f"{len(answer.embeddings)} vectors came for {len(texts)} texts")
+        count, chunks = len(texts), None
+        if self._options.get("overflow") == "chunks":
+            found = answer.chunks or []
+            own = [(text, list(group)) for text, group in groupby(found, lambda chunk: chunk.text)]
+            if [text for text, _ in own] != list(range(len(texts))):
+                raise Lost(f"the chunks that came are not those of {len(texts)} texts")
+            count = len(found)
+            chunks = [[(chunk.start, chunk.end) for chunk in group] for _, group in own]
+        if len(answer.embeddings) != count:
+            raise Lost(
+                f"{len(answer.embeddings)} vectors came for {count} {'texts' if chunks is None else 'chunks'}"
+            )
         raw = b"".join(base64.b64decode(vector) for vector in answer.embeddings)
-        return np.frombuffer(raw, "<f4").reshape(len(texts), -1), len(answer.usage.truncated)
+        return Embedded(np.frombuffer(raw, "<f4").reshape(count, -1), len(answer.usage.truncated), chunks)
 
     def close(self) -> None:
         self._client.close()
@@ -171,7 +205,7 @@ class LocalEmbedder:
             raise Unavailable(self._engine.status().reason)
         return Description(model=info.model_name, fingerprint=info.fingerprint, most_texts=sys.maxsize)
 
-    def embed(self, texts: list[str]) -> tuple[Vectors, int]:
+    def embed(self, texts: list[str]) -> Embedded:
         longest = max(map(len, texts))
         if longest > self._max_text_characters:
             raise TooLarge(
@@ -188,15 +222,19 @@ class LocalEmbedder:
                 dimensions=self._options.dimensions,
                 truncate=self._options.overflow != "error",
             )
-            if self._options.overflow == "mean":
-                result = embed_means(self._engine, request, 0, sys.maxsize)
+            overlap, spans = self._options.chunk_overlap or 0, None
+            if self._options.overflow == "chunks":
+                result, chunks = embed_chunks(self._engine, request, overlap, sys.maxsize)
+                spans = [[(chunk.start, chunk.stop) for chunk in own] for own in chunks]
+            elif self._options.overflow == "mean":
+                result = embed_means(self._engine, request, overlap, sys.maxsize)
             else:
                 result = self._engine.embed(request)
         except Unavailable as error:
             if self._engine.must_restart():
                 raise Stopped(f"the model is lost: {error.message}") from None
             raise
-        return result.vectors, len(result.truncated)
+        return Embedded(result.vectors, len(result.truncated), spans)
 
     def close(self) -> None:
         self._engine.close()

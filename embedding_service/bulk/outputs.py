@@ -1,6 +1,7 @@
 """The finished output: the vectors as .npy, .jsonl or .parquet, made from the part file row by row."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import numpy.typing as npt
 import orjson
 
 from embedding_service.bulk.columns import import_pyarrow
-from embedding_service.bulk.part import Failure, Part
+from embedding_service.bulk.part import Failure, Part, Place
 from embedding_service.bulk.paths import new_path
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
 
 BLOCK_ROWS = 4096
 
-Block = tuple[int, npt.NDArray[Any], dict[int, str]]
+Block = tuple[npt.NDArray[Any], list[Place], dict[int, str]]
 Convert = Callable[[Vectors], npt.NDArray[Any]]
 
 
@@ -40,6 +41,9 @@ def finish(part: Part, output: Path, convert: Convert | None = None) -> None:
     writer(output)(part, output, convert)
     # In this order: a part without its job file could not be resumed.
     part.path.unlink(missing_ok=True)
+    if output.suffix.lower() != ".npy":
+        # Their rows say themselves what they are of.
+        part.chunks_path.unlink(missing_ok=True)
     part.job_path.unlink()
 
 
@@ -50,8 +54,10 @@ def _write_npy(part: Part, output: Path, convert: Convert | None) -> None:
     new = new_path(output)
     dtype, width = _form(part, convert)
     array = np.lib.format.open_memmap(new, "w+", dtype, (part.rows, width))
-    for first, vectors, _ in _blocks(part, convert):
+    first = 0
+    for vectors, _, _ in _blocks(part, convert):
         array[first : first + len(vectors)] = vectors
+        first += len(vectors)
     array.flush()
     new.replace(output)
 
@@ -65,10 +71,13 @@ def _form(part: Part, convert: Convert) -> tuple[np.dtype[Any], int]:
 def _write_jsonl(part: Part, output: Path, convert: Convert | None) -> None:
     new = new_path(output)
     with new.open("wb") as file:
-        for first, vectors, errors in _blocks(part, convert):
-            for offset, vector in enumerate(vectors):
-                error = errors.get(first + offset)
-                row = {"row": first + offset, "embedding": None if error else vector, "error": error}
+        for vectors, places, errors in _blocks(part, convert):
+            for vector, place in zip(vectors, places, strict=True):
+                error = errors.get(place.row)
+                row: dict[str, Any] = {"row": place.row}
+                if part.has_chunks:
+                    row |= {"start": place.start, "end": place.end}
+                row |= {"embedding": None if error else vector, "error": error}
                 file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
     new.replace(output)
 
@@ -78,18 +87,21 @@ def _write_parquet(part: Part, output: Path, convert: Convert | None) -> None:
     new = new_path(output)
     dtype, width = _form(part, convert or _unchanged)
     vector = pyarrow.list_(pyarrow.from_numpy_dtype(dtype), width)
-    schema = pyarrow.schema([("row", pyarrow.int64()), ("embedding", vector), ("error", pyarrow.string())])
+    spans = [("start", pyarrow.int64()), ("end", pyarrow.int64())] if part.has_chunks else []
+    schema = pyarrow.schema(
+        [("row", pyarrow.int64()), *spans, ("embedding", vector), ("error", pyarrow.string())]
+    )
     with parquet.ParquetWriter(new, schema) as file:
-        for first, vectors, errors in _blocks(part, convert):
-            numbers = range(first, first + len(vectors))
-            mask = np.array([number in errors for number in numbers])
+        for vectors, places, errors in _blocks(part, convert):
+            mask = np.array([place.row in errors for place in places])
             embeddings = pyarrow.FixedSizeListArray.from_arrays(
                 pyarrow.array(vectors.reshape(-1)), type=vector, mask=pyarrow.array(mask)
             )
             columns = [
-                pyarrow.array(numbers, pyarrow.int64()),
+                pyarrow.array([place.row for place in places], pyarrow.int64()),
+                *(pyarrow.array([getattr(place, name) for place in places], kind) for name, kind in spans),
                 embeddings,
-                pyarrow.array([errors.get(number) for number in numbers], pyarrow.string()),
+                pyarrow.array([errors.get(place.row) for place in places], pyarrow.string()),
             ]
             file.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
     new.replace(output)
@@ -105,17 +117,28 @@ def _unchanged(vectors: Vectors) -> Vectors:
 
 
 def _blocks(part: Part, convert: Convert | None) -> Iterator[Block]:
-    """Row number of the first vector, some vectors, and the errors among them by row number."""
+    """Some vectors, their places, and the errors among them by the input's row."""
     # Map the file again for each block: the pages of one long mapping would count as our memory.
     errors = _errors(part.errors_path)
     pending = next(errors, None)
+    every_place = _places(part)
     for first in range(0, part.rows, BLOCK_ROWS):
         vectors = np.array(_open(part)[first : first + BLOCK_ROWS])
+        places = list(islice(every_place, len(vectors)))
         found: dict[int, str] = {}
-        while pending is not None and pending.row < first + len(vectors):
+        while pending is not None and pending.row <= places[-1].row:
             found[pending.row] = pending.error
             pending = next(errors, None)
-        yield first, vectors if convert is None else convert(vectors), found
+        yield vectors if convert is None else convert(vectors), places, found
+
+
+def _places(part: Part) -> Iterator[Place]:
+    if not part.has_chunks:
+        yield from map(Place, range(part.rows))
+        return
+    with part.chunks_path.open("rb") as file:
+        for line in file:
+            yield msgspec.json.decode(line, type=Place)
 
 
 def _errors(path: Path) -> Iterator[Failure]:

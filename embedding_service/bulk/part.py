@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
-from embedding_service.bulk.paths import errors_path, job_path, new_path, part_path
+from embedding_service.bulk.paths import chunks_path, errors_path, job_path, new_path, part_path
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
@@ -28,6 +28,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     input_type: str | None
     dimensions: int | None
     overflow: str | None = None
+    chunk_overlap: int | None = None
     prompt_name: str | None = None
     prompt: str | None = None
 
@@ -44,6 +45,7 @@ _COMPARED = {
     "input_type": "--input-type",
     "dimensions": "--dimensions",
     "overflow": "--overflow",
+    "chunk_overlap": "--chunk-overlap",
     "prompt_name": "--prompt-name",
     "prompt": "--prompt",
 }
@@ -57,11 +59,22 @@ class Failure(msgspec.Struct, frozen=True):
     error: str
 
 
+class Place(msgspec.Struct, frozen=True):
+    """The input row that a vector is of; if it is of a chunk, its characters from `start` to before `end`."""
+
+    row: int
+    start: int | None = None
+    end: int | None = None
+
+
 class Part:
-    """`OUTPUT.part`, a .npy file with one row per input row, and a list of the bad rows beside it.
+    """`OUTPUT.part`, a .npy file with one row per text or chunk, and a list of the bad rows beside it.
 
     Progress is read from the files themselves: complete rows of vectors count, a partly written one
-    does not. A chunk's errors are written before its vectors, so none is ever missing.
+    does not. Errors and places are written before their vectors, so none is ever missing.
+
+    With `--overflow chunks`, `OUTPUT.chunks.jsonl` holds the place of each row. Every text has a row there,
+    a bad one too, so the places also tell how many texts are complete.
     """
 
     def __init__(self, output: Path, job: Job, *, restart: bool = False) -> None:
@@ -69,6 +82,8 @@ class Part:
         self.path = part_path(output)
         self.job_path = job_path(output)
         self.errors_path = errors_path(output)
+        self.chunks_path = chunks_path(output)
+        self.has_chunks = job.overflow == "chunks"
         self.job = job
         self._file = _claim(self.path)
         try:
@@ -81,12 +96,13 @@ class Part:
         except BaseException:
             self._file.close()
             raise
-        self.rows = self._recover()
+        self.rows, self.texts = self._recover()
         self.failures = self._recover_errors()
         self._errors = self.errors_path.open("ab") if self.failures else None
+        self._places = self.chunks_path.open("ab") if self.has_chunks else None
 
-    def append(self, vectors: Vectors, bad: list[Row]) -> None:
-        """Add the next rows; a bad row's vector is NaN."""
+    def append(self, vectors: Vectors, bad: list[Row], places: list[Place]) -> None:
+        """Add the next rows, all those of each text; a bad row's vector is NaN."""
         if bad:
             self._errors = self._errors or self.errors_path.open("ab")
             for row in bad:
@@ -94,9 +110,13 @@ class Part:
                 self._errors.write(msgspec.json.encode(failure) + b"\n")
             self._errors.flush()
             self.failures += len(bad)
+        if self._places is not None:
+            self._places.write(msgspec.json.Encoder().encode_lines(places))
+            self._places.flush()
         self._file.write(np.ascontiguousarray(vectors, np.float32).data)
         self._file.flush()
         self.rows += len(vectors)
+        self.texts = places[-1].row + 1
 
     def seal(self) -> None:
         """Write the header with the final number of rows, and sync to disk."""
@@ -108,15 +128,16 @@ class Part:
 
     def close(self) -> None:
         """Close the files, keeping their contents for the next run."""
-        self._file.close()
-        if self._errors is not None:
-            self._errors.close()
+        for file in (self._file, self._errors, self._places):
+            if file is not None:
+                file.close()
 
     def _begin(self, job: Job, restart: bool) -> None:
         if self.job_path.exists() and _read_job(self.job_path) is None and not restart:
             self.path.unlink()
             raise StartupError(f"{self.job_path} does not belong to a run; --restart replaces it")
         self.errors_path.unlink(missing_ok=True)
+        self.chunks_path.unlink(missing_ok=True)
         _write_whole(self.job_path, msgspec.json.encode(job))
 
     def _require_same(self, job: Job) -> None:
@@ -127,7 +148,8 @@ class Part:
         if differing:
             raise StartupError(f"{self.path} was begun with {'; '.join(differing)}; --restart begins again")
 
-    def _recover(self) -> int:
+    def _recover(self) -> tuple[int, int]:
+        """Drop a row that was not written whole, and the rows of such a text; count the rows and texts."""
         header = _header(0, self.job.dimension)
         self._file.seek(0, os.SEEK_END)
         size = self._file.tell()
@@ -137,18 +159,42 @@ class Part:
             size = len(header)
         row_bytes = 4 * self.job.dimension
         rows = (size - len(header)) // row_bytes
+        rows, texts = self._recover_places(rows) if self.has_chunks else (rows, rows)
         self._file.truncate(len(header) + rows * row_bytes)
         self._file.seek(0, os.SEEK_END)
-        return rows
+        return rows, texts
+
+    def _recover_places(self, rows: int) -> tuple[int, int]:
+        """Drop the places past the last text whose rows were all written; count those rows and texts."""
+        count = end = whole_rows = whole_end = texts = 0
+        row = None
+        with self.chunks_path.open("a+b") as file:
+            file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                place = msgspec.json.decode(line, type=Place)
+                if place.row != row:
+                    row = place.row
+                    whole_rows, whole_end, texts = count, end, row
+                if count == rows:
+                    break
+                count, end = count + 1, end + len(line)
+            else:
+                # Fewer places than rows are left only if the machine itself failed.
+                if row is not None and count == rows:
+                    whole_rows, whole_end, texts = count, end, row + 1
+            file.truncate(whole_end)
+        return whole_rows, texts
 
     def _recover_errors(self) -> int:
-        """Drop the errors of rows that were not written, and count the rest."""
+        """Drop the errors of texts that were not written, and count the rest."""
         if not self.errors_path.exists():
             return 0
         kept, end = 0, 0
         with self.errors_path.open("r+b") as file:
             for line in file:
-                if not line.endswith(b"\n") or msgspec.json.decode(line, type=Failure).row >= self.rows:
+                if not line.endswith(b"\n") or msgspec.json.decode(line, type=Failure).row >= self.texts:
                     break
                 kept, end = kept + 1, end + len(line)
             file.truncate(end)

@@ -7,6 +7,7 @@ from pathlib import Path
 from embedding_service.errors import StartupError
 
 ERRORS = ".errors.jsonl"
+CHUNKS = ".chunks.jsonl"
 
 
 def part_path(output: Path) -> Path:
@@ -24,6 +25,11 @@ def errors_path(output: Path) -> Path:
     return output.with_name(f"{output.name}{ERRORS}")
 
 
+def chunks_path(output: Path) -> Path:
+    """Which text and characters each row of an output is of, one JSON object per line."""
+    return output.with_name(f"{output.name}{CHUNKS}")
+
+
 def new_path(path: Path) -> Path:
     """The temporary file that is renamed to `path` once complete."""
     return path.with_name(f"{path.name}.part.new")
@@ -37,9 +43,10 @@ def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None
         raise StartupError(f"{output.parent} cannot be written to")
     if output.name.endswith(ERRORS):
         raise StartupError(f"{output}: names that end in {ERRORS} are for lists of bad rows")
-    part, job, errors = part_path(output), job_path(output), errors_path(output)
+    part, job = part_path(output), job_path(output)
+    errors, chunks = errors_path(output), chunks_path(output)
     taken = {(source.st_dev, source.st_ino): "the input"}
-    for path in (output, part, job, errors, new_path(output), new_path(job)):
+    for path in (output, part, job, errors, chunks, new_path(output), new_path(job)):
         if path.is_symlink() and path != output:
             raise StartupError(f"{path} is a symbolic link; a run writes to a file of its own")
         try:
@@ -52,6 +59,6 @@ def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None
         if other != str(path):
             raise StartupError(f"{path} is the same file as {other}; choose another output")
     if not restart and not part.exists():
-        for path in (output, errors):
+        for path in (output, errors, chunks):
             if path.exists():
                 raise StartupError(f"{path} already exists; --restart replaces it")

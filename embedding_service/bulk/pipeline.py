@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import TypeVar
@@ -12,8 +12,8 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from embedding_service.bulk.embedders import Description, Embedder, Lost, Stopped
-from embedding_service.bulk.part import Part
+from embedding_service.bulk.embedders import Description, Embedder, Lost, Span, Stopped
+from embedding_service.bulk.part import Part, Place
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
 from embedding_service.errors import ServiceError, StartupError
@@ -36,11 +36,20 @@ Result = TypeVar("Result")
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Embedded rows, NaN for each bad one, and how many texts were truncated."""
+    """Embedded rows, NaN for each bad one, the place of each vector, and how many texts were truncated."""
 
+    texts: int
     vectors: Vectors
+    places: list[Place]
     bad: list[Row]
     truncated: int
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    """One text's vector, or the vectors of its chunks, with the characters of each."""
+
+    vectors: Vectors
+    spans: list[Span] | None
 
 
 class Patient:
@@ -58,7 +67,7 @@ class Patient:
         self._known: Description | None = None
         try:
             self.description = self._known = self._persist(embedder.describe)
-            self.dimension = self._persist(lambda: embedder.embed([PROBE]))[0].shape[1]
+            self.dimension = self._persist(lambda: embedder.embed([PROBE])).vectors.shape[1]
         except (Stopped, ServiceError) as error:
             raise StartupError(str(error)) from None
 
@@ -74,17 +83,26 @@ class Patient:
         """Embed the rows that have a text. Raises Stopped if the embedder can no longer be used."""
         good = [row for row in rows if not row.error]
         outcomes, truncated = self._embed([row.text for row in good]) if good else ([], 0)
-        vectors = np.full((len(rows), self.dimension), np.nan, np.float32)
-        bad = [row for row in rows if row.error]
-        for row, outcome in zip(good, outcomes, strict=True):
+        found = iter(outcomes)
+        vectors: list[Vectors] = []
+        places: list[Place] = []
+        bad: list[Row] = []
+        for row in rows:
+            outcome = row.error or next(found)
             if isinstance(outcome, str):
                 bad.append(msgspec.structs.replace(row, error=outcome))
+                vectors.append(np.full((1, self.dimension), np.nan, np.float32))
+                places.append(Place(row.number))
             else:
-                vectors[row.number - rows[0].number] = outcome
-        return Chunk(vectors, sorted(bad, key=lambda row: row.number), truncated)
+                vectors.append(outcome.vectors)
+                if outcome.spans is None:
+                    places.append(Place(row.number))
+                else:
+                    places += [Place(row.number, *span) for span in outcome.spans]
+        return Chunk(len(rows), np.concatenate(vectors), places, bad, truncated)
 
-    def _embed(self, texts: list[str]) -> tuple[list[Vectors | str], int]:
-        """A vector or an error for each text; halves a rejected batch to find the bad texts."""
+    def _embed(self, texts: list[str]) -> tuple[list[Embedding | str], int]:
+        """An embedding or an error for each text; halves a rejected batch to find the bad texts."""
         try:
             return self._vectors(texts)
         except ServiceError as error:
@@ -94,7 +112,7 @@ class Patient:
         left, right = self._embed(texts[:half]), self._embed(texts[half:])
         return left[0] + right[0], left[1] + right[1]
 
-    def _embed_refused(self, texts: list[str], error: ServiceError) -> tuple[list[Vectors | str], int]:
+    def _embed_refused(self, texts: list[str], error: ServiceError) -> tuple[list[Embedding | str], int]:
         """Retry a single failed text, but only if the fault may be the service's."""
         tries = 1
         for attempt in count():
@@ -109,11 +127,19 @@ class Patient:
                     error, tries = again, tries + 1
         return [f"the text {error.reason}" if error.index is not None else error.message], 0
 
-    def _vectors(self, texts: list[str]) -> tuple[list[Vectors | str], int]:
-        vectors, truncated = self._persist(lambda: self._embedder.embed(texts))
+    def _vectors(self, texts: list[str]) -> tuple[list[Embedding | str], int]:
+        found = self._persist(lambda: self._embedder.embed(texts))
+        vectors = found.vectors
         if vectors.shape[1] != self.dimension:
             raise Stopped(f"the vectors have {vectors.shape[1]} dimensions now; they had {self.dimension}")
-        return list(vectors), truncated
+        every: Sequence[list[Span] | None] = found.chunks or [None] * len(texts)
+        embeddings: list[Embedding | str] = []
+        first = 0
+        for spans in every:
+            last = first + (1 if spans is None else len(spans))
+            embeddings.append(Embedding(vectors[first:last], spans))
+            first = last
+        return embeddings, found.truncated
 
     def _is_well(self) -> bool:
         try:
@@ -178,7 +204,7 @@ def run(
 
     def write_oldest() -> None:
         chunk = pending.popleft().result()
-        part.append(chunk.vectors, chunk.bad)
+        part.append(chunk.vectors, chunk.bad, chunk.places)
         on_chunk(chunk)
 
     try:
