@@ -1062,8 +1062,11 @@ def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
     assert max(killed.peak_mib, finished.peak_mib) < 200
 
 
-@pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
-@pytest.mark.parametrize("here", [True, False], ids=["here", "at a service"])
+@pytest.mark.parametrize(
+    ("here", "ending"),
+    [(True, "npy"), (False, "npy"), (False, "jsonl"), (False, "parquet")],
+    ids=["here", "npy", "jsonl", "parquet"],
+)
 def test_over_long_texts_become_a_row_for_each_chunk(service, tmp_path, here, ending):
     long = " ".join(f"wörd{number % 100} and more" for number in range(400))
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, [long, 7, "short", long, ""])))
