@@ -46,7 +46,7 @@ def _fault(
     members = _members(kind)
     for member in members:
         if isinstance(member, inspect.StructType) and isinstance(value, dict):
-            return _fault_in_fields(member, value, field)
+            return _fault_in_fields(member, value, field if index is None else f"{field}[{index}]")
         if isinstance(member, inspect.ListType) and isinstance(value, list):
             items = (_fault(member.item_type, item, field, i) for i, item in enumerate(value))
             return next((fault for fault in items if fault), None)

@@ -148,12 +148,43 @@ def test_base64_is_little_endian_float32(service, oracle):
 
 
 @pytest.mark.parametrize(
-    ("task", "prompt"), [("retrieval.query", "query"), ("retrieval.passage", "document")]
+    ("task", "prompt"),
+    [
+        ("retrieval.query", "query"),
+        ("retrieval.passage", "document"),
+        ("code.query", "query"),
+        ("nl2code.passage", "document"),
+    ],
 )
 def test_jinas_task_chooses_the_prompt(prompted, prompted_oracle, close, task, prompt):
     body = {"model": "jina-embeddings-v3", "input": TEXTS, "task": task, "embedding_type": "float"}
     answer = requests.post(f"{prompted.url}/v1/embeddings", json=body, timeout=60).json()
     close([row["embedding"] for row in answer["data"]], TEXTS, prompted_oracle, prompt_name=prompt)
+
+
+def test_jinas_objects_with_a_text(service, close):
+    body = {"input": [TEXTS[0], *({"text": text} for text in TEXTS[1:])]}
+    answer = requests.post(f"{service.url}/v1/embeddings", json=body, timeout=60).json()
+    close([row["embedding"] for row in answer["data"]], TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [
+        ({"image": "https://example.com/a.png"}, "input[1] holds an image; the model reads text"),
+        ({"text": "a", "image": "iVBORw0KGgo="}, "input[1] holds an image; the model reads text"),
+        ({"pdf": "JVBERi0="}, "input[1] holds no text"),
+        ({"text": 1}, "input[1].text must be a string, not 1"),
+        ({"text": "long " * 300}, "input[1] has more than 256 tokens"),
+        (7, "input[1] must be a string or an object, not 7"),
+    ],
+    ids=str,
+)
+def test_an_error_names_jinas_object(service, item, error):
+    body = {"input": [{"text": "fine"}, item], "truncation": False}
+    answer = requests.post(f"{service.url}/v1/embeddings", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(error)
 
 
 def test_jinas_embedding_type(service):

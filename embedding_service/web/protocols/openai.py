@@ -26,7 +26,6 @@ from embedding_service.web.embedding import (
     ask,
     encoded,
     in_precision,
-    listed,
     model_name,
     overflow_of,
 )
@@ -100,16 +99,27 @@ EmbeddingType = Annotated[
     Meta(description="Number format or encoding of the vectors, as Jina names them."),
 ]
 # Jina's names for the two sides of a search.
+SIDES: dict[str, Literal["query", "document"]] = {"query": "query", "passage": "document"}
 TASKS: dict[str, Literal["query", "document"]] = {
-    "retrieval.query": "query",
-    "retrieval.passage": "document",
+    f"{kind}.{side}": meant
+    for kind in ("retrieval", "code", "nl2code", "code2code", "code2nl", "code2completion", "qa")
+    for side, meant in SIDES.items()
 }
+
+
+class JinaInput(msgspec.Struct, frozen=True):
+    """A text, as Jina's API takes it."""
+
+    text: str | None = None
+    image: Annotated[Any, Meta(description="Not supported: the model reads text.")] = None
 
 
 class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     """Texts to embed."""
 
-    input: Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
+    input: Annotated[
+        str | list[str | JinaInput], Meta(description="One text or many.", examples=[["hello", "world"]])
+    ]
     model: (
         Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")] | None
     ) = None
@@ -124,7 +134,26 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     embedding_type: EmbeddingType | None = None
     task: (
         Annotated[
-            Literal["retrieval.query", "retrieval.passage", "text-matching", "classification", "separation"],
+            Literal[
+                "retrieval.query",
+                "retrieval.passage",
+                "code.query",
+                "code.passage",
+                "nl2code.query",
+                "nl2code.passage",
+                "code2code.query",
+                "code2code.passage",
+                "code2nl.query",
+                "code2nl.passage",
+                "code2completion.query",
+                "code2completion.passage",
+                "qa.query",
+                "qa.passage",
+                "text-matching",
+                "classification",
+                "clustering",
+                "separation",
+            ],
             Meta(description="As Jina names it: use the model's own prompt for queries or documents."),
         ]
         | None
@@ -193,7 +222,7 @@ def embeddings() -> Response:
     body = _parse()
     result = ask(
         EmbedRequest(
-            texts=listed(body.input),
+            texts=_texts(body.input),
             deadline=current().deadline,
             input_type=body.input_type or TASKS.get(body.task or ""),
             prompt=body.prompt,
@@ -239,6 +268,20 @@ def model(name: str) -> Response:
 def _model() -> OpenAIModel:
     info = context().require_info()
     return {"id": info.model_name, "object": "model", "created": STARTED, "owned_by": "embedding-service"}
+
+
+def _texts(sent: str | list[str | JinaInput]) -> list[str]:
+    if isinstance(sent, str):
+        return [sent]
+    return [each if isinstance(each, str) else _text_of(each, index) for index, each in enumerate(sent)]
+
+
+def _text_of(sent: JinaInput, index: int) -> str:
+    if sent.image is not None:
+        raise InvalidRequest("holds an image; the model reads text", field="input", index=index)
+    if sent.text is None:
+        raise InvalidRequest("holds no text", field="input", index=index)
+    return sent.text
 
 
 def _parse() -> OpenAIEmbedBody:
