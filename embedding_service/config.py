@@ -32,6 +32,8 @@ HOST_ALLOWED = (
 ORIGIN = r"https?://[^/?#,\s]+/?"
 ORIGINS_PATTERN = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
 
+ROUTE_PATTERN = r"^/[^\s<>?#]+$"
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings; the environment variable of a field is its name in capitals."""
@@ -103,6 +105,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str, Meta(pattern=HOST_PATTERN, extra={"allowed": HOST_ALLOWED}, description="Address to listen on.")
     ] = "0.0.0.0"  # noqa: S104
     port: Annotated[int, Meta(ge=1, le=65535, description="Port to listen on.")] = 8001
+    aip_health_route: Annotated[
+        str,
+        Meta(
+            pattern=ROUTE_PATTERN,
+            extra={"allowed": "a path such as /health"},
+            description="Another path for the health check; Vertex AI sets it.",
+        ),
+    ] = ""
+    aip_predict_route: Annotated[
+        str,
+        Meta(
+            pattern=ROUTE_PATTERN,
+            extra={"allowed": "a path such as /predict"},
+            description="Another path of /predict; Vertex AI sets it.",
+        ),
+    ] = ""
     web_concurrency: Annotated[
         int, Meta(ge=1, le=64, description="Number of web worker processes; they share one model.")
     ] = 1

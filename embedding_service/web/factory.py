@@ -40,5 +40,6 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     app.register_blueprint(docs.blueprint)
     for module in (native, openai, tei, ollama, weaviate, cohere, clouds):
         app.register_blueprint(module.protocol)
+    clouds.serve_vertex_routes(app, settings)
     monitoring.prepare(app)
     return app

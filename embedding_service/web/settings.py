@@ -15,6 +15,8 @@ class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrent_requests: int = 512
     default_overflow: Literal["truncate", "error", "mean"] = "truncate"
     served_model_name: str | None = None
+    aip_health_route: str = ""
+    aip_predict_route: str = ""
     cors_origins: str = ""
     access_log: bool = False
     traces: bool = False

@@ -4,7 +4,10 @@ import pytest
 import requests
 
 from embedding_service import config
+from embedding_service.web.factory import create_app
+from embedding_service.web.settings import WebSettings
 from tests.clients.conftest import TEXTS
+from tests.fakes import FakeEngine
 
 
 def test_sagemakers_ping_and_invocations(service, close):
@@ -19,17 +22,31 @@ def test_vertex_predicts_a_vector_for_each_instance(service, close):
     close(answer.json()["predictions"], TEXTS, truncate_dim=64)
 
 
+def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, close):
+    instances = [TEXTS[0], {"inputs": TEXTS[1]}, {"content": TEXTS[2]}, {"text": TEXTS[3]}, *TEXTS[4:]]
+    answer = requests.post(f"{service.url}/predict", json={"instances": instances}, timeout=60)
+    close(answer.json()["predictions"], TEXTS)
+
+
 @pytest.mark.parametrize(
     ("body", "error"),
     [
         ({"instances": []}, "instances is empty; send at least one text"),
-        ({"instances": [{"inputs": 1}]}, "instances"),
+        ({"instances": "a"}, 'instances must be an array of strings, not "a"'),
+        ({"instances": ["a", 1]}, "instances[1] must be a string or an object, not 1"),
+        ({"instances": ["a", {"inputs": 1}]}, "instances[1].inputs must be a string, not 1"),
+        ({"instances": ["a", {"prompt": "b"}]}, "instances[1] must have its text in one of inputs, content"),
+        ({"instances": [{"text": "a", "content": "b"}]}, "instances[0] must have its text in one of inputs"),
+        (
+            {"instances": ["a", {"content": "b", "task_type": "RETRIEVAL_QUERY"}]},
+            "instances[1] has a task_type, which is not supported; send parameters.prompt_name",
+        ),
         (
             {"instances": [{"inputs": "a"}, {"inputs": "b " * 300}], "parameters": {"truncate": False}},
             "instances[1] has more than 256 tokens",
         ),
     ],
-    ids=["none", "no text", "too long"],
+    ids=["none", "no list", "a number", "no text", "another name", "two texts", "a task", "too long"],
 )
 def test_an_error_names_the_instance(service, body, error):
     answer = requests.post(f"{service.url}/predict", json=body, timeout=60)
@@ -42,3 +59,30 @@ def test_the_platforms_port_counts_if_port_is_not_set():
     assert config.load({"AIP_HTTP_PORT": "8080", "PORT": "9000"}).port == 9000
     with pytest.raises(config.ConfigError, match="PORT='x' is not allowed"):
         config.load({"AIP_HTTP_PORT": "x"})
+
+
+HEALTH, PREDICT = "/v1/endpoints/7/deployedModels/8", "/v1/endpoints/7/deployedModels/8:predict"
+
+
+def test_the_paths_that_vertex_sets_are_served(start, close):
+    running = start(AIP_HEALTH_ROUTE=HEALTH, AIP_PREDICT_ROUTE=PREDICT, API_KEYS="key").wait_ready()
+    assert requests.get(running.url + HEALTH, timeout=10).json()["status"] == "healthy"
+    body = {"instances": [{"content": text} for text in TEXTS]}
+    refused = running.post(PREDICT, body)
+    assert (refused.status_code, refused.json()["error_type"]) == (401, "Unauthorized")
+    key = {"X-API-Key": "key"}
+    close(running.post(PREDICT, body, headers=key).json()["predictions"], TEXTS)
+    document = requests.get(f"{running.url}/openapi.json", headers=key, timeout=10).json()
+    assert {HEALTH, PREDICT, "/predict"} <= set(document["paths"])
+
+
+def test_a_path_of_vertex_that_is_served_already_is_left_alone():
+    app = create_app(FakeEngine(), WebSettings(aip_health_route="/health", aip_predict_route="/predict"))
+    plain = create_app(FakeEngine(), WebSettings())
+    assert len(list(app.url_map.iter_rules())) == len(list(plain.url_map.iter_rules()))
+
+
+@pytest.mark.parametrize("path", ["/", "predict", "/a b", "/<name>", "/a?b"])
+def test_a_path_that_cannot_be_served_stops_the_start(path):
+    with pytest.raises(config.ConfigError, match="a path such as /predict"):
+        config.load({"AIP_PREDICT_ROUTE": path})

@@ -1,9 +1,9 @@
 """Amazon SageMaker (GET /ping, POST /invocations) and Google Vertex AI (POST /predict), with TEI's bodies."""
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
-from flask import Response
+from flask import Flask, Response
 from msgspec import Meta
 
 from embedding_service.errors import InvalidRequest
@@ -13,6 +13,7 @@ from embedding_service.web.health import HealthAnswer, health
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Protocol
 from embedding_service.web.protocols import tei
+from embedding_service.web.settings import WebSettings
 
 protocol = Protocol(
     "clouds",
@@ -25,15 +26,18 @@ protocol = Protocol(
 
 
 class VertexInstance(msgspec.Struct, frozen=True):
-    """A text to embed."""
+    """A text to embed, under one of three names."""
 
-    inputs: str
+    inputs: str | None = None
+    content: str | None = None
+    text: str | None = None
+    task_type: Annotated[Any, Meta(description="Not supported; send parameters.prompt_name.")] = None
 
 
 class VertexBody(msgspec.Struct, frozen=True):
     """Texts to embed, one an instance, and how."""
 
-    instances: Annotated[list[VertexInstance], Meta(examples=[[{"inputs": "hello"}]])]
+    instances: Annotated[list[str | VertexInstance], Meta(examples=[[{"content": "hello"}, "world"]])]
     parameters: tei.TEIParameters | None = None
 
 
@@ -44,6 +48,17 @@ class VertexAnswer(TypedDict):
 
 
 _decoder = BodyDecoder(VertexBody)
+
+
+def serve_vertex_routes(app: Flask, settings: WebSettings) -> None:
+    """Answer on the paths that Vertex AI chose for this container, unless they are served already."""
+    taken = {rule.rule for rule in app.url_map.iter_rules()}
+    if settings.aip_health_route and settings.aip_health_route not in taken:
+        app.add_url_rule(settings.aip_health_route, f"{protocol.name}.aip_health", health)
+    if settings.aip_predict_route and settings.aip_predict_route not in taken:
+        app.add_url_rule(
+            settings.aip_predict_route, f"{protocol.name}.aip_predict", predict, methods=["POST"]
+        )
 
 
 @protocol.get("/ping")
@@ -67,5 +82,21 @@ def predict() -> Response:
     body = parse(_decoder)
     if not body.instances:
         raise InvalidRequest("is empty; send at least one text", field="texts")
-    result = tei.embed_texts([each.inputs for each in body.instances], body.parameters or tei.TEIParameters())
+    texts = [
+        each if isinstance(each, str) else _text_of(each, index) for index, each in enumerate(body.instances)
+    ]
+    result = tei.embed_texts(texts, body.parameters or tei.TEIParameters())
     return answer_embeddings({"predictions": result.vectors}, result)
+
+
+def _text_of(instance: VertexInstance, index: int) -> str:
+    if instance.task_type is not None:
+        raise InvalidRequest(
+            "has a task_type, which is not supported; send parameters.prompt_name", field="texts", index=index
+        )
+    texts = [text for text in (instance.inputs, instance.content, instance.text) if text is not None]
+    if len(texts) != 1:
+        raise InvalidRequest(
+            "must have its text in one of inputs, content and text", field="texts", index=index
+        )
+    return texts[0]
