@@ -1,6 +1,7 @@
 """An engine without a model, for tests of the HTTP half alone."""
 
 import threading
+from typing import Any
 
 import numpy as np
 from werkzeug.serving import make_server
@@ -60,7 +61,7 @@ class FakeEngine:
 class Served:
     """The real Flask app over an engine, on a real port."""
 
-    def __init__(self, engine: Engine, **settings: str) -> None:
+    def __init__(self, engine: Engine, **settings: Any) -> None:
         self.engine = engine
         app = create_app(engine, WebSettings(**settings))
         self._server = make_server("127.0.0.1", 0, app, threaded=True)

@@ -1096,6 +1096,21 @@ def test_over_long_texts_become_a_row_for_each_chunk(service, tmp_path, here, en
     assert np.abs(vectors - np.array(answer["embeddings"])).max() < 1e-5
 
 
+def test_a_text_of_more_chunks_than_the_service_takes_is_a_bad_row(tmp_path, monkeypatch, capsys):
+    corpus, output = tmp_path / "corpus.txt", tmp_path / "v.jsonl"
+    corpus.write_text("12\n1234567\n890\n")
+    served = Served(InChunks(), max_texts_per_request=6)
+    try:
+        assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--overflow", "chunks") == 3
+    finally:
+        served.stop()
+    assert (
+        "line 2: texts are 7 pieces of the length that the model reads; at most 6 are"
+        in capsys.readouterr().err
+    )
+    assert [row["row"] for row in read_lines(output)] == [0, 0, 1, 2, 2, 2]
+
+
 def test_a_run_without_chunks_removes_the_list_of_an_earlier_one(tmp_path, monkeypatch):
     corpus, output = tmp_path / "corpus.txt", tmp_path / "v.npy"
     corpus.write_text("12\n3\n")
