@@ -219,7 +219,7 @@ def test_a_weight_left_on_the_host_is_found(model_folder, cuda, monkeypatch):
 
 
 def test_the_only_value_that_the_host_waits_for_is_whether_there_is_padding(model_folder):
-    """transformers asks `padding_mask.all()`, though not of fake tensors: docs/decisions/cuda.md."""
+    """transformers asks `padding_mask.all()`, though not of fake tensors: docs/decisions/0002-cuda.md."""
     model = SentenceTransformer(str(model_folder), device="cpu").eval()
     inputs = {name: torch.from_numpy(one) for name, one in features(model, ["a", "a b c d e"]).items()}
     seen = Watch(["own"])

@@ -16,7 +16,7 @@ from embedding_service.inference.backends.graph_cache import GraphCache
 from embedding_service.inference.backends.torch import TorchSession
 
 # Activations are quantised at run time in groups of this many values; smaller groups cost time,
-# larger ones accuracy (docs/decisions/int8.md).
+# larger ones accuracy (docs/decisions/0004-int8.md).
 QUANTIZATION_GROUP = 64
 
 # What a converted graph computes; another number whenever that changes, so that no cache gives an older one.
@@ -45,7 +45,7 @@ def openvino_backend(
     """Compile a graph twice: with all cores for one batch, and with one core for each of several.
 
     The first is fastest for a text alone. But cores that share a batch wait for one another at every
-    layer, and wait long if a web worker takes one of them away (docs/decisions/0010-one-lane-per-core.md).
+    layer, and wait long if a web worker takes one of them away (docs/decisions/0006-one-lane-per-core.md).
     """
     compiled = _compile(graph, 1, threads, dtype)
     names = [port.get_any_name() for port in compiled.inputs]
