@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "build" / "reliability.jsonl"
 TABLE = ROOT / "docs" / "reliability.md"
 
-HEAD = """# What happens under fault
+HEAD = """# Behaviour under faults
 
-Each row was written by the test that injects the fault, usually into the real service on a real port.
-Overload, soak and fuzz tests have a short form, which `make test` runs, and a full one; `make reliability`
-runs everything and writes this table. "Lost" counts requests that got neither an answer nor a proper refusal.
+The test that injects a fault writes its row here. Most run against the real service on a real port. Overload,
+soak and fuzz tests have a short form, which `make test` runs, and a full one. `make reliability` runs
+everything and writes this table. "Lost" counts requests that got neither an answer nor a proper refusal.
 
 | fault | what was done | times | measured | lost |
 |---|---|---:|---|---|

@@ -66,7 +66,7 @@ def test_malformed_bodies_harm_nobody(service, oracle):
         "malformed bodies",
         "; ".join(MALFORMED),
         len(MALFORMED),
-        f"each 400 JSON that says where; {good} neighbours answered right",
+        f"each 400, in JSON that says where the fault is; {good} concurrent requests answered correctly",
     )
 
 

@@ -56,11 +56,11 @@ def test_ten_times_too_much(loaded, seconds, share):
     assert growth < 50
     assert goodput >= share * best
     record(
-        "10 times the load it can bear",
+        "10 times the sustainable load",
         f"for {seconds} s, requests of 32 texts, deadline {DEADLINE:.0f} s",
         sum(seen.statuses.values()),
         f"{seen.statuses['200']} times 200, {seen.statuses['429']} times 429 with Retry-After; goodput "
-        f"{goodput / best:.0%} of the peak; p99 of the accepted {seen.percentile(0.99):.1f} s; "
+        f"{goodput / best:.0%} of the peak; p99 of accepted requests {seen.percentile(0.99):.1f} s; "
         f"memory {growth:+.0f} MB",
     )
 
@@ -106,9 +106,9 @@ def test_a_bulk_client_does_not_hold_up_an_interactive_one(loaded, bar):
     assert all(set(one.statuses) == {"200"} for one in bulk)
     record(
         "one bulk client, one interactive client",
-        "2,048 texts a request beside 150 single texts",
+        "2,048 texts per request, with 150 single texts at the same time",
         150,
-        f"interactive p50 {idle * 1e3:.1f} ms alone, {busy * 1e3:.1f} ms beside the bulk "
+        f"interactive p50 {idle * 1e3:.1f} ms alone, {busy * 1e3:.1f} ms beside bulk "
         f"({busy / idle:.1f} times)",
     )
     assert busy <= bar * idle
@@ -130,9 +130,9 @@ def test_memory_and_descriptors_stay_flat(loaded, count):
     assert growth < 30
     record(
         "soak",
-        "16 clients, 1 to 16 texts a request",
+        "16 clients, 1 to 16 texts per request",
         count,
-        f"all 200 at {seen.statuses['200'] / seen.seconds:.0f} a second; memory {growth:+.1f} MB, "
+        f"all 200 at {seen.statuses['200'] / seen.seconds:.0f} per second; memory {growth:+.1f} MB, "
         f"descriptors {descriptors(loaded) - files:+d}",
     )
 

@@ -49,7 +49,7 @@ def test_one_poisoned_text_among_a_hundred_concurrent_requests(faulty, oracle):
     assert guilty.json()["error"] == "texts[1] could not be embedded"
     assert all(r.status_code == 200 and same(r, expected[i]) for i, r in enumerate(results))
     record(
-        "a text that the model cannot take",
+        "a text on which the model fails",
         "one among 100 concurrent requests",
         1,
         "one 500 that names the text; 99 vectors equal sentence-transformers within 1e-5",
@@ -98,7 +98,7 @@ def test_a_vector_that_is_not_finite_is_computed_again(faulty, oracle):
         "a vector with NaN (injected)",
         "once in the batch; once also when computed alone",
         2,
-        "computed again in float32 and equal within 1e-5; 500 that names the text where it stays so",
+        "computed again in float32 and equal within 1e-5; if that fails too, 500 that names the text",
     )
 
 
@@ -121,7 +121,7 @@ def test_a_deadline_that_passes_in_the_queue(impatient):
     assert "@@late@@" not in impatient.seen()
     record(
         "deadline passes in the queue",
-        f"one text and 17 texts behind a batch of 6 s, deadline {DEADLINE:.0f} s",
+        f"one text and 17 texts behind a batch that takes 6 s, deadline {DEADLINE:.0f} s",
         2,
         f"504 after {seconds:.1f} s; the model never saw the texts",
     )

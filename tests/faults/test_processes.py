@@ -192,7 +192,12 @@ def test_the_supervisor_is_killed(start, command):
     assert code == 70
     assert "the supervisor of the model process was killed" in running.log()
     wait_until(lambda: gone(processes), 5, "the end of every process")
-    record("`kill -9` of the supervisor", "an idle service", 1, f"says so and exits 70 after {seconds:.1f} s")
+    record(
+        "`kill -9` of the supervisor",
+        "an idle service",
+        1,
+        f"logs the reason and exits with 70 after {seconds:.1f} s",
+    )
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["as usual", "preloaded"])
@@ -252,7 +257,7 @@ def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start
     assert code == 70
     assert "ended 5 times in 60 s, most recently by signal 9" in running.log()
     record(
-        "model process that dies again and again",
+        "model process that keeps dying",
         "killed 5 times",
         5,
         f"restarts with growing pauses, then exit 70 with the reason after {time.monotonic() - began:.1f} s",
@@ -311,7 +316,7 @@ def test_a_full_disk_under_the_log_file_is_seen_at_the_start(start):
     running = start(LOG_FILE="/dev/full")
     assert running.process.wait(30) == 78
     assert running.log().splitlines() == ["LOG_FILE='/dev/full' cannot be written: No space left on device"]
-    record("disk full under LOG_FILE", "at the start", 1, "one line, exit 78")
+    record("LOG_FILE on a full disk", "at the start", 1, "one line, exit 78")
 
 
 def test_an_unwritable_log_file_is_seen_at_the_start(start):
@@ -328,4 +333,4 @@ def test_an_unwritable_home_and_the_hash_seed_make_no_difference(start, service)
     )
     assert here == there
     assert "Traceback" not in running.log()
-    record("unwritable HOME", "a start with the default model", 1, "serves; the same fingerprint")
+    record("unwritable HOME", "a start with the default model", 1, "serves, with the same fingerprint")

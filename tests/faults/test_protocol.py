@@ -158,7 +158,7 @@ def test_200_half_sent_requests_are_cut_off_within_ten_seconds(service):
         sock.close()
     record(
         "slow-loris on the bare port",
-        "200 half-sent requests that drip a byte a second",
+        "200 half-sent requests that send one byte per second",
         200,
         f"all cut off after {freed:.1f} s; /health then in {took * 1e3:.0f} ms",
     )
@@ -214,7 +214,7 @@ def test_a_body_over_the_limit_is_refused_whole(service, chunked):
     assert response.json()["error_type"] == "too_large"
     record(
         f"body over the limit, {'chunked' if chunked else 'with Content-Length'}",
-        "32 MiB and a bit",
+        "slightly over 32 MiB",
         1,
         "413 JSON",
     )
