@@ -1,9 +1,9 @@
-# One image for CUDA and for CPUs: torch's wheels bring CUDA, the host brings the driver (--gpus all).
-# Any base with `python3` 3.11 or newer and its venv module will do.
+# One image for CUDA and CPUs: torch's wheels include CUDA, and the host provides the driver (--gpus all).
+# Any base with `python3` 3.11 or newer and its venv module works.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS builder
-# A private index or a mirror: --secret id=pip.conf,src=..., or the variables that pip itself reads.
+# For a private index or a mirror: --secret id=pip.conf,src=..., or pip's own variables as build arguments.
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL
 WORKDIR /build
 COPY requirements.txt constraints.txt ./
@@ -14,7 +14,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     && /opt/venv/bin/pip uninstall --yes pip
 WORKDIR /app
 COPY . .
-# Compiled here, since the root is read-only there; and the default model must be inside.
+# Compile now, because the root file system is read-only at run time. Then check that the default model is inside.
 RUN rm requirements.txt constraints.txt \
     && /opt/venv/bin/python -m compileall -q . \
     && /opt/venv/bin/python -c "from embedding_service.inference import source as s; \
@@ -28,11 +28,11 @@ LABEL org.opencontainers.image.title="embedding-service" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# /models is where models from the hub are kept; mount a volume there to keep them.
+# Models from the hub go to /models; mount a volume there to keep them.
 RUN groupadd --gid 10001 service \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin service \
     && install -d -o 10001 -g 10001 /models \
-    # SageMaker runs `docker run IMAGE serve`, and asks at port 8080.
+    # SageMaker runs `docker run IMAGE serve` and expects port 8080.
     && printf '%s\n' '#!/bin/sh' "exec env PORT=\${PORT:-8080} python /app/app.py" > /usr/local/bin/serve \
     && chmod 755 /usr/local/bin/serve
 COPY --from=builder /opt/venv /opt/venv

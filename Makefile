@@ -19,7 +19,7 @@ test: $(VENV)/dev.stamp  ## run every test except those of test-long and test-de
 test-long: $(VENV)/dev.stamp  ## run the full overload, soak and fuzz tests (`test` has short forms)
 	$(BIN)/python -m pytest -m "long and not deploy"
 
-reliability: $(VENV)/dev.stamp  ## inject every fault in full and write docs/reliability.md from the results
+reliability: $(VENV)/dev.stamp  ## run the full fault tests and write docs/reliability.md from the results
 	rm -f build/reliability.jsonl
 	$(BIN)/python -m pytest tests/faults
 	$(BIN)/python -m tests.reliability
@@ -27,7 +27,7 @@ reliability: $(VENV)/dev.stamp  ## inject every fault in full and write docs/rel
 test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test rolling restarts and Ray (as root)
 	$(BIN)/python -m pytest -m deploy -rP tests/deploy
 
-coverage: $(VENV)/dev.stamp  ## run `test` and report which lines ran, also in the processes that the tests start
+coverage: $(VENV)/dev.stamp  ## run `test` and report which lines ran, including those in child processes
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not deploy and not long"
 	$(BIN)/coverage combine -q
@@ -37,16 +37,16 @@ lint: style types schemas  ## check formatting, style, types, imports, the Docke
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
-style: $(VENV)/dev.stamp  ## check formatting and style alone
+style: $(VENV)/dev.stamp  ## check only formatting and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(VENV)/dev.stamp  ## check types alone
+types: $(VENV)/dev.stamp  ## check only types
 	$(BIN)/mypy
 
-# The schemas do not cover pre-commit's file; pre-commit itself checks it.
+# There is no schema for pre-commit's file; pre-commit checks it itself.
 CHECK := $(BIN)/check-jsonschema --builtin-schema
-schemas: $(VENV)/dev.stamp  ## check GitHub's files against their schemas
+schemas: $(VENV)/dev.stamp  ## check only GitHub's files, against their schemas
 	$(CHECK) vendor.github-workflows .github/workflows/ci.yml
 	$(CHECK) vendor.dependabot .github/dependabot.yml
 	$(CHECK) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
@@ -59,7 +59,7 @@ format: $(VENV)/dev.stamp  ## format the code
 bench: $(VENV)/bench.stamp  ## compare with the raw engine, plain Flask and infinity (BENCH="--quick")
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-bench-host: $(VENV)/bench.stamp  ## measure the cost of the service without the model (BENCH="--only one-32")
+bench-host: $(VENV)/bench.stamp  ## measure the overhead of the service without the model (BENCH="--only one-32")
 	$(BIN)/python -m benchmarks.host $(BENCH)
 
 bench-device: $(VENV)/bench.stamp  ## measure how busy the service keeps a simulated accelerator
@@ -72,7 +72,7 @@ bench-peer:  ## install infinity-emb in its own virtual environment, for `bench`
 	$(PYTHON) -m venv build/infinity-venv
 	build/infinity-venv/bin/pip install -q --disable-pip-version-check -r benchmarks/requirements-peer.txt
 
-release:  ## tag the version of the code, if the tree is clean and CHANGELOG.md has its section
+release:  ## tag the current version, if the tree is clean and CHANGELOG.md has a section for it
 	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' embedding_service/__init__.py); \
 	fail() { echo "$$1" >&2; exit 1; }; \
 	test -z "$$(git status --porcelain)" || fail "The working tree has changes; commit them first."; \
@@ -86,7 +86,7 @@ audit: $(VENV)/serve.stamp  ## write build/sbom.json (CycloneDX) and check every
 	build/audit-venv/bin/cyclonedx-py environment $(VENV) --output-file build/sbom.json
 	build/audit-venv/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
-# BUNDLE_PYTHON=3.12 for another Python than this one; BUNDLE="--without torch --weights float16" for a smaller bundle.
+# BUNDLE_PYTHON=3.12 targets a different Python version; BUNDLE="--without torch --weights float16" makes a smaller bundle.
 bundle: $(VENV)/serve.stamp  ## pack everything for a machine without a network into build/bundle
 	$(BIN)/python -m bundle.build $(if $(BUNDLE_PYTHON),--python $(BUNDLE_PYTHON)) $(BUNDLE)
 
