@@ -275,8 +275,8 @@ def _median(turns: list[dict[str, float]]) -> dict[str, float]:
 def markdown(results: dict[str, Any]) -> str:
     """A table, and what it was measured on."""
     lines = [
-        "| load | requests/s | texts/s | p50 / p99, ms | web, µs a request | model process, µs a request "
-        "| both, × empty view | model process, µs a text | tokenizer alone, µs a text |",
+        "| load | requests/s | texts/s | p50 / p99, ms | web, µs per request | model process, µs per request "
+        "| both, × empty view | model process, µs per text | tokenizer alone, µs per text |",
         "|---|" + "---:|" * 8,
     ]
     empty = results["empty_flask_view"]
