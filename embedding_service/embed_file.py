@@ -32,18 +32,17 @@ DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130
 SHOWN_FAILURES = 20
 
 RESUMABLE = "\nRun the same command to resume."
-READ_ONCE = "\nThe stream cannot be read again; run with --restart to begin again."
+NOT_RESUMABLE = "\nA stream cannot be resumed; run with --restart to start over."
 
 DESCRIPTION = """\
 Embed every row of a file: .jsonl (objects with a text field, or bare strings), .json (an array of them), .txt
-(a text on each line), .csv and .tsv (with a header) or .parquet, optionally compressed with gzip or
+(one text per line), .csv and .tsv (with a header) or .parquet, optionally compressed with gzip or
 Zstandard. After an interruption, run the same command to resume."""
 
 EXIT_CODES = """\
 exit codes: 0 every row has a vector; 3 finished, but some rows are bad: they are NaN in .npy, null with
-an error in .jsonl and .parquet, and listed with their lines in OUTPUT.errors.jsonl; 2 could not begin;
+an error in .jsonl and .parquet, and listed with their lines in OUTPUT.errors.jsonl; 2 could not start;
 1 stopped before the end, 130 interrupted: run the same command to resume"""
-
 
 PROG = "python -m embedding_service.embed_file"
 
@@ -56,17 +55,17 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, help="output file: .npy, .jsonl or .parquet"
     )
     made.add_argument(
-        "--url", help="URL of the service, such as localhost:8001; by default the model runs here"
+        "--url", help="URL of the service, such as localhost:8001 (default: run the model in this process)"
     )
     made.add_argument(
         "--api-key",
-        help="API key of the service; unlike this option, the variable API_KEY does not show in `ps`",
+        help="API key of the service; the variable API_KEY is safer, since `ps` does not show it",
     )
     made.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
     made.add_argument(
         "--format",
         choices=FORMATS,
-        help="format of the input, if its name does not tell (default for -: jsonl)",
+        help="format of the input, if the file name does not show it (default for -: jsonl)",
     )
     made.add_argument("--delimiter", help="delimiter of .csv and .tsv: one character, or tab")
     made.add_argument(
@@ -78,11 +77,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     made.add_argument(
         "--overflow",
         choices=["truncate", "error", "mean", "chunks"],
-        help="for texts longer than the model reads: cut them (default), refuse them, or embed them in "
-        "chunks and write their mean or a row for each",
+        help="what to do with texts that are too long for the model: truncate them (default), reject them, "
+        "or embed them in chunks and write the mean or a row for each",
     )
     made.add_argument(
-        "--chunk-overlap", type=_positive, help="tokens that neighbouring chunks share at most (default: 0)"
+        "--chunk-overlap", type=_positive, help="maximum number of tokens that neighbouring chunks share (0)"
     )
     made.add_argument("--dimensions", type=_positive, help="truncate the vectors to this many dimensions")
     made.add_argument(
@@ -128,9 +127,9 @@ def main(given: Sequence[str] | None = None, prog: str = PROG) -> int:
         print(f"{error.filename or arguments.input}: {error.strerror or error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        print("Interrupted before it began.", file=sys.stderr, flush=True)
+        print("Interrupted before the start.", file=sys.stderr, flush=True)
         return INTERRUPTED
-    advice = READ_ONCE if work.source.is_stream else RESUMABLE
+    advice = NOT_RESUMABLE if work.source.is_stream else RESUMABLE
     try:
         return _embed(arguments, work)
     except (StartupError, Stopped, OSError) as error:
@@ -150,7 +149,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     source = Source(arguments.input, arguments.field, arguments.format, arguments.delimiter)
     require_room(source.stat, arguments.output, restart=arguments.restart)
     if source.is_stream and part_path(arguments.output).exists() and not arguments.restart:
-        raise StartupError(f"an unfinished run cannot resume from {source.name}; --restart begins again")
+        raise StartupError(f"an unfinished run cannot resume from {source.name}; --restart starts over")
     rows = require_texts(source.rows())
     size, digest = source.identify()
     total = source.count()
@@ -186,7 +185,10 @@ def _prepare(arguments: argparse.Namespace) -> Work:
 
 
 def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
-    """Convert vectors to the number format; None for float32. Raises StartupError without fitting ranges."""
+    """A function that converts vectors to the number format; None for float32.
+
+    Raises StartupError if int8 or uint8 has no ranges for this model.
+    """
     if precision == "float32":
         return None
     ranges = None
@@ -195,14 +197,14 @@ def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
         if path is None:
             raise StartupError(
                 f"--precision {precision} needs the setting INT8_RANGES: a file that "
-                "`embedding-service calibrate` has written"
+                "`embedding-service calibrate` writes"
             )
         ranges = read_ranges(Path(path).expanduser())
-        # The other fingerprint is that of a service with these ranges.
+        # The second fingerprint is that of a service with these ranges.
         own = (ranges.fingerprint, with_ranges(ranges.fingerprint, ranges))
         if embedder.description.fingerprint not in own:
             raise StartupError(
-                f"INT8_RANGES={path!r} was calibrated with another model or other settings of it"
+                f"INT8_RANGES={path!r} was calibrated with another model or other model settings"
             )
         if len(ranges.minimum) != embedder.dimension:
             raise StartupError(
@@ -225,7 +227,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         initial=part.texts,
         unit=" texts",
         dynamic_ncols=True,
-        # Progress ten times a second is too much for a log file.
+        # Ten updates a second would fill a log file.
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     ) as bar:
 
@@ -250,7 +252,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
             raise
     if work.source.has_changed((part.job.input_bytes, part.job.input_hash)):
         part.close()
-        raise StartupError(f"{arguments.input} changed while it was being read; --restart begins again")
+        raise StartupError(f"{arguments.input} changed while it was being read; --restart starts over")
     part.seal()
     outputs.finish(part, arguments.output, work.convert)
     work.embedder.close()
@@ -260,7 +262,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
 def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
     if arguments.url:
         return RemoteEmbedder(arguments.url, arguments.api_key or config.client_api_key(), options)
-    # Imported here, since --url does not need it.
+    # Imported here, because --url does not need torch.
     from embedding_service.inference.local import LocalEngine
     from embedding_service.inference.settings import ModelSettings
 
@@ -281,7 +283,7 @@ def _report(output: Path, part: Part, truncated: int) -> int:
     )
     if truncated:
         print(
-            f"{truncated} texts of this run were longer than the model's limit and were truncated",
+            f"{truncated} texts in this run were too long for the model and were truncated",
             file=sys.stderr,
         )
     if not part.failures:
@@ -312,7 +314,7 @@ def execute(given: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
     code = main(given, prog)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: it would wait for requests in flight whose answers are no longer needed.
+    # sys.exit would wait for requests in flight, whose answers are no longer needed.
     os._exit(code)
 
 

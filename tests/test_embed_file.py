@@ -634,7 +634,7 @@ def test_a_run_from_a_pipe_cannot_go_on_and_says_so_in_one_line(tmp_path, monkey
     for name in (pipe, "-"):
         assert main(monkeypatch, name, "-o", output) == 2
         said = capsys.readouterr().err
-        assert "--restart begins again" in said and said.count("\n") == 1
+        assert "--restart starts over" in said and said.count("\n") == 1
     assert snapshot(tmp_path) == before
 
 
@@ -656,7 +656,7 @@ REFUSED = {
         "none of the first 100 rows has a text",
         "id, body",
     ),
-    "wrong.json": (b'[{"id": 1, "body": "a"}]', [], "none of the first 1 rows", "it has id, body"),
+    "wrong.json": (b'[{"id": 1, "body": "a"}]', [], "none of the first 1 rows", "its fields: id, body"),
     "number.jsonl": (b'{"id": 1, "text": "a"}\n', ["--field", "id"], "'id' is not a string but int", ""),
     "lines.jsonl": (b"plain text\n" * 3, [], "not valid JSON", "--format"),
     "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', [], "not a JSON array", "--format jsonl"),
@@ -671,7 +671,12 @@ REFUSED = {
     "utf16.jsonl": ('"a"\n'.encode("utf-16"), [], "it is UTF-16; only UTF-8 is supported", ""),
     "text.parquet": (b"PAR1 not", [], "not a valid parquet file", ""),
     "numbers.parquet": (written("parquet"), ["--field", "id"], "the column 'id' holds int64, not text", ""),
-    "names.parquet": (written("parquet"), ["--field", "body"], "no column 'body'; it has id, text", ""),
+    "names.parquet": (
+        written("parquet"),
+        ["--field", "body"],
+        "no column 'body'; the columns are id, text",
+        "",
+    ),
 }
 
 

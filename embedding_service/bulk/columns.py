@@ -1,4 +1,4 @@
-"""Rows of a .parquet file, from one text column; row i counts as line i + 1."""
+"""Reads rows from a text column of a .parquet file; row i is reported as line i + 1."""
 
 import io
 import shutil
@@ -14,26 +14,26 @@ BATCH_ROWS = 1024
 
 
 def read(file: io.BufferedReader, field: str) -> Iterator[Row]:
-    """A row for each value of the column. Raises StartupError if it does not exist or is not text."""
+    """Yield a row for each value of the column. Raises StartupError if it is missing or not text."""
     with _opened(file) as table:
-        kind = _kind_of_text(table.schema_arrow, field)
+        kind = _text_type(table.schema_arrow, field)
         number = 0
         for batch in table.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
-            # As bytes, so that a value that is not UTF-8 fails only its own row.
+            # Read as bytes, so that invalid UTF-8 fails only its own row.
             for raw in batch.column(0).cast(kind).cast("large_binary").to_pylist():
                 yield make_row(number, number + 1, _text, raw)
                 number += 1
 
 
 def count(file: io.BufferedReader) -> int:
-    """How many rows there are."""
+    """The number of rows."""
     with _opened(file) as table:
         rows: int = table.metadata.num_rows
     return rows
 
 
 def import_pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its parquet. Raises StartupError if they are not installed."""
+    """Import pyarrow and pyarrow.parquet. Raises StartupError if pyarrow is not installed."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -48,7 +48,7 @@ def _opened(file: io.BufferedReader) -> Iterator[Any]:
     with ExitStack() as stack:
         opened: BinaryIO = file
         if not (isinstance(file.raw, io.FileIO) and file.seekable()):
-            # Parquet's index is at the end of the file, so a stream is copied to disk first.
+            # Parquet's index is at the end of the file, so a stream is first copied to disk.
             opened = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file, opened, 1 << 20)
         try:
@@ -57,10 +57,10 @@ def _opened(file: io.BufferedReader) -> Iterator[Any]:
             raise StartupError(f"it is not a valid parquet file: {error}") from None
 
 
-def _kind_of_text(schema: Any, field: str) -> Any:
+def _text_type(schema: Any, field: str) -> Any:
     pyarrow, _ = import_pyarrow()
     if field not in schema.names:
-        raise StartupError(f"there is no column {field!r}; it has {shown(schema.names)}")
+        raise StartupError(f"there is no column {field!r}; the columns are {shown(schema.names)}")
     kind = schema.field(field).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):

@@ -1,4 +1,4 @@
-"""Decompresses gzip and Zstandard input, detected by its first bytes rather than its name."""
+"""Decompresses gzip and Zstandard input, which is recognised by its first bytes, not its name."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ except ImportError:
 
 ENDINGS = (".gz", ".zst")
 
-# Raised on reading if the compressed file is truncated or damaged.
+# Raised while reading a truncated or damaged file.
 DAMAGED: tuple[type[Exception], ...] = (
     EOFError,
     zlib.error,
@@ -27,7 +27,7 @@ DAMAGED: tuple[type[Exception], ...] = (
 
 
 def decompressed(file: io.BufferedReader) -> io.BufferedReader:
-    """The decompressed file. Raises StartupError if the package for it is missing."""
+    """The decompressed content. Raises StartupError if the package for it is not installed."""
     head = file.peek(4)
     inner: Any
     if head.startswith(b"\x1f\x8b"):

@@ -1,4 +1,4 @@
-"""Rows of .json files, the elements of one array: split by their brackets, one at a time."""
+"""Reads rows from a .json file that holds one array, an element at a time, by matching brackets."""
 
 import io
 import re
@@ -9,22 +9,22 @@ from embedding_service.errors import StartupError
 
 BLOCK_BYTES = 1 << 18
 
-# A whole string, a bracket or a comma; a quote alone if the rest of its string has not been read yet.
+# A complete string, a bracket or a comma. A lone quote opens a string whose end has not been read yet.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
 
 
 def read(file: io.BufferedReader, parse: Callable[[bytes], str]) -> Iterator[Row]:
-    """A row for each element. Raises StartupError if there is no array or it is not closed."""
-    line = _enter(file)
+    """Yield a row for each element. Raises StartupError if there is no array or it is not closed."""
+    line = _skip_to_array(file)
     for number, raw in enumerate(_elements(file)):
         text = raw.lstrip()
-        begins = line + raw.count(b"\n", 0, len(raw) - len(text))
+        first_line = line + raw.count(b"\n", 0, len(raw) - len(text))
         line += raw.count(b"\n")
-        yield make_row(number, begins, parse, text)
+        yield make_row(number, first_line, parse, text)
 
 
-def _enter(file: io.BufferedReader) -> int:
-    """Read up to the array's opening bracket; returns its line number."""
+def _skip_to_array(file: io.BufferedReader) -> int:
+    """Read past the array's opening bracket; returns its line number."""
     line = 1
     while byte := file.read(1):
         if byte == b"[":
@@ -36,7 +36,7 @@ def _enter(file: io.BufferedReader) -> int:
 
 
 def _elements(file: io.BufferedReader) -> Iterator[bytes]:
-    """The bytes of each element, with surrounding whitespace."""
+    """Yield the bytes of each element, with surrounding whitespace."""
     buffer, scanned, depth, is_first = b"", 0, 0, True
     while block := file.read(BLOCK_BYTES):
         buffer += block
@@ -50,7 +50,7 @@ def _elements(file: io.BufferedReader) -> Iterator[bytes]:
                 depth -= 1
             if depth < 0 or (kind == b"," and depth == 0):
                 element = buffer[start : token.start()]
-                # An empty array has no element.
+                # An empty array has no elements.
                 if depth == 0 or not is_first or element.strip():
                     yield element
                 start, is_first = token.end(), False
@@ -64,7 +64,7 @@ def _elements(file: io.BufferedReader) -> Iterator[bytes]:
         buffer, scanned = buffer[start:], scanned - start
         if len(buffer) > MAX_BYTES:
             raise StartupError(f"an element of the array is {TOO_LONG}")
-    raise StartupError("it ends in the middle of its array")
+    raise StartupError("it ends in the middle of the array")
 
 
 def _require_end(rest: bytes, file: io.BufferedReader) -> None:

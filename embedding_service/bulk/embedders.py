@@ -1,4 +1,4 @@
-"""What does the embedding: a service behind a URL or an engine in this process. Both raise ServiceError."""
+"""The two embedders: a service at a URL, and an engine in this process. Both raise ServiceError."""
 
 import base64
 import contextlib
@@ -56,7 +56,7 @@ class Embedded(msgspec.Struct, frozen=True):
 
 
 class Embedder(Protocol):
-    """Safe to use from several threads."""
+    """Embeds texts; safe to use from several threads."""
 
     def describe(self) -> Description:
         """Raises a ServiceError."""
@@ -69,7 +69,7 @@ class Embedder(Protocol):
 
 
 class Stopped(Exception):
-    """The run cannot continue; finished work is kept."""
+    """The run cannot continue; the rows written so far are kept."""
 
 
 class Lost(ServiceError):
@@ -161,13 +161,12 @@ class RemoteEmbedder:
             found = answer.chunks or []
             own = [(text, list(group)) for text, group in groupby(found, lambda chunk: chunk.text)]
             if [text for text, _ in own] != list(range(len(texts))):
-                raise Lost(f"the chunks that came are not those of {len(texts)} texts")
+                raise Lost(f"{self._url} answered with chunks of other texts")
             count = len(found)
             chunks = [[(chunk.start, chunk.end) for chunk in group] for _, group in own]
         if len(answer.embeddings) != count:
-            raise Lost(
-                f"{len(answer.embeddings)} vectors came for {count} {'texts' if chunks is None else 'chunks'}"
-            )
+            what = "texts" if chunks is None else "chunks"
+            raise Lost(f"{self._url} answered {count} {what} with {len(answer.embeddings)} vectors")
         raw = b"".join(base64.b64decode(vector) for vector in answer.embeddings)
         return Embedded(np.frombuffer(raw, "<f4").reshape(count, -1), len(answer.usage.truncated), chunks)
 
@@ -188,7 +187,7 @@ class RemoteEmbedder:
         try:
             return msgspec.json.decode(response.content, type=kind)
         except msgspec.MsgspecError as error:
-            raise Lost(f"{self._url}{path} does not answer as this service does: {error}") from None
+            raise Lost(f"{self._url}{path} is not this service: {error}") from None
 
 
 class LocalEmbedder:
@@ -241,7 +240,7 @@ class LocalEmbedder:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """How long the response asks to wait: `retry-after-ms`, else Retry-After in seconds or as a date."""
+    """The wait that the response asks for: `retry-after-ms`, else Retry-After in seconds or as a date."""
     with contextlib.suppress(KeyError, ValueError):
         return max(0.0, float(headers["retry-after-ms"]) / 1000)
     value = headers.get("Retry-After", "")

@@ -1,4 +1,4 @@
-"""Rows of .txt and .jsonl files, one per line: row i is line i + 1, even if it is blank or invalid."""
+"""Reads rows from .txt and .jsonl files: row i is line i + 1, even if it is blank or invalid."""
 
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -7,7 +7,7 @@ from embedding_service.bulk.rows import MAX_BYTES, TOO_LONG, Row, make_row
 
 
 def read(file: BinaryIO, parse: Callable[[bytes], str]) -> Iterator[Row]:
-    """A row for each line; `parse` finds its text."""
+    """Yield a row for each line; `parse` extracts its text."""
     for number, line in enumerate(_lines(file)):
         if line is None:
             yield Row(number, number + 1, error=f"the line is {TOO_LONG}")
@@ -16,7 +16,7 @@ def read(file: BinaryIO, parse: Callable[[bytes], str]) -> Iterator[Row]:
 
 
 def count(file: BinaryIO) -> int:
-    """How many lines there are."""
+    """The number of lines."""
     lines, last = 0, b"\n"
     while block := file.read(1 << 20):
         lines += block.count(b"\n")
@@ -25,7 +25,7 @@ def count(file: BinaryIO) -> int:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """The lines without their line endings; None for one that is too long."""
+    """Yield the lines without their line endings, and None for a line that is too long."""
     while line := file.readline(MAX_BYTES):
         if not line.endswith(b"\n") and len(line) == MAX_BYTES:
             while (more := file.readline(MAX_BYTES)) and not more.endswith(b"\n"):

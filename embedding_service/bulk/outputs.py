@@ -1,4 +1,4 @@
-"""The finished output: the vectors as .npy, .jsonl or .parquet, made from the part file row by row."""
+"""Writes the finished output, as .npy, .jsonl or .parquet, from the part file row by row."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -23,7 +23,7 @@ Convert = Callable[[Vectors], npt.NDArray[Any]]
 
 
 def writer(output: Path) -> Callable[[Part, Path, Convert | None], None]:
-    """The function that turns a part into `output`, by suffix. Raises StartupError if it is unsupported."""
+    """The function that converts a part, by output suffix. Raises StartupError if it is unsupported."""
     writers = {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
     chosen = writers.get(output.suffix.lower())
     if chosen is None:
@@ -34,12 +34,12 @@ def writer(output: Path) -> Callable[[Part, Path, Convert | None], None]:
 
 
 def finish(part: Part, output: Path, convert: Convert | None = None) -> None:
-    """Make the output from the sealed part; it gets its name only once it is complete.
+    """Write the output from the sealed part; it gets its final name only once it is complete.
 
     `convert` turns float32 vectors into another number format.
     """
     writer(output)(part, output, convert)
-    # In this order: a part without its job file could not be resumed.
+    # The job file goes last: a part without it could not be resumed.
     part.path.unlink(missing_ok=True)
     if output.suffix.lower() != ".npy":
         # Their rows say themselves what they are of.
@@ -117,8 +117,8 @@ def _unchanged(vectors: Vectors) -> Vectors:
 
 
 def _blocks(part: Part, convert: Convert | None) -> Iterator[Block]:
-    """Some vectors, their places, and the errors among them by the input's row."""
-    # Map the file again for each block: the pages of one long mapping would count as our memory.
+    """Yield blocks of vectors: the vectors, their places, and their errors by the input's row."""
+    # Map the file again for each block: the pages of a single mapping would all count as our memory.
     errors = _errors(part.errors_path)
     pending = next(errors, None)
     every_place = _places(part)

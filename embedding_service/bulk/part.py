@@ -1,4 +1,4 @@
-"""The unfinished output: vectors appended in place, so that a run killed at any moment can resume."""
+"""The unfinished output. Vectors are appended to it, so that a run killed at any moment can resume."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from embedding_service.errors import StartupError
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """Identifies the work of a run: a run resumes only a part whose job equals its own."""
+    """What a run computes, and from what. A run resumes only a part that has the same job."""
 
     input_bytes: int
     input_hash: str
@@ -33,7 +33,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None = None
 
 
-# How messages describe each compared field.
+# How error messages describe each compared field.
 _COMPARED = {
     "input_bytes": "an input of this many bytes:",
     "input_hash": "an input with the hash",
@@ -68,13 +68,13 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Part:
-    """`OUTPUT.part`, a .npy file with one row per text or chunk, and a list of the bad rows beside it.
+    """`OUTPUT.part`, a .npy file with one row per text or chunk, and the list of bad rows beside it.
 
-    Progress is read from the files themselves: complete rows of vectors count, a partly written one
-    does not. Errors and places are written before their vectors, so none is ever missing.
+    The files themselves are the record of progress: complete rows count, a partly written one does
+    not. Errors and places are written before their vectors, so none is ever lost.
 
-    With `--overflow chunks`, `OUTPUT.chunks.jsonl` holds the place of each row. Every text has a row there,
-    a bad one too, so the places also tell how many texts are complete.
+    With `--overflow chunks`, `OUTPUT.chunks.jsonl` holds the place of each row. Every text has at least
+    one, even a bad text, so the places also show how many texts are complete.
     """
 
     def __init__(self, output: Path, job: Job, *, restart: bool = False) -> None:
@@ -135,7 +135,7 @@ class Part:
     def _begin(self, job: Job, restart: bool) -> None:
         if self.job_path.exists() and _read_job(self.job_path) is None and not restart:
             self.path.unlink()
-            raise StartupError(f"{self.job_path} does not belong to a run; --restart replaces it")
+            raise StartupError(f"{self.job_path} was not written by a run; --restart replaces it")
         self.errors_path.unlink(missing_ok=True)
         self.chunks_path.unlink(missing_ok=True)
         _write_whole(self.job_path, msgspec.json.encode(job))
@@ -143,10 +143,10 @@ class Part:
     def _require_same(self, job: Job) -> None:
         begun = _read_job(self.job_path)
         if begun is None:
-            raise StartupError(f"{self.path} does not belong to a run that can resume; --restart replaces it")
+            raise StartupError(f"{self.path} is not a run that can be resumed; --restart replaces it")
         differing = _differing(begun, msgspec.to_builtins(job))
         if differing:
-            raise StartupError(f"{self.path} was begun with {'; '.join(differing)}; --restart begins again")
+            raise StartupError(f"{self.path} was begun with {'; '.join(differing)}; --restart starts over")
 
     def _recover(self) -> tuple[int, int]:
         """Drop a row that was not written whole, and the rows of such a text; count the rows and texts."""
@@ -206,8 +206,8 @@ class Part:
 def _header(rows: int, dimension: int) -> bytes:
     """The .npy header; numpy pads it, so its length does not depend on `rows`."""
     buffer = io.BytesIO()
-    what: dict[str, Any] = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
-    np.lib.format.write_array_header_1_0(buffer, what)
+    fields: dict[str, Any] = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()
 
 
@@ -244,7 +244,7 @@ def _claim(path: Path) -> BinaryIO:
     """Open or create the part, locked for this run."""
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
     _lock(file, path)
-    # Another run may have finished and renamed this file in the meantime: it is now that run's output.
+    # Another run may have finished in the meantime and renamed this file: it is now that run's output.
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
         file.close()
         raise StartupError(f"another run has just finished {path}")
@@ -252,14 +252,14 @@ def _claim(path: Path) -> BinaryIO:
 
 
 def _begin_again(claimed: BinaryIO, path: Path) -> BinaryIO:
-    """Replace the old part by a new one; its content survives under any other hard link."""
+    """Replace the old part with a new one; other hard links to the old one keep its content."""
     with claimed:
         path.unlink()
         return _claim(path)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock out other runs; the lock is released when the process ends, however it ends."""
+    """Lock out other runs. The lock is released when the process ends, even if it is killed."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""The files that a run writes, and the check that writing them overwrites nothing else."""
+"""The files that a run writes, and a check that it overwrites no others."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ def part_path(output: Path) -> Path:
 
 
 def job_path(output: Path) -> Path:
-    """The job that the unfinished output was begun with."""
+    """The job of the unfinished output."""
     return output.with_name(f"{output.name}.part.json")
 
 
@@ -31,7 +31,7 @@ def chunks_path(output: Path) -> Path:
 
 
 def new_path(path: Path) -> Path:
-    """The temporary file that is renamed to `path` once complete."""
+    """The temporary file that is renamed to `path` once it is complete."""
     return path.with_name(f"{path.name}.part.new")
 
 

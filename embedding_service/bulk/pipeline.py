@@ -1,4 +1,4 @@
-"""Rows through an embedder into a part file: several requests in flight, the rows in their order."""
+"""Embeds rows into a part file, in order, with several requests in flight."""
 
 import random
 import threading
@@ -18,16 +18,16 @@ from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
 from embedding_service.errors import ServiceError, StartupError
 
-# The most characters in one request, unless a single text has more.
+# Maximum number of characters in a request, unless a single text has more.
 CHUNK_CHARACTERS = 1_000_000
 
 PROBE = "probe"
 
-# Statuses that have nothing to do with the texts: those to retry after a wait, and those that never recover.
-WAIT = {429, 502, 503}
-HOPELESS = {401, 403, 404, 405}
+# Statuses that are not the texts' fault: those to retry after a wait, and those that a wait does not cure.
+RETRYABLE = {429, 502, 503}
+FATAL = {401, 403, 404, 405}
 
-# How often a single text may fail before its row is declared bad.
+# Attempts at a single failing text before its row counts as bad.
 TRIES = 3
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 30.0
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Embedded rows, NaN for each bad one, the place of each vector, and how many texts were truncated."""
+    """A chunk of embedded rows (NaN for bad ones), their places, its bad rows, and how many texts were truncated."""
 
     texts: int
     vectors: Vectors
@@ -58,7 +58,7 @@ class Patient:
     def __init__(
         self, embedder: Embedder, give_up_seconds: float, tell: Callable[[str], None] = lambda _message: None
     ) -> None:
-        """Waits for the embedder to be ready. Raises StartupError if it will not embed as asked."""
+        """Wait for the embedder. Raises StartupError if it does not get ready or refuses the options."""
         self._embedder = embedder
         self._give_up_seconds = give_up_seconds
         self._tell = tell
@@ -72,7 +72,7 @@ class Patient:
             raise StartupError(str(error)) from None
 
     def stop(self) -> None:
-        """End all waits and allow no more."""
+        """Interrupt all waits, now and later."""
         self._stopping.set()
 
     def close(self) -> None:
@@ -107,20 +107,20 @@ class Patient:
             return self._vectors(texts)
         except ServiceError as error:
             if len(texts) == 1:
-                return self._embed_refused(texts, error)
+                return self._retry_single(texts, error)
         half = len(texts) // 2
         left, right = self._embed(texts[:half]), self._embed(texts[half:])
         return left[0] + right[0], left[1] + right[1]
 
-    def _embed_refused(self, texts: list[str], error: ServiceError) -> tuple[list[Embedding | str], int]:
-        """Retry a single failed text, but only if the fault may be the service's."""
+    def _retry_single(self, texts: list[str], error: ServiceError) -> tuple[list[Embedding | str], int]:
+        """Retry a single failed text if the fault may be the service's; else return its error."""
         tries = 1
         for attempt in count():
             if error.status < 500 or tries == TRIES:
                 break
             self._wait(error, attempt)
-            # If the service fails on everything, this text is not to blame.
-            if self._is_well():
+            # If the service cannot embed the probe either, this text is not to blame.
+            if self._can_embed():
                 try:
                     return self._vectors(texts)
                 except ServiceError as again:
@@ -131,7 +131,7 @@ class Patient:
         found = self._persist(lambda: self._embedder.embed(texts))
         vectors = found.vectors
         if vectors.shape[1] != self.dimension:
-            raise Stopped(f"the vectors have {vectors.shape[1]} dimensions now; they had {self.dimension}")
+            raise Stopped(f"the vectors now have {vectors.shape[1]} dimensions instead of {self.dimension}")
         every: Sequence[list[Span] | None] = found.chunks or [None] * len(texts)
         embeddings: list[Embedding | str] = []
         first = 0
@@ -141,7 +141,7 @@ class Patient:
             first = last
         return embeddings, found.truncated
 
-    def _is_well(self) -> bool:
+    def _can_embed(self) -> bool:
         try:
             self._persist(lambda: self._embedder.embed([PROBE]))
         except ServiceError:
@@ -149,7 +149,7 @@ class Patient:
         return True
 
     def _persist(self, ask: Callable[[], Result]) -> Result:
-        """Ask until there is an answer; raises those ServiceErrors that the texts may have caused."""
+        """Ask until there is an answer. Raises ServiceErrors that the texts may have caused."""
         was_away = False
         for attempt in count():
             try:
@@ -157,9 +157,9 @@ class Patient:
                     self._require_same_model()
                 result = ask()
             except ServiceError as error:
-                if error.status in HOPELESS:
+                if error.status in FATAL:
                     raise Stopped(f"{error.message} (HTTP {error.status})") from None
-                if error.status not in WAIT:
+                if error.status not in RETRYABLE:
                     raise
                 was_away = was_away or error.status != 429
                 self._wait(error, attempt)
@@ -169,7 +169,7 @@ class Patient:
         raise AssertionError("unreachable")
 
     def _require_same_model(self) -> None:
-        """A restarted service may run another model: its vectors must not mix with the earlier ones."""
+        """Raise Stopped if a restarted service runs another model, whose vectors must not be mixed in."""
         found = self._embedder.describe()
         if self._known and found.fingerprint != self._known.fingerprint:
             raise Stopped(f"the service now runs another model: {found.model} instead of {self._known.model}")
@@ -179,7 +179,7 @@ class Patient:
             raise Stopped(error.message)
         asked = error.retry_after_seconds
         seconds = min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS) if asked is None else asked
-        # Jitter, so that clients told to wait equally long do not all return at once.
+        # Jitter, so that clients with the same wait do not all return at once.
         seconds *= 1 + random.random() / 4
         if time.monotonic() + seconds - self._last_success > self._give_up_seconds:
             raise Stopped(f"nothing was embedded in {self._give_up_seconds:.0f} s: {error.message}")
@@ -210,7 +210,7 @@ def run(
     try:
         for chunk in chunks(rows, chunk_rows):
             pending.append(pool.submit(embedder.embed, chunk))
-            # Twice the number in flight, so that one slow chunk does not leave the other threads idle.
+            # Keep twice as many pending, so that a slow chunk does not leave the other threads idle.
             if len(pending) >= 2 * in_flight:
                 write_oldest()
         while pending:
@@ -221,7 +221,7 @@ def run(
 
 
 def chunks(rows: Iterable[Row], chunk_rows: int) -> Iterator[list[Row]]:
-    """Lists of at most `chunk_rows` rows, and of CHUNK_CHARACTERS unless a single row has more."""
+    """Yield lists of at most `chunk_rows` rows and CHUNK_CHARACTERS, unless a single row has more."""
     chunk: list[Row] = []
     characters = 0
     for row in rows:

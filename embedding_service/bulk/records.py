@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files: parsed strictly, resynchronising after a quoting error."""
+"""Reads rows from .csv and .tsv files. Parsing is strict, and resynchronises after a quoting error."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ from embedding_service.errors import StartupError
 
 
 def read(file: io.BufferedReader, field: str, delimiter: str) -> Iterator[Row]:
-    """A row for each record after the header. Raises StartupError if there is no such column."""
+    """Yield a row for each record after the header. Raises StartupError if there is no such column."""
     csv.field_size_limit(MAX_BYTES)
-    # Bytes that are not UTF-8 become surrogates here, and a bad row if they are in a text.
+    # Bytes that are not UTF-8 become surrogates here; if they are in a text, its row is bad.
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     try:
         yield from _rows(_Lines(text), field, delimiter)
     finally:
-        # The file belongs to the caller.
+        # The caller closes the file.
         text.detach()
 
 
@@ -43,11 +43,11 @@ def _rows(lines: "_Lines", field: str, delimiter: str) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file; lines consumed by a record can be pushed back."""
+    """The lines of a file; those that a record has consumed can be pushed back."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._again: deque[str] = deque()
+        self._pushed_back: deque[str] = deque()
         self._characters = 0
         self.taken: list[str] = []
         self.number = 0
@@ -57,16 +57,16 @@ class _Lines:
         self.taken, self._characters = [], 0
         return self.number + 1
 
-    def back_to_second(self) -> None:
-        """Push back the record's lines after its first."""
-        self._again.extendleft(reversed(self.taken[1:]))
+    def push_back(self) -> None:
+        """Push back all lines of the record but the first."""
+        self._pushed_back.extendleft(reversed(self.taken[1:]))
         self.number -= len(self.taken) - 1
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._again.popleft() if self._again else self._next()
+        line = self._pushed_back.popleft() if self._pushed_back else self._next()
         if not line:
             raise StopIteration
         self.taken.append(line)
@@ -81,20 +81,20 @@ class _Lines:
         if len(line) == MAX_BYTES and line[-1] not in "\r\n":
             while (more := self._file.readline(MAX_BYTES)) and more[-1] not in "\r\n":
                 pass
-            # Keeps it too long if it is read again.
+            # One character more than the limit, so that it is still too long if it is read again.
             line += "\n"
         return line
 
 
 class _Fault(msgspec.Struct):
-    """A record that cannot be parsed; `line` is where the faulty quote opens."""
+    """A record that cannot be parsed; `line` is the line on which the faulty quote opens."""
 
     first_line: int
     line: int
     error: str
     last_line: int
 
-    def said(self) -> str:
+    def message(self) -> str:
         if self.last_line == self.line:
             return self.error
         return f"{self.error}; everything up to line {self.last_line} is treated as part of it"
@@ -109,9 +109,9 @@ def _header(lines: _Lines, delimiter: str) -> list[str]:
 
 
 def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple[int, list[str] | str]]:
-    """Each non-blank record, or the error in its place, with its line number.
+    """Yield each non-blank record, or its error, with its line number.
 
-    After a fault, parsing resumes at the next line that holds a record of `width` fields or another fault.
+    After a fault, parsing resumes at the next line that begins a record of `width` fields or another fault.
     """
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     fault: _Fault | None = None
@@ -119,18 +119,18 @@ def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple
         first = lines.begin()
         found = _record_or_fault(lines, reader, first, delimiter, None if fault else width)
         if isinstance(found, _Fault):
-            lines.back_to_second()
-            # Parsing again from the record's second line may hit the same quote.
+            lines.push_back()
+            # Parsing from the record's second line may hit the same quote again.
             if fault and fault.line != found.line:
-                yield fault.line, fault.said()
+                yield fault.line, fault.message()
             fault = fault if fault and fault.line == found.line else found
         elif fault and found is not None and len(found) != width:
-            lines.back_to_second()
+            lines.push_back()
             fault.last_line = max(fault.last_line, first if found else 0)
         else:
             if fault:
                 # If a record begins on that line, an earlier quote caused the fault.
-                yield fault.line if fault.line < first else fault.first_line, fault.said()
+                yield fault.line if fault.line < first else fault.first_line, fault.message()
                 fault = None
             if found is None:
                 return
@@ -143,8 +143,8 @@ def _record_or_fault(
 ) -> list[str] | _Fault | None:
     """The next record or its fault; None at the end of the file.
 
-    A record of several lines that does not have `width` fields is a fault too: an unclosed quote has
-    swallowed the records up to the next quote.
+    A record over several lines with other than `width` fields is a fault too: an unclosed quote has
+    probably swallowed the records up to the next quote.
     """
     try:
         record = next(reader, None)
@@ -152,25 +152,25 @@ def _record_or_fault(
         return _fault(lines, first, delimiter, error)
     if record is None or width in (None, len(record)) or len(lines.taken) == 1:
         return record
-    over = f"{len(lines.taken)} lines form a record of {len(record)} fields, not {width}"
-    return _Fault(first, first, f"{over}; a quote may not be closed", first)
+    found = f"{len(lines.taken)} lines form a record of {len(record)} fields, not {width}"
+    return _Fault(first, first, f"{found}; a quote may be unclosed", first)
 
 
 def _fault(lines: _Lines, first: int, delimiter: str, error: Exception) -> _Fault:
     """What is wrong with the current record, and where."""
     text, d = "".join(lines.taken), re.escape(delimiter)
-    # The fields before the fault parse cleanly; the one after them is to blame.
-    whole = re.compile(rf'(?:(?:"(?:[^"]++|"")*+"|(?!")[^{d}\r\n]*+){d})*+').match(text)
-    begins = whole.end() if whole else 0
-    line = first + len(re.findall(r"\r\n|\r|\n", text[:begins]))
+    # The fields before the faulty one parse cleanly.
+    intact = re.compile(rf'(?:(?:"(?:[^"]++|"")*+"|(?!")[^{d}\r\n]*+){d})*+').match(text)
+    start = intact.end() if intact else 0
+    line = first + len(re.findall(r"\r\n|\r|\n", text[:start]))
     if isinstance(error, BadRow):
-        said = str(error)
+        message = str(error)
     elif "field limit" in str(error):
-        said = f"a field is {TOO_LONG}"
+        message = f"a field is {TOO_LONG}"
     elif "end of data" in str(error):
-        said = "the quote that opens here is never closed"
+        message = "the quote that opens here is never closed"
     elif line == lines.number:
-        said = "there is text after the field's closing quote"
+        message = "there is text after the field's closing quote"
     else:
-        said = f"the quote that opens here is not closed before another on line {lines.number}"
-    return _Fault(first, line, said, line)
+        message = f"the quote that opens here is not closed before another on line {lines.number}"
+    return _Fault(first, line, message, line)

@@ -1,4 +1,4 @@
-"""A row: a numbered text of the input, or its error; and how texts are parsed from raw bytes."""
+"""Rows: the numbered texts of the input, or the errors in their place, parsed from raw bytes."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-# Longer lines, records or elements are never held in memory.
+# Longer lines, records and elements are not read into memory.
 MAX_BYTES = 16 << 20
 TOO_LONG = f"longer than {MAX_BYTES} bytes"
 
@@ -15,7 +15,7 @@ SHOWN_NAMES = 20
 
 
 class Row(msgspec.Struct, frozen=True):
-    """Row `number` (from 0), beginning on `line` (from 1), with its text or its error."""
+    """Row `number` (from 0), which begins on `line` (from 1), with its text or its error."""
 
     number: int
     line: int
@@ -24,7 +24,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class BadRow(ValueError):
-    """A row without a usable text; the message says why."""
+    """The row has no usable text; the message says why."""
 
 
 class _Wanted(msgspec.Struct):
@@ -34,7 +34,7 @@ class _Wanted(msgspec.Struct):
 
 
 def make_row(number: int, line: int, parse: Callable[[Any], str], raw: Any) -> Row:
-    """The row that `parse` makes of the raw value."""
+    """The row whose text `parse` extracts from the raw value."""
     try:
         return Row(number, line, text=parse(raw))
     except BadRow as error:
@@ -42,7 +42,7 @@ def make_row(number: int, line: int, parse: Callable[[Any], str], raw: Any) -> R
 
 
 def decode(raw: bytes) -> str:
-    """Bytes as text. Raises BadRow."""
+    """Decode UTF-8. Raises BadRow."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -50,7 +50,7 @@ def decode(raw: bytes) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text, if it has no lone surrogates. Raises BadRow."""
+    """Return the text. Raises BadRow if it has lone surrogates, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -59,7 +59,7 @@ def encodable(text: str) -> str:
 
 
 def json_text(field: str) -> Callable[[bytes], str]:
-    """A parser that gets the text from a JSON string or from a field of a JSON object. It raises BadRow."""
+    """A parser that extracts the text from a JSON string or a field of a JSON object. It raises BadRow."""
     wanted = msgspec.defstruct("Wanted", [("value", Any, UNSET)], bases=(_Wanted,), rename={"value": field})
     decoder = msgspec.json.Decoder(wanted | str)
 
@@ -74,7 +74,7 @@ def json_text(field: str) -> Callable[[bytes], str]:
             value = {} if value.value is UNSET else {field: value.value}
         if isinstance(value, dict):
             if field not in value:
-                raise BadRow(f"the object has no field {field!r}; it has {_names(raw)}")
+                raise BadRow(f"the object has no field {field!r}; its fields: {_names(raw)}")
             value = value[field]
         if not isinstance(value, str):
             raise BadRow(f"{field!r} is not a string but {type(value).__name__}")
@@ -84,7 +84,7 @@ def json_text(field: str) -> Callable[[bytes], str]:
 
 
 def _leniently(raw: bytes, error: Exception) -> Any:
-    """Accept what Python's json also writes: NaN, Infinity and lone surrogates."""
+    """Parse what Python's json module writes beyond JSON: NaN, Infinity and lone surrogates."""
     try:
         return json.loads(raw.decode())
     except (ValueError, RecursionError):
@@ -95,7 +95,7 @@ def _names(raw: bytes) -> str:
     try:
         return shown(msgspec.json.decode(raw, type=dict[str, msgspec.Raw])) or "none"
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return "others"
+        return "unreadable"
 
 
 def shown(names: Iterable[str]) -> str:

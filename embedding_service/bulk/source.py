@@ -16,12 +16,12 @@ from embedding_service.bulk import columns, compression, elements, lines, record
 from embedding_service.bulk.rows import Row, decode, json_text
 from embedding_service.errors import StartupError
 
-# If this many first rows are all bad, the options are probably wrong, not the rows.
+# If all of this many rows at the start are bad, the options are probably wrong, not the rows.
 HEAD_ROWS = 100
 
 
 class Format(msgspec.Struct, frozen=True):
-    """How to read rows, given a field and a delimiter, and how to count them if there is a faster way."""
+    """How to read rows, given a field and a delimiter, and how to count them if that is faster."""
 
     read: Callable[[io.BufferedReader, str, str], Iterator[Row]]
     count: Callable[[io.BufferedReader], int] | None = None
@@ -67,7 +67,7 @@ class Source:
             yield from self._format.read(file, self._field, self.delimiter)
 
     def count(self) -> int | None:
-        """How many rows there are; None for a stream."""
+        """The number of rows; None for a stream."""
         if self.is_stream:
             return None
         if self._format.count is None:
@@ -76,7 +76,7 @@ class Source:
             return self._format.count(file)
 
     def identify(self) -> tuple[int, str]:
-        """Size and hash, which identify the content."""
+        """The size and hash of the content."""
         if self.is_stream:
             return 0, self.name
         with self._path.open("rb") as file:
@@ -113,12 +113,12 @@ class Source:
             return "jsonl"
         raise StartupError(
             f"{self._path}: the input must end in {', '.join(f'.{known}' for known in FORMATS)}, "
-            "each also with .gz or .zst, or have a --format"
+            "optionally followed by .gz or .zst; or give its --format"
         )
 
     @contextmanager
     def _open(self) -> Iterator[io.BufferedReader]:
-        """The decompressed bytes after any byte order mark; errors name the input."""
+        """The decompressed bytes, without a byte order mark. Errors name the input."""
         with open(0, "rb", closefd=False) if self._path == Path("-") else self._path.open("rb") as raw:
             try:
                 file = compression.decompressed(raw)
@@ -135,7 +135,7 @@ class Source:
 
 
 def require_texts(rows: Iterator[Row]) -> Iterator[Row]:
-    """Pass the rows through. Raises StartupError if the first ones are all bad."""
+    """Return the rows. Raises StartupError if the first HEAD_ROWS, or all if there are fewer, are bad."""
     head = []
     for row in islice(rows, HEAD_ROWS):
         head.append(row)
