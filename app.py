@@ -1,4 +1,4 @@
-"""The service from this folder: `python app.py` serves, `gunicorn app:app` finds the Flask app here."""
+"""Entry points: `python app.py` serves, and `gunicorn app:app` finds the Flask app here."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The settings for code that says `import config`; they are declared in embedding_service/config.py."""
+"""The settings, for code that says `import config`; embedding_service/config.py declares them."""
 
 from embedding_service.config import Config, load
 from embedding_service.errors import ConfigError

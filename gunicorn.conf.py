@@ -1,4 +1,4 @@
-"""gunicorn's settings for `gunicorn app:app`; they are made in embedding_service/gunicorn_conf.py."""
+"""Gunicorn's settings for `gunicorn app:app`; embedding_service/gunicorn_conf.py makes them."""
 
 import sys
 from pathlib import Path

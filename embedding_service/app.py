@@ -1,4 +1,4 @@
-"""Builds and connects the settings, an engine, and the Flask app over it."""
+"""Builds the Flask app: reads the settings, chooses an engine, and connects the two."""
 
 import logging
 
@@ -17,7 +17,7 @@ from embedding_service.web.settings import WebSettings
 
 
 def build() -> Flask:
-    """The app, using the gunicorn master's model processes or a model in this process."""
+    """The app, on top of the gunicorn master's model processes or a model in this process."""
     settings = config.current()
     supervisor = supervisor_handle.inherited()
     engine: RemoteEngine | LocalEngine

@@ -1,4 +1,4 @@
-"""Finds the ranges that int8 and uint8 need, by embedding texts with the model of the settings."""
+"""Finds the ranges for int8 and uint8 by embedding texts with the configured model."""
 
 import time
 from pathlib import Path
@@ -16,23 +16,23 @@ from embedding_service.quantization import find_ranges
 BATCH = 256
 BATCH_SECONDS = 600.0
 
-# With fewer texts, most others would lie outside of the ranges.
-FEWEST_TEXTS = 100
+# Ranges from fewer texts would clip most other vectors.
+MIN_TEXTS = 100
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a file that are not blank. Raises OSError, or StartupError if they are too few."""
+    """The non-blank lines of a file. Raises OSError, or StartupError if there are too few."""
     try:
         texts = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise StartupError(f"{path} is not a text file in UTF-8: {error.reason}") from None
-    if len(texts) < FEWEST_TEXTS:
-        raise StartupError(f"{path} has {len(texts)} texts; at least {FEWEST_TEXTS} are needed")
+    if len(texts) < MIN_TEXTS:
+        raise StartupError(f"{path} has {len(texts)} texts; at least {MIN_TEXTS} are needed")
     return texts
 
 
 def ranges_of(texts: list[str], settings: Config) -> Int8Ranges:
-    """The ranges of the texts' vectors of length 1. Raises StartupError if the model cannot be loaded."""
+    """The ranges of the texts' normalised vectors. Raises StartupError if the model cannot be loaded."""
     model = msgspec.convert(settings, ModelSettings, from_attributes=True)
     engine = LocalEngine(msgspec.structs.replace(model, int8_ranges=None))
     engine.loaded.wait()

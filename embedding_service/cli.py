@@ -15,12 +15,12 @@ DESCRIPTION = "Text embeddings over HTTP."
 
 COMMANDS = """\
 commands:
-  serve           serve over HTTP (the default settings: port 8001 of every address)
+  serve           serve over HTTP (by default on port 8001 of every address)
   embed           embed the rows of a file
   download        fetch a model into the cache, check it, and exit
-  calibrate       find the ranges for answers in int8 and uint8
+  calibrate       find the ranges for int8 and uint8 vectors
 
-`embedding-service COMMAND --help` describes each."""
+Run `embedding-service COMMAND --help` for the options of a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
-    """Serve until told to end; returns the exit code."""
+    """Serve until the process is told to stop; returns the exit code."""
     parser = _parser(prog, "Serve text embeddings over HTTP.", _settings_help())
     parser.add_argument("--host", metavar="ADDRESS", help="the setting HOST")
     parser.add_argument("--port", metavar="N", help="the setting PORT")
     given = vars(parser.parse_args(arguments))
-    # Imported here, so that --help is answered at once.
+    # Imported here, so that --help is fast.
     from embedding_service import serving
 
     try:
@@ -64,10 +64,10 @@ def download(arguments: Sequence[str]) -> int:
     parser = _parser(
         "embedding-service download",
         "Fetch a model into the cache (HF_HOME), compare its files with the hub's hashes, and exit.",
-        "exit codes: 0 the model is complete; 78 it is not available, or its files are damaged",
+        "exit codes: 0 the model is complete; 78 it is not available or its files are damaged",
     )
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face name, as EMBEDDING_MODEL")
-    parser.add_argument("--revision", help="branch, tag or commit, as MODEL_REVISION")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face name, as in EMBEDDING_MODEL")
+    parser.add_argument("--revision", help="branch, tag or commit, as in MODEL_REVISION")
     given = parser.parse_args(arguments)
     from embedding_service.inference import source
 
@@ -76,7 +76,7 @@ def download(arguments: Sequence[str]) -> int:
         found = source.resolve(given.model, given.revision)
         if damaged := source.damaged(found.folder):
             raise StartupError(
-                f"{', '.join(damaged)} in {found.folder}: damaged; delete the folder and download it again"
+                f"{', '.join(damaged)} in {found.folder}: damaged; delete the folder and download again"
             )
     except StartupError as error:
         print(error, file=sys.stderr)
@@ -86,16 +86,18 @@ def download(arguments: Sequence[str]) -> int:
 
 
 def calibrate(arguments: Sequence[str]) -> int:
-    """Write the ranges of the vectors of a file's lines; returns the exit code."""
+    """Find and write the ranges for int8 and uint8; returns the exit code."""
     parser = _parser(
         "embedding-service calibrate",
-        "Embed the lines of a text file with the model of the settings, and write the smallest and largest "
+        "Embed the lines of a text file with the configured model, and write the smallest and largest "
         "number of each dimension to a file for INT8_RANGES. A few thousand lines similar to your own texts "
         "are enough.",
         "exit codes: 0 the ranges are written; 78 the file or the model cannot be used",
     )
-    parser.add_argument("texts", type=Path, metavar="TEXTS", help="text file, one text on each line")
-    parser.add_argument("-o", "--output", type=Path, default=Path("int8-ranges.json"), help="(%(default)s)")
+    parser.add_argument("texts", type=Path, metavar="TEXTS", help="text file with one text per line")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("int8-ranges.json"), help="output file (%(default)s)"
+    )
     given = parser.parse_args(arguments)
     from embedding_service import calibration
 
@@ -109,7 +111,7 @@ def calibrate(arguments: Sequence[str]) -> int:
     except StartupError as error:
         print(error, file=sys.stderr)
         return EX_CONFIG
-    print(f"{given.output}: the ranges of {len(texts)} texts. Serve with INT8_RANGES={given.output}")
+    print(f"Wrote the ranges of {len(texts)} texts to {given.output}. Set INT8_RANGES={given.output}")
     return 0
 
 

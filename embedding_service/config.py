@@ -1,4 +1,4 @@
-"""Every setting: its name, type, default, bounds and one sentence; read from the environment and `.env`."""
+"""Every setting, with type, default, bounds and description; read from the environment and `.env`."""
 
 import ipaddress
 import os
@@ -13,18 +13,18 @@ from msgspec import Meta
 from embedding_service import env_file
 from embedding_service.errors import ConfigError
 
-# Beside app.py, in a checkout.
+# The folder of app.py, in a checkout.
 PROJECT = Path(__file__).parent.parent
 
 DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
 
-# A name, an IPv4 or an IPv6 address; neither `*`, nor a port, nor a URL.
+# A name, an IPv4 or an IPv6 address, but no `*`, port or URL.
 HOST_PATTERN = (
     r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*(%\w+)?)$"
 )
 HOST_ALLOWED = (
     "an IPv4 or IPv6 address or a name, without a port: 0.0.0.0 for every address, 127.0.0.1 for this "
-    "machine alone; gunicorn's own -b takes unix:/run/embedding.sock"
+    "machine only. For a unix socket, use gunicorn's own option: -b takes unix:/run/embedding.sock"
 )
 
 
@@ -36,14 +36,14 @@ ROUTE_PATTERN = r"^/[^\s<>?#]+$"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The settings; the environment variable of a field is its name in capitals."""
+    """The settings; each is read from the environment variable with its name in capitals."""
 
     embedding_model: Annotated[
         str,
         Meta(min_length=1, description="Model to serve: a Hugging Face name or the path of a folder."),
     ] = "sentence-transformers/all-MiniLM-L6-v2"
     model_revision: Annotated[
-        str | None, Meta(description="Branch, tag or commit to use of a model from the hub.")
+        str | None, Meta(description="Branch, tag or commit of a model on the Hugging Face hub.")
     ] = None
     device: Annotated[
         str,
@@ -52,21 +52,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             extra={"allowed": "auto, cpu, mps, cuda, cuda:N, or a list such as cuda:0,cuda:1"},
             description=(
                 "Where the model runs: auto (CUDA if there is one, else the CPU), cpu, mps, cuda, "
-                "cuda:N, or a comma list with one model process each."
+                "cuda:N, or a comma-separated list with one model process for each device."
             ),
         ),
     ] = "auto"
     cpu_fallback: Annotated[
         bool,
-        Meta(description="Run on the CPU, with a warning, when the CUDA device asked for is missing."),
+        Meta(description="If the CUDA device is missing, log a warning and run on the CPU."),
     ] = True
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16", "int8"],
         Meta(
             description=(
-                "Number format of the weights; auto is float16 on CUDA, float32 elsewhere. On x86 CPUs "
-                "int8 is faster and a little less exact (it needs requirements-int8.txt), and bfloat16 "
-                "may be faster: the log says so."
+                "Number format of the weights; auto is float16 on CUDA and float32 elsewhere. On x86 CPUs, "
+                "int8 is faster but slightly less accurate (it needs requirements-int8.txt), and bfloat16 "
+                "may be faster; the log says if it is."
             )
         ),
     ] = "auto"
@@ -78,9 +78,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         Meta(
             min_length=1,
-            description=(
-                "Folder that keeps converted models and measured costs, which shortens the next start."
-            ),
+            description=("Folder for converted models and measured costs, which make the next start faster."),
         ),
     ] = "~/.cache/embedding-service"
     attn_implementation: Annotated[
@@ -129,7 +127,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=1,
             le=65536,
-            description="Requests of one web worker that may wait for the model; further requests get 429.",
+            description="Maximum number of waiting requests per web worker; further requests get 429.",
         ),
     ] = 512
     max_texts_per_request: Annotated[
@@ -146,11 +144,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = {}
     default_prompt_name: Annotated[
-        str | None, Meta(description="Prompt put in front of texts if a request names none.")
+        str | None, Meta(description="Name of the prompt to use if a request does not name one.")
     ] = None
     served_model_name: Annotated[
         str | None,
-        Meta(description="Comma-separated names of the model in the API; answers show the first."),
+        Meta(description="Comma-separated names of the model in the API; responses show the first."),
     ] = None
     cors_origins: Annotated[
         str,
@@ -167,7 +165,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["truncate", "error", "mean"],
         Meta(
             description=(
-                "What happens to texts longer than the model reads if a request does not say: truncate, "
+                "How to handle texts that are too long for the model, if a request does not say: truncate, "
                 "error, or mean (of their pieces)."
             )
         ),
@@ -177,21 +175,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 32 << 20
     max_queued_tokens: Annotated[
         int,
-        Meta(ge=1024, description="Tokens that may wait for the model; further requests get 429."),
+        Meta(ge=1024, description="Maximum number of waiting tokens; further requests get 429."),
     ] = 2_000_000
     cache_mb: Annotated[
         int,
         Meta(
             ge=0,
             le=1_048_576,
-            description="Size in MiB of each model process's cache of vectors; 0 turns it off.",
+            description="Size in MiB of the vector cache of each model process; 0 turns it off.",
         ),
     ] = 0
     int8_ranges: Annotated[
         str | None,
         Meta(
             description=(
-                "File of ranges for answers in int8 and uint8, written by `embedding-service calibrate`."
+                "File with the ranges for int8 and uint8 vectors, written by `embedding-service calibrate`."
             )
         ),
     ] = None
@@ -199,7 +197,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float, Meta(gt=0, le=3600, description="Time limit of a request in seconds; a late request gets 504.")
     ] = 60.0
     graceful_timeout_seconds: Annotated[
-        int, Meta(ge=1, le=3600, description="Seconds that requests in flight have to finish at a shutdown.")
+        int, Meta(ge=1, le=3600, description="Seconds that requests in flight get to finish on shutdown.")
     ] = 30
     api_keys: Annotated[
         str | None,
@@ -210,7 +208,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     api_keys_file: Annotated[
         str | None,
-        Meta(description="File with one API key per line, read again whenever it changes."),
+        Meta(description="File with one API key per line, reread when it changes."),
     ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Minimum log level.")
@@ -227,12 +225,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.0
     log_file: Annotated[
         str | None,
-        Meta(description="File to log to instead of standard error; reopened after a rotation."),
+        Meta(description="File to log to instead of standard error; reopened after log rotation."),
     ] = None
 
     @property
     def devices(self) -> list[str]:
-        """The devices asked for, one model process each."""
+        """The requested devices; each gets a model process."""
         return self.device.split(",")
 
     def is_open_at(self, host: str) -> bool:
@@ -246,10 +244,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def environment() -> dict[str, str]:
-    """The process environment, which overrides `.env` (in the working folder, else beside app.py).
+    """The process environment and `.env` (from the working folder, else beside app.py); the former wins.
 
-    Variables in `.env` that are not our settings (HF_TOKEN, HF_HOME) go into the process environment,
-    since libraries look only there. Raises ConfigError.
+    Variables in `.env` that are not our settings (HF_TOKEN, HF_HOME) are added to the process environment,
+    because libraries look only there. Raises ConfigError.
     """
     places = [Path(), PROJECT] if (PROJECT / "app.py").is_file() else [Path()]
     file = env_file.find(places)
@@ -260,13 +258,13 @@ def environment() -> dict[str, str]:
         if name not in NAMES:
             os.environ.setdefault(name, value)
     _notes.extend(
-        f"{file}: {name} is not a setting of this service and has no effect; is it {meant}?"
+        f"{file}: {name} is not a setting of this service and has no effect; did you mean {meant}?"
         for name, meant in env_file.misspelt(read, NAMES).items()
         if name != "API_KEY"
     )
     found = read | dict(os.environ)
     if "API_KEY" in read and not (found.get("API_KEYS") or found.get("API_KEYS_FILE")):
-        _notes.append(f"{file}: API_KEY is what embed_file sends; the service asks for the keys in API_KEYS")
+        _notes.append(f"{file}: API_KEY is the key that embed_file sends; the service requires API_KEYS")
     return found
 
 
@@ -277,14 +275,14 @@ _current: "Config | None" = None
 
 
 def start(arguments: Mapping[str, str]) -> Config:
-    """Read this process's settings; its command line comes first. Raises ConfigError."""
+    """Read this process's settings; command-line arguments win. Raises ConfigError."""
     global _current  # noqa: PLW0603
     _current = load(environment() | dict(arguments))
     return _current
 
 
 def current() -> Config:
-    """The settings that this process, or its parent before the fork, started with."""
+    """The settings with which this process, or its parent before the fork, started."""
     return _current or start({})
 
 
@@ -310,7 +308,7 @@ def client_api_key() -> str | None:
 
 
 def sends_traces() -> bool:
-    """Whether OpenTelemetry's own variables say where to send traces."""
+    """Whether OpenTelemetry's own variables name a collector to send traces to."""
     found = environment()
     names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     is_off = found.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
@@ -330,7 +328,7 @@ def descriptions() -> dict[str, str]:
 def load(environ: Mapping[str, str] | None = None) -> Config:
     """The settings from `environ`, by default from `environment()`.
 
-    An empty value counts as not set. Raises ConfigError at the first value that is not allowed.
+    An empty value counts as not set. Raises ConfigError for the first value that is not allowed.
     """
     if environ is None:
         environ = environment()
@@ -357,12 +355,12 @@ NAMES = [field.name.upper() for field in FIELDS]
 # Former names of settings.
 OLD_NAMES = {"MAX_CONCURRENT_REQUESTS": "WEB_THREADS"}
 
-# Names that Vertex AI, which starts the container, uses for a setting.
+# Variables with which Vertex AI configures its containers.
 PLATFORM_NAMES = {"PORT": ("AIP_HTTP_PORT",)}
 
 BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
-# Names that other software uses for the same values.
+# Other software's names for the same values.
 ALIASES = {
     "LOG_LEVEL": {"warn": "warning", "err": "error"},
     "BACKEND": {"pytorch": "torch"},
@@ -383,7 +381,7 @@ def _convert(name: str, raw: str, wanted: Any) -> Any:
     shown = "…" if extra.get("secret") else repr(raw)
     description = extra.get("description", "")
     if not raw.isprintable():
-        raise ConfigError(f"{name}={shown} is not allowed: it holds line breaks or bytes that are not UTF-8")
+        raise ConfigError(f"{name}={shown} is not allowed: it has line breaks or bytes that are not UTF-8")
     if isinstance(kind, msgspec.inspect.BoolType):
         raw = BOOLEANS.get(raw.lower(), raw.lower())
     elif isinstance(kind, msgspec.inspect.LiteralType):
@@ -428,7 +426,7 @@ def _bounds(relation: str, least: float | None, most: float | None) -> str:
 
 
 def _plain_host(host: str) -> str:
-    """The address without the brackets of a URL."""
+    """The address without the brackets that an IPv6 address has in a URL."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 

@@ -1,4 +1,4 @@
-"""The engine: the web half's only interface to a model, whichever process the model runs in."""
+"""The engine: the web half's only interface to a model, whether it runs in this process or another."""
 
 from typing import Literal, Protocol
 
@@ -7,18 +7,18 @@ import numpy as np
 import numpy.typing as npt
 
 Vectors = npt.NDArray[np.float32]
-# How long after a request's deadline its answer may still be in transit.
+# How long an answer may still be in transit after the request's deadline.
 GRACE_SECONDS = 0.25
 
 State = Literal["loading", "healthy", "unhealthy", "draining"]
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Texts to embed, and how. `deadline` is on the clock of `time.monotonic()`, in seconds.
+    """Texts to embed, and how. `deadline` is in seconds on the clock of `time.monotonic()`.
 
     `prompt` is put in front of each text as it is; `prompt_name` and `input_type` choose one of the model's.
-    A request in the background waits for all others. `truncation_side` is the end at which over-long
-    texts are cut; by default the tokenizer's own.
+    A background request waits for all others. `truncation_side` is the end at which over-long texts are
+    truncated, by default the tokenizer's choice.
     """
 
     texts: list[str]
@@ -59,7 +59,7 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts whose tokens are asked for, whatever their length; `deadline` as in EmbedRequest."""
+    """Texts of any length to split into tokens; `deadline` as in EmbedRequest."""
 
     texts: list[str]
     deadline: float
@@ -69,7 +69,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
     """The tokens of one text; token i is its characters from `starts[i]` to before `stops[i]`.
 
-    `special` has the index and name of each token without characters, such as [CLS].
+    `special` lists index and name of each token without characters, such as [CLS].
     """
 
     ids: list[int]
@@ -79,9 +79,9 @@ class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
-    """The smallest and largest number of each dimension, over calibration texts.
+    """The smallest and largest number of each dimension in the normalised vectors of calibration texts.
 
-    `fingerprint` is that of the model that they were found with, for vectors of length 1.
+    `fingerprint` is that of the model that made the vectors.
     """
 
     fingerprint: str
@@ -90,7 +90,7 @@ class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokensRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts for a vector of each token; the fields as in EmbedRequest. Over-long texts are cut."""
+    """Texts to embed token by token; fields as in EmbedRequest. Over-long texts are truncated."""
 
     texts: list[str]
     deadline: float
@@ -100,14 +100,14 @@ class TokensRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenVectors(msgspec.Struct, frozen=True, kw_only=True):
-    """The vectors of all tokens, float32 of shape (tokens, dimension), and how many are of each text."""
+    """The vectors of all tokens, float32 of shape (tokens, dimension), and the number of tokens per text."""
 
     vectors: Vectors
     counts: list[int]
 
 
 class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts to cut into pieces that the model can read whole, each with the prompt in front of it.
+    """Texts to cut into pieces that fit the model with the prompt in front.
 
     Neighbouring pieces share at most `overlap` tokens. `deadline` and the prompt as in EmbedRequest.
     """
@@ -144,11 +144,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     max_batch_tokens: int
     fingerprint: str
-    # For int8 and uint8 answers, if INT8_RANGES is set; they are part of the fingerprint then.
+    # For int8 and uint8 vectors, if INT8_RANGES is set; then the fingerprint covers them too.
     int8_ranges: Int8Ranges | None = None
-    # True if texts are not truncated at `max_seq_length`, as with static embedding models.
+    # True if texts are not truncated to `max_seq_length`, as in static embedding models.
     reads_whole_texts: bool = False
-    # The prompt of requests that name none.
+    # The prompt for requests that do not name one.
     default_prompt_name: str | None = None
 
 
@@ -164,16 +164,16 @@ class Engine(Protocol):
     """One model, here or in another process. Safe to call from any thread."""
 
     def embed(self, request: EmbedRequest) -> Embeddings:
-        """Embed the texts; raises a ServiceError. Returns or raises by the request's deadline."""
+        """Embed the texts. Returns, or raises a ServiceError, by the request's deadline."""
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        """The tokens of the texts, untruncated; raises a ServiceError, by the request's deadline."""
+        """The tokens of the untruncated texts. Returns or raises as `embed` does."""
 
     def embed_tokens(self, request: TokensRequest) -> TokenVectors:
-        """A vector for each token; raises a ServiceError, by the request's deadline."""
+        """A vector for each token. Returns or raises as `embed` does."""
 
     def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        """The pieces of each text; raises a ServiceError, by the request's deadline."""
+        """The pieces of each text. Returns or raises as `embed` does."""
 
     def status(self) -> Status:
         """The state of the model; never blocks."""

@@ -1,4 +1,4 @@
-"""Parses `.env` files strictly: anything invalid is an error with its line number, never skipped."""
+"""Parses `.env` files strictly: an invalid line is an error with its number, and is never skipped."""
 
 import difflib
 import io
@@ -16,7 +16,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
 
 def find(folders: Collection[Path]) -> Path | None:
-    """The `.env` of the first folder that has one; a broken link counts as one."""
+    """The `.env` of the first folder that has one, even if it is a broken link."""
     for folder in folders:
         if os.path.lexists(folder / ".env"):
             return (folder / ".env").absolute()
@@ -24,7 +24,7 @@ def find(folders: Collection[Path]) -> Path | None:
 
 
 def read(file: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the file. `${NAME}` is looked up in `environ`, then further up in the file.
+    """The variables of the file. `${NAME}` is looked up in `environ`, then in the lines above.
 
     Raises ConfigError.
     """
@@ -32,11 +32,11 @@ def read(file: Path, environ: Mapping[str, str]) -> dict[str, str]:
     for binding in parse_stream(io.StringIO(_text(file))):
         where = f"{file}, line {_line(binding)}"
         if binding.error:
-            raise ConfigError(f"{where}: this is not NAME=value. Values with quotes must close them")
+            raise ConfigError(f"{where}: this is not NAME=value. A quoted value needs its closing quote")
         if binding.key is None:
             continue  # a comment, or nothing
         if not NAME.fullmatch(binding.key):
-            raise ConfigError(f"{where}: {binding.key!r} is not a variable's name; write NAME=value")
+            raise ConfigError(f"{where}: {binding.key!r} is not a variable name; write NAME=value")
         if binding.value is None:
             raise ConfigError(f"{where}: {binding.key} has no value; write {binding.key}=value")
         values[binding.key] = _expanded(binding.value, values | dict(environ), f"{where}: {binding.key}")
@@ -48,8 +48,8 @@ def misspelt(names: Collection[str], known: Collection[str]) -> dict[str, str]:
     nearest: dict[str, str] = {}
     for name in names:
         if name not in known:
-            # Compared without underscores: BATCHSIZE is closer to BATCH_SIZE than any cut-off would say.
-            plain = {one.replace("_", ""): one for one in known}
+            # Compared without underscores, so that BATCHSIZE matches BATCH_SIZE exactly.
+            plain = {each.replace("_", ""): each for each in known}
             close = difflib.get_close_matches(name.upper().replace("_", ""), plain, 1, cutoff=0.85)
             if close:
                 nearest[name] = plain[close[0]]
@@ -71,7 +71,7 @@ def _text(file: Path) -> str:
 
 
 def _line(binding: Binding) -> int:
-    """The line of the name; the parser's own line number counts from the blank lines before it."""
+    """The line number of the name; the parser's own is that of the blank lines before it."""
     text = binding.original.string
     before = text[: len(text) - len(text.lstrip())]
     return binding.original.line + len(re.findall(r"\r\n|\n|\r", before))
@@ -80,9 +80,9 @@ def _line(binding: Binding) -> int:
 def _expanded(value: str, known: Mapping[str, str], where: str) -> str:
     atoms = list(parse_variables(value))
     for atom in atoms:
-        # Empty would be a guess, and an empty API_KEYS serves everybody.
+        # Taking it as empty would be a guess, and with empty API_KEYS anybody may use the service.
         if isinstance(atom, Variable) and atom.default is None and atom.name not in known:
             raise ConfigError(
-                f"{where} refers to ${{{atom.name}}}, which is not set; ${{{atom.name}:-}} is empty then"
+                f"{where} refers to ${{{atom.name}}}, which is not set; write ${{{atom.name}:-}} if it may be"
             )
     return "".join(atom.resolve(known) for atom in atoms)

@@ -1,4 +1,4 @@
-"""The errors that the service responds with; any other exception is a 500.
+"""The service's errors and their statuses; any other exception is a 500.
 
 ServiceError
 ├── InvalidRequest         400  the caller can fix it
@@ -18,8 +18,8 @@ StartupError is the other root: the service cannot start, and its one-line messa
 class ServiceError(Exception):
     """An error with an HTTP status and the `error_type` of the native protocol.
 
-    `index` and `field` locate the bad text or field in the engine's request; `reason` completes a
-    sentence that begins with them. Each protocol has its own names for them.
+    `index` and `field` locate the bad text or field in the engine's request, and `reason` completes a
+    sentence that begins with them. Each protocol replaces them with its own names.
     """
 
     status = 500
@@ -77,7 +77,7 @@ class TooLarge(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
-    """A form or a compressed body."""
+    """The body is a form, or compressed in an unsupported way."""
 
     status = 415
     error_type = "unsupported_media_type"
@@ -120,7 +120,7 @@ class ConfigError(StartupError):
 
 
 def sentence(reason: str, index: int | None, field: str | None) -> str:
-    """The reason, prefixed by what it refers to: `texts[3] has more than 256 tokens`."""
+    """The reason after its subject: `texts[3] has more than 256 tokens`."""
     if index is not None:
         return f"{field or 'texts'}[{index}] {reason}"
     return f"{field} {reason}" if field is not None else reason

@@ -27,14 +27,14 @@ except StartupError as error:
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
 worker_class = "embedding_service.web.worker.Worker"
-# Only for -k gthread and sync (which becomes gthread); our own worker uses greenlets.
+# For -k gthread, and sync, which becomes gthread; our own worker uses greenlets.
 threads = min(128, settings.max_concurrent_requests)
 # Connections per worker, idle ones included; each is a greenlet.
 worker_connections = 8192
 graceful_timeout = settings.graceful_timeout_seconds
 # Longer than nginx's 60 s, so that we never close a connection that nginx is about to use.
 keepalive = 75
-# The heartbeat must not wait for a slow disk.
+# In memory, so that the heartbeat does not wait for a slow disk.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 control_socket_disable = True
 # Every response must go through the worker's socket, which times out slow clients.
@@ -44,14 +44,14 @@ forwarder_headers = ""
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]
-    """Gunicorn's log lines in our format; --access-logfile still works, and is off by default."""
+    """Logs in our format; --access-logfile still works, and is off by default."""
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
         logs.setup(*msgspec.structs.astuple(logging))
 
     def debug(self, msg: Any, *args: Any, **kwargs: Any) -> None:
-        """Drop gunicorn's dump of its configuration, a hundred lines in one record."""
+        """Drop gunicorn's dump of its configuration, a single record of a hundred lines."""
         if not str(msg).startswith("Current configuration:"):
             super().debug(msg, *args, **kwargs)
 
@@ -61,7 +61,7 @@ logger_class = Logger
 
 def on_starting(server: Any) -> None:
     """In the master, before any worker: start the supervisor of the model processes."""
-    # SIGUSR2 runs this command again, which `python -m` has removed from sys.argv.
+    # SIGUSR2 runs this command again; sys.argv no longer has all of it after `python -m`.
     server.START_CTX["args"] = [sys.executable, *sys.orig_argv[1:]]
     for note in service_config.notes():
         server.log.warning("%s", note)
@@ -92,7 +92,7 @@ def on_starting(server: Any) -> None:
             server.pidfile.unlink()
         logs.refuse(error, settings.log_format)
         sys.exit(EX_CONFIG)
-    # The addresses after gunicorn's own flags, which win over HOST; others are unix sockets and open files.
+    # Gunicorn's own flags win over HOST. Addresses that are not tuples are unix sockets or open files.
     for address in server.cfg.address:
         if isinstance(address, tuple) and settings.is_open_at(address[0]):
             server.log.warning(OPEN_WARNING, address[0])
@@ -112,7 +112,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """In a worker with its app: connect its shutdown signal, and wait for the model's first status."""
-    from embedding_service import metrics  # the app's; the master needs none
+    from embedding_service import metrics  # not needed in the master
 
     metrics.share(supervisor.folder.metrics)
     context = worker.wsgi.extensions["embedding_service"]

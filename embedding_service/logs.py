@@ -21,11 +21,11 @@ def _no_request() -> None:
     return None
 
 
-# Returns the id of the request that a line belongs to. In a web worker, the web half replaces it by a
-# function that asks the current request, so nothing needs to be set and cleared for each request.
+# Returns the id of the request that a line belongs to. In a web worker, the web half replaces it with a
+# function that looks at the current request, so nothing has to be set and cleared for each request.
 request_id: Callable[[], str | None] = _no_request
 
-# Likewise, the id of the W3C trace that the request is part of.
+# Likewise for the id of the W3C trace that the request is part of.
 trace_id: Callable[[], str | None] = _no_request
 
 # A message may contain a caller's text, whose line breaks must not forge a second log line.
@@ -73,7 +73,7 @@ class FileHandler(logging.handlers.WatchedFileHandler):
 
 
 def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
-    """The settings as `logging.config.dictConfig` and gunicorn's `logconfig_dict` take them."""
+    """The configuration for `logging.config.dictConfig` and gunicorn's `logconfig_dict`."""
     # WatchedFileHandler reopens the file after logrotate has moved it.
     handler: dict[str, Any] = (
         {"class": "embedding_service.logs.FileHandler", "filename": file, "encoding": "utf-8"}
@@ -101,7 +101,7 @@ def setup(level: str, form: str, file: str | None) -> None:
     """Configure logging in this process. Raises StartupError if the log file cannot be written."""
     config = dict_config(level, form, file)
     if file:
-        # Write a line, since only that detects a full disk.
+        # Only writing a line detects a full disk.
         formatter = config["formatters"]["line"]["()"]()
         record = logging.LogRecord(__name__, logging.INFO, "", 0, "A process logs here", None, None)
         try:
@@ -139,7 +139,7 @@ class LineLogger(io.TextIOBase):
     def __init__(self, name: str, level: int, original: TextIO) -> None:
         self.original = original
         self._log, self._level = logging.getLogger(name), level
-        # Per thread: its unfinished line, and whether it is inside a logging call.
+        # For each thread: its unfinished line, and whether it is inside a logging call.
         self._state = threading.local()
 
     def write(self, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Every metric by name; all processes of the service count, and any of them can report the total."""
+"""All metrics. Every process of the service counts, and any of them can report the totals."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 
 from embedding_service import __version__, multiprocess
 
-# prometheus-client makes the value of every metric from this class.
+# prometheus-client uses this class for the value of every metric.
 values.ValueClass = multiprocess.SharedValue
 
 # The metrics of this process, or of the whole service if no folder is shared.
@@ -31,12 +31,10 @@ def _histogram(name: str, text: str, buckets: Sequence[float], labels: Sequence[
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
-REQUESTS = _counter(
-    "requests", "Requests answered, by route rule, method and status.", ("route", "method", "status")
-)
+REQUESTS = _counter("requests", "Responses, by route rule, method and status.", ("route", "method", "status"))
 REQUEST_SECONDS = _histogram(
     "request_duration_seconds",
-    "From a request's headers to its answer, by route rule and method.",
+    "Time from a request's headers to its response, by route rule and method.",
     _SECONDS,
     ("route", "method"),
 )
@@ -65,8 +63,8 @@ NONFINITE_RECOMPUTATIONS = _counter(
     "nonfinite_recomputations", "Vectors that were not finite and were computed again in float32."
 )
 
-CACHE_HITS = _counter("cache_hits", "Texts answered from the cache of vectors (CACHE_MB).")
-CACHE_MISSES = _counter("cache_misses", "Texts that the cache of vectors did not hold.")
+CACHE_HITS = _counter("cache_hits", "Texts whose vectors were in the cache (CACHE_MB).")
+CACHE_MISSES = _counter("cache_misses", "Texts whose vectors were not in the cache.")
 
 MODEL_RESTARTS = _counter("model_restarts", "Restarts of model processes.")
 MODEL_READY = _gauge("model_ready", "Model processes that are ready to embed.", "livesum")
@@ -94,8 +92,8 @@ BUILD_INFO.labels(__version__).set(1)
 class Distribution:
     """A histogram's series, prepared so that several can be counted under one lock.
 
-    It is used for every request: looking up labels costs as much as counting, and the library's own
-    `observe` takes a lock twice and compares the value with every bound in turn.
+    Every request uses it: looking up labels costs as much as counting, and the library's own `observe`
+    takes a lock twice and compares the value with every bound in turn.
     """
 
     def __init__(self, child: Histogram) -> None:
@@ -104,7 +102,7 @@ class Distribution:
         self._buckets: list[Any] = child._buckets
 
     def amounts(self, value: float) -> tuple[tuple[Any, float], tuple[Any, float]]:
-        """The values that change if this value is counted, and by how much."""
+        """The counters that an observation of this value changes, and by how much."""
         return (self._sum, value), (self._buckets[bisect_left(self._bounds, value)], 1.0)
 
 
@@ -146,7 +144,7 @@ def record_cache(hits: int, misses: int) -> None:
 
 
 def share(folder: Path) -> None:
-    """Share this process's counts, past ones included, with the others that use this folder."""
+    """Share this process's counts, including past ones, with the other processes that use this folder."""
     multiprocess.share(folder)
 
 

@@ -1,4 +1,4 @@
-"""Metrics summed over all processes of a service, through files in a shared folder.
+"""Sums metrics over all processes of a service, through files in a shared folder.
 
 A value starts in memory and moves into the folder once its process calls `share`. Each process locks the
 lowest free slot of the folder for its lifetime. Files are named after slots, not process ids, so a new
@@ -70,7 +70,7 @@ class SharedValue:
         self._cells[self._index] = counted if self.is_gauge else self._cells[self._index] + counted
 
     def leave(self) -> None:
-        """In a forked child: return to memory and to 0, since the file and the count are the parent's."""
+        """In a forked child: count in memory again, from 0; the file and its count are the parent's."""
         self._cells, self._index = array("d", [0.0]), 0
 
 
@@ -89,7 +89,7 @@ class Slot:
             path = self.folder / f"{file_prefix}_{self._number}.db"
             file = self._files[file_prefix] = MmapedDict(str(path))  # type: ignore[no-untyped-call]
         file.read_value(key)  # type: ignore[no-untyped-call]
-        # A file that grew is mapped again. Cells in the old map stay valid: both map the same pages.
+        # A file that has grown is mapped again. Cells in the old map stay valid: both map the same pages.
         return memoryview(file._m).cast("d"), file._positions[key] // 8
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""Embeds texts that are longer than the model reads: as vectors of their pieces, or as the mean of these."""
+"""Embeds texts that are too long for the model: piece by piece, or as the mean of their pieces."""
 
 from typing import Literal, Protocol
 
@@ -12,7 +12,7 @@ Overflow = Literal["truncate", "error", "mean"]
 
 
 class Splits(Protocol):
-    """What of an engine is used here."""
+    """The part of an Engine that is used here."""
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """As Engine.embed."""
@@ -26,7 +26,7 @@ def embed_chunks(
 ) -> tuple[Embeddings, list[list[Chunk]]]:
     """A vector for each piece of each text, in order, and the pieces of each text.
 
-    Raises TooLarge if there are more than `most` pieces, and what the engine raises.
+    Raises TooLarge if there are more than `most` pieces, and the engine's errors.
     """
     texts = request.texts
     chunks = engine.split(
@@ -42,7 +42,7 @@ def embed_chunks(
     count = sum(map(len, chunks))
     if count > most:
         raise TooLarge(
-            f"are {count} pieces of the length that the model reads; at most {most} are allowed",
+            f"make {count} pieces of the length that the model reads; at most {most} are allowed",
             field="texts",
         )
     pieces = [
@@ -55,13 +55,13 @@ def embed_chunks(
         if error.index is not None:
             error.index = owners[error.index]
         raise
-    # A piece is cut only if the model's own preprocessing makes more tokens of it than its tokenizer.
+    # A piece is truncated only if the model's own preprocessing makes more tokens than its tokenizer does.
     truncated = sorted({owners[index] for index in result.truncated})
     return msgspec.structs.replace(result, truncated=truncated, chunks=count), chunks
 
 
 def embed_means(engine: Splits, request: EmbedRequest, overlap: int, most: int) -> Embeddings:
-    """A vector for each text: the mean of its pieces, weighted by their tokens. Raises as `embed_chunks`."""
+    """A vector for each text: the mean of its pieces, weighted by tokens. Raises as `embed_chunks` does."""
     result, chunks = embed_chunks(engine, request, overlap, most)
     if result.chunks == len(chunks):
         return result
@@ -69,7 +69,7 @@ def embed_means(engine: Splits, request: EmbedRequest, overlap: int, most: int) 
 
 
 def means(vectors: Vectors, chunks: list[list[Chunk]], normalize: bool) -> Vectors:
-    """The weighted mean of each text's vectors; a text of one piece keeps its vector to the bit."""
+    """The weighted mean of each text's vectors; a text with one piece keeps its vector unchanged."""
     found = np.empty((len(chunks), vectors.shape[1]), np.float32)
     first = 0
     for row, own in enumerate(chunks):

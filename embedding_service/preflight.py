@@ -13,7 +13,7 @@ from embedding_service.inference.settings import ModelSettings
 
 
 def check_model(settings: ModelSettings) -> None:
-    """Raises StartupError if the model, its device or its number format is certain to fail."""
+    """Raises StartupError if the model, the device or the number format is certain to fail."""
     source.check(settings.embedding_model)
     if settings.dtype == "int8" and importlib.util.find_spec("nncf") is None:
         raise StartupError("DTYPE=int8 needs nncf: pip install -r requirements-int8.txt")
@@ -40,10 +40,10 @@ def check_traces(wanted: bool) -> None:
 
 
 def _no_cuda() -> str | None:
-    """Why CUDA is certainly unavailable, or None if only torch can tell."""
+    """Why CUDA is certainly unavailable; None if only torch can find out."""
     build = importlib.metadata.version("torch").partition("+")[2]
     if build == "cpu":
-        return "the installed torch is built without CUDA"
+        return "the installed torch was built without CUDA"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # noqa: TID251 - CUDA's own, not a setting
     if visible is not None and visible.strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides every device"
@@ -53,10 +53,10 @@ def _no_cuda() -> str | None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises StartupError if this address cannot be listened on now."""
+    """Raises StartupError if the service cannot listen on this address now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as sock:
-        # As gunicorn does, so that closing connections of a previous service do not matter.
+        # Like gunicorn, so that closing connections of a previous service do not get in the way.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((host, port))
@@ -67,11 +67,11 @@ def check_address(host: str, port: int) -> None:
 
 def _why_not(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"PORT={port} is in use at {host}: stop what listens there, or set PORT to another"
+        return f"PORT={port} is in use at {host}: stop the other process, or set PORT to another port"
     if error.errno == errno.EACCES:
-        return f"PORT={port} needs a privilege, as ports below 1024 do: set PORT to another"
+        return f"PORT={port} needs privileges, as ports below 1024 do: set PORT to another port"
     if isinstance(error, socket.gaierror):
         return f"HOST={host!r} cannot be resolved to an address: {error.strerror}"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"HOST={host!r} is no address of this machine"
+        return f"HOST={host!r} is not an address of this machine"
     return f"HOST={host!r}, PORT={port}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""Smaller number formats for finished vectors, bit for bit as sentence_transformers' quantize_embeddings."""
+"""Smaller number formats for vectors, with the same bits as sentence_transformers' quantize_embeddings."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +12,17 @@ from embedding_service.errors import InvalidRequest, StartupError
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 
-# How many steps the range of a dimension is divided into.
+# Number of steps that the range of a dimension is divided into.
 STEPS = 255
 
 
 def quantize(
     vectors: Vectors, precision: Precision, ranges: Int8Ranges | None = None, field: str = "precision"
 ) -> npt.NDArray[Any]:
-    """Vectors of shape (texts, dimension) in another format, one row for each text.
+    """Convert vectors of shape (texts, dimension) to another number format, one row per text.
 
     binary and ubinary pack eight dimensions into a byte. `field` is the caller's name for the precision.
-    Raises InvalidRequest if int8 or uint8 is asked for without ranges of this dimension.
+    Raises InvalidRequest if int8 or uint8 is requested and there are no ranges for this dimension.
     """
     if precision == "float32":
         return vectors
@@ -41,7 +41,7 @@ def _to_8_bits(
     if ranges is None:
         raise InvalidRequest(
             f"is {precision}, which needs calibrated ranges: set INT8_RANGES to a file that "
-            "`embedding-service calibrate` has written",
+            "`embedding-service calibrate` writes",
             field=field,
         )
     if vectors.shape[1] != len(ranges.minimum):
@@ -66,7 +66,7 @@ def find_ranges(vectors: Vectors, fingerprint: str) -> Int8Ranges:
 
 
 def read_ranges(path: Path) -> Int8Ranges:
-    """The ranges in a file. Raises StartupError if it is not a file of ranges."""
+    """The ranges in a file. Raises StartupError if it holds none."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Int8Ranges)
     except OSError as error:
@@ -78,11 +78,11 @@ def read_ranges(path: Path) -> Int8Ranges:
 
 
 def read_ranges_of(path: Path, fingerprint: str) -> Int8Ranges:
-    """The ranges in a file. Raises StartupError also if they belong to a model with another fingerprint."""
+    """As `read_ranges`. Also raises StartupError if the ranges are for a model with another fingerprint."""
     found = read_ranges(path)
     if found.fingerprint != fingerprint:
         raise StartupError(
-            f"INT8_RANGES={str(path)!r} was calibrated with another model or other settings of it; "
+            f"INT8_RANGES={str(path)!r} was calibrated with another model or other model settings; "
             "run `embedding-service calibrate` again"
         )
     return found

@@ -1,4 +1,4 @@
-"""Serve with gunicorn or, if it cannot run (Windows), with Werkzeug and the model in this process."""
+"""Serves with gunicorn or, where it cannot run (Windows), with Werkzeug and the model in this process."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from embedding_service import config
 
 
 def serve() -> None:
-    """Serve until told to end. Raises ConfigError or StartupError, or SystemExit once gunicorn runs."""
+    """Serve until told to stop. Raises ConfigError or StartupError, or SystemExit once gunicorn runs."""
     settings = config.current()
     if os.name == "posix" and importlib.util.find_spec("gunicorn"):
         _serve_with_gunicorn()

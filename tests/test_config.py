@@ -216,13 +216,13 @@ def test_a_misspelt_setting_is_told_with_the_nearest(env_file, written, meant):
     config.load()
     [note] = config.notes()
     assert f"{written} is not a setting" in note
-    assert note.endswith(f"is it {meant}?")
+    assert note.endswith(f"did you mean {meant}?")
 
 
 def test_the_clients_key_alone_is_told_to_protect_nothing(env_file):
     env_file.write_text("API_KEY=x\n")
     config.load()
-    assert "the service asks for the keys in API_KEYS" in config.notes()[0]
+    assert "the service requires API_KEYS" in config.notes()[0]
     env_file.write_text("API_KEY=x\nAPI_KEYS=x\n")
     config.load()
     assert config.notes() == []

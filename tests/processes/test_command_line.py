@@ -50,8 +50,9 @@ def test_the_env_file_of_the_working_folder_counts(start, tmp_path):
     (tmp_path / ".env").write_text("BATCH_SIZE=7\nWEB_CONCURENCY=2\n")
     service = start(APP, cwd=tmp_path).wait_ready()
     assert service.health()[0] == 200
-    assert "WEB_CONCURENCY is not a setting of this service and has no effect; is it WEB_CONCURRENCY?" in (
-        service.log()
+    assert (
+        "WEB_CONCURENCY is not a setting of this service and has no effect; did you mean WEB_CONCURRENCY?"
+        in (service.log())
     )
     assert len(service.web_workers()) == 1
 

@@ -27,7 +27,7 @@ GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
         pytest.param({"API_KEYS_FILE": "/nowhere"}, "API_KEYS_FILE='/nowhere' cannot be read", id="no keys"),
         pytest.param({"LOG_FILE": "/nowhere/log"}, "LOG_FILE='/nowhere/log' cannot be written", id="no log"),
         pytest.param({"HOST": "nowhere.invalid"}, "HOST='nowhere.invalid' cannot be", id="an unknown name"),
-        pytest.param({"HOST": "192.0.2.1"}, "HOST='192.0.2.1' is no address of this", id="another's address"),
+        pytest.param({"HOST": "192.0.2.1"}, "HOST='192.0.2.1' is not an address", id="another's address"),
         pytest.param({"HOST": "unix:/run/x.sock"}, "HOST='unix:/run/x.sock' is not allowed", id="unix"),
         pytest.param({"HOST": "*"}, "0.0.0.0 for every address", id="a star"),
     ],
