@@ -1,1 +1,1 @@
-"""The load harness: this service beside its raw engine, a plain Flask baseline, and a peer."""
+"""The benchmarks: this service next to its raw engine, a plain Flask baseline, and a peer."""

@@ -1,4 +1,4 @@
-"""The baseline: what one writes first, a Flask view around `encode()`.
+"""The baseline: the simplest service, a Flask view around `encode()`.
 
 gunicorn -w 1 --threads 32 baseline_flask:app
 """

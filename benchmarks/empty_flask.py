@@ -1,4 +1,4 @@
-"""What Flask and gunicorn cost by themselves: a view that does nothing.
+"""A view that does nothing, which measures the cost of Flask and gunicorn alone.
 
 gunicorn -w 1 --threads 32 empty_flask:app
 """

@@ -1,8 +1,9 @@
-"""What the service costs around the model: `make bench-host`, or `python -m benchmarks.host --help`.
+"""Measures the service without its model: `make bench-host`, or `python -m benchmarks.host --help`.
 
-The model process runs with benchmarks/instant on its PYTHONPATH, so the forward pass takes no time; all
-else is as ever. An empty Flask view under stock gunicorn is asked in the same run, by the same generator
-(wrk). CPU is that of all threads of a process, from /proc. Figures are medians of alternating turns.
+The model process runs with benchmarks/instant on its PYTHONPATH, so the forward pass takes no time; the rest
+is unchanged. An empty Flask view under stock gunicorn is measured in the same run, with the same load
+generator (wrk). CPU time is that of all threads of a process, from /proc. Figures are medians of alternating
+turns.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Scenario:
             f"{self.texts} text{'s' * (self.texts > 1)}, {self.clients} client{'s' * (self.clients > 1)}"
         ]
         parts += ["base64"] * self.base64 + ["2 workers"] * (self.workers == 2)
-        parts += [f"beside {IDLE_CLIENTS:,} idle and {SLOW_CLIENTS} slow ones"] * self.crowd
+        parts += [f"with {IDLE_CLIENTS:,} idle and {SLOW_CLIENTS} slow clients"] * self.crowd
         return ", ".join(parts)
 
 
@@ -69,7 +70,7 @@ SCENARIOS = [
     Scenario(texts, clients, base64, workers)
     for workers, base64, (texts, clients) in itertools.product((1, 2), (False, True), LOADS)
 ]
-# To be asked for by name, beside `one-32`: it needs some thousand file descriptors.
+# Runs only if it is named, for comparison with `one-32`: it needs more than a thousand file descriptors.
 CROWDED = Scenario(1, 32, crowd=True)
 
 
@@ -81,7 +82,7 @@ class EmptyFlask(System):
     def __init__(self, scratch: Path) -> None:
         command = [sys.executable, "-m", "gunicorn", "-w", "1", "--threads", "32"]
         command += ["-b", "127.0.0.1:{port}", "empty_flask:app"]
-        # Away from gunicorn.conf.py.
+        # A folder without gunicorn.conf.py.
         super().__init__(command, ROOT / "benchmarks", scratch / "empty.log")
 
     def web_pids(self) -> list[int]:
@@ -89,7 +90,7 @@ class EmptyFlask(System):
 
 
 class Instant(Service):
-    """The service with an engine that answers at once."""
+    """The service with a model that takes no time."""
 
     def __init__(self, scratch: Path, workers: int) -> None:
         scratch = scratch / f"{workers}-workers"
@@ -106,7 +107,7 @@ class Instant(Service):
 
 
 class Bench:
-    """One sitting: the servers and the turns."""
+    """One run: the servers and their turns."""
 
     def __init__(self, seconds: int, turns: int, scenarios: list[Scenario], scratch: Path) -> None:
         self._seconds, self._turns, self._scenarios, self._scratch = seconds, turns, scenarios, scratch
@@ -116,7 +117,7 @@ class Bench:
         self._tokenizer.no_padding()
 
     def measure(self) -> dict[str, Any]:
-        """Everything that goes into the results file."""
+        """The content of the results file."""
         about = machine.describe()
         empty: list[dict[str, float]] = []
         turns: dict[str, list[dict[str, float]]] = {scenario.name: [] for scenario in self._scenarios}
@@ -200,7 +201,7 @@ class Bench:
         return result
 
     def _tokenizer_us(self, texts: int) -> float:
-        """CPU of the Rust tokenizer alone, in one thread, per text, in requests of this many texts."""
+        """CPU time of the Rust tokenizer per text, in one thread and in requests of this many texts."""
         starts = range(0, SENTENCES, texts)
         took = []
         for _ in range(3):
@@ -213,13 +214,13 @@ class Bench:
 
 @contextlib.contextmanager
 def _crowd(port: int) -> Iterator[None]:
-    """Clients that have asked once and stay, and others that send a byte of a request each second."""
+    """Clients that keep their connections after one request, and others that send a byte per second."""
     idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(IDLE_CLIENTS)]
     for sock in idle:
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     for sock in idle:
         if not sock.recv(4096).startswith(b"HTTP/1.1 200"):
-            raise SystemExit("an idle client got no answer")
+            raise SystemExit("an idle client got no response")
     stop = threading.Event()
     slow = threading.Thread(target=_drip, args=(port, stop))
     slow.start()
@@ -233,7 +234,7 @@ def _crowd(port: int) -> Iterator[None]:
 
 
 def _drip(port: int, stop: threading.Event) -> None:
-    """Half-sent requests, in the headers or in the body; one that is cut off begins again."""
+    """Send requests very slowly, some in the headers and some in the body; reconnect those cut off."""
     heads = itertools.cycle([b"", b"Content-Length: 10000\r\n\r\n{"])
     sockets: list[socket.socket | None] = [None] * SLOW_CLIENTS
     for index in itertools.cycle(range(SLOW_CLIENTS)):
@@ -260,7 +261,7 @@ def _runs(pid: int, module: str) -> bool:
 
 
 def _cpu_seconds(pids: list[int]) -> float:
-    """utime and stime of all threads, the ended ones included."""
+    """utime and stime of all threads, including those that have ended."""
     ticks = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -273,7 +274,7 @@ def _median(turns: list[dict[str, float]]) -> dict[str, float]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table, and what it was measured on."""
+    """A table, and a note on the machine and the method."""
     lines = [
         "| load | requests/s | texts/s | p50 / p99, ms | web, µs per request | model process, µs per request "
         "| both, × empty view | model process, µs per text | tokenizer alone, µs per text |",
@@ -307,7 +308,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=2, help="length of a turn")
     parser.add_argument("--turns", type=int, default=3, help="turns of each scenario")
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help=" ".join(known))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file only")
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed (Debian: apt-get install wrk)")

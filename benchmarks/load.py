@@ -1,7 +1,7 @@
-"""A closed-loop load over raw sockets, for where wrk is not installed; it needs nothing but Python.
+"""A closed-loop load over raw sockets, for machines without wrk; it needs only Python.
 
-Each connection sends its next request when it has the answer to the last. Several processes share the
-connections, since one core of Python sends some 15,000 requests a second at most.
+Each connection sends its next request when it has received the previous response. Several processes share
+the connections, since one core of Python sends at most about 15,000 requests per second.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 60.0
 
 
 def measure(url: str, bodies: Path, clients: int, seconds: float, processes: int) -> dict[str, float]:
-    """What the clients saw, in the terms of load.lua, and the share of a core that this generator used."""
+    """The clients' results, named as in load.lua, and the number of cores that this generator used."""
     processes = max(1, min(processes, -(-clients // CLIENTS_A_PROCESS)))
     shares = [clients // processes + (number < clients % processes) for number in range(processes)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -54,7 +54,7 @@ def measure(url: str, bodies: Path, clients: int, seconds: float, processes: int
 
 @dataclass
 class Connection:
-    """One client: its socket, when it last asked, and what it has of the answer."""
+    """One client: its socket, the time of its last request, and what it has received of the response."""
 
     socket: socket.socket
     turn: int
@@ -83,10 +83,10 @@ class Load:
         self.bytes = 0
 
     def run(self, seconds: float) -> float:
-        """Ask until the time is up, and wait for the answers on their way; returns how long that took."""
+        """Send requests until the time is up, and wait for the last responses; returns the time it took."""
         selector = selectors.DefaultSelector()
         for number in range(self._clients):
-            # Each begins elsewhere, so that texts do not come in step.
+            # Each client starts at another text, so that they do not send the same texts together.
             turn = (self._number * self._clients + number) * 7
             connection = Connection(self._connect(), turn)
             selector.register(connection.socket, selectors.EVENT_READ, connection)
@@ -128,7 +128,7 @@ class Load:
         connection.socket.sendall(request)
 
     def _read(self, connection: Connection) -> bool:
-        """Take what has come; True where that ends the answer."""
+        """Receive a chunk; returns whether the response is complete."""
         chunk = connection.socket.recv(1 << 20)
         if not chunk:
             raise ConnectionResetError
@@ -157,7 +157,7 @@ class Load:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("url")
-    parser.add_argument("bodies", type=Path, help="file with a body on each line")
+    parser.add_argument("bodies", type=Path, help="file with one body per line")
     parser.add_argument("seconds", type=float)
     parser.add_argument("clients", type=int)
     parser.add_argument("number", type=int, nargs="?", default=0)

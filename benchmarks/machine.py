@@ -1,4 +1,4 @@
-"""What the measurements were made on: processor, cores, memory, versions. No names of hosts or paths."""
+"""Describes the machine of a measurement: processor, cores, memory, versions. No host names or paths."""
 
 import importlib.metadata
 import os
@@ -42,17 +42,17 @@ def describe() -> dict[str, Any]:
 
 
 def model() -> str:
-    """The model that is measured: the service's own setting, so that a bundle's folder is found."""
+    """The model to measure: the service's own setting, so that a bundle's model is found."""
     return config.load().embedding_model
 
 
 def cores() -> int:
-    """Cores that these processes may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str:
-    """The commit that is measured, with a + where files differ from it."""
+    """The commit that is measured, with a + if files differ from it."""
     return _run("git", "describe", "--always", "--dirty=+", "--abbrev=12") or "unknown"
 
 

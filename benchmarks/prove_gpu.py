@@ -1,7 +1,7 @@
-"""Everything that only a GPU can show, in one run of at most nine minutes: `bundle/prove-gpu.sh OUTPUT`.
+"""Tests and measures what needs a GPU, in one run of at most nine minutes: `bundle/prove-gpu.sh OUTPUT`.
 
-Each step is a process of its own, with a limit of time, so that none can spoil or starve the next. What it
-finds is in OUTPUT/results.json as soon as it is found; beside it are log.txt and, at the end, plot.svg.
+Each step is a process of its own with a time limit, so that it cannot disturb or delay the next one. Its
+findings are written to OUTPUT/results.json immediately, next to log.txt and, at the end, plot.svg.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from benchmarks.systems import ROOT, Baseline, Raw, Service, System
 from benchmarks.texts import Texts
 from embedding_service.inference import source
 
-MOST_SECONDS = 530.0
+MAX_SECONDS = 530.0
 
-# The number formats: settings of the service, and what they are called. float32 is TF32 unless forbidden.
+# The settings of each number format. float32 is TF32 unless it is disabled.
 FORMATS = {
     "float32": {"DTYPE": "float32", "NVIDIA_TF32_OVERRIDE": "0"},
     "TF32": {"DTYPE": "float32"},
@@ -42,7 +42,7 @@ FORMATS = {
 
 
 class Step:
-    """What the steps share: how long and on what to measure, the texts, and where findings go."""
+    """What the steps share: the time and device to measure with, the texts, and reporting."""
 
     def __init__(self, dry: bool, scratch: Path) -> None:
         self.dry = dry
@@ -60,7 +60,7 @@ class Step:
         }
 
     def tell(self, name: str, value: Any) -> None:
-        """One finding, for the process that collects them."""
+        """Report a finding to the process that collects them."""
         print(json.dumps({name: value}), flush=True)
 
     @contextlib.contextmanager
@@ -89,13 +89,13 @@ class Step:
         ]
 
     def measure(self, server: System, scenario: Scenario, seconds: float | None = None) -> dict[str, Any]:
-        """One load, and how busy the device was meanwhile."""
+        """Run a load; returns its results and how busy the device was."""
         pool, size = self.pools[scenario.kind], scenario.texts
         bodies = self.scratch / f"{scenario.name}-{server.name}.txt"
         if not bodies.exists():
             requests = [pool[first : first + size] for first in range(0, len(pool), size)]
             bodies.write_bytes(b"\n".join(server.body(texts, scenario.encoding) for texts in requests))
-        # Half of the cores, so that the generator does not take what the service needs.
+        # Half of the cores, so that the generator leaves enough for the service.
         processes = max(1, machine.cores() // 2)
         with Gpu(self.dry) as gpu:
             result: dict[str, Any] = load.measure(
@@ -107,7 +107,7 @@ class Step:
 
 
 class Gpu:
-    """Watches the device through NVML while a load runs; sees nothing in a dry run."""
+    """Samples the device through NVML while a load runs, except in a dry run."""
 
     def __init__(self, dry: bool) -> None:
         self._stop = threading.Event()
@@ -126,7 +126,7 @@ class Gpu:
             self._thread.join()
 
     def seen(self) -> dict[str, float]:
-        """The median share of the time in which a kernel ran, and the most memory in use, in MiB."""
+        """The median share of time in which a kernel ran, and the peak memory use in MiB."""
         if not self._busy:
             return {}
         return {
@@ -138,7 +138,7 @@ class Gpu:
         import pynvml
 
         pynvml.nvmlInit()
-        # The first that CUDA may use; by its number, as systems with one GPU have it.
+        # The first device that CUDA may use, by NVML's index, which is right on systems with one GPU.
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         while not self._stop.wait(0.1):
             self._busy.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
@@ -146,7 +146,7 @@ class Gpu:
 
 
 def ask(server: System, texts: list[str], timeout: float = 60) -> tuple[int, np.ndarray | None]:
-    """The status of a request and its vectors."""
+    """Send a request; returns its status and vectors."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     try:
         connection.request("POST", server.path, server.body(texts, "base64"))
@@ -161,7 +161,7 @@ def ask(server: System, texts: list[str], timeout: float = 60) -> tuple[int, np.
 
 
 def reference(step: Step, texts: list[str]) -> np.ndarray:
-    """What sentence-transformers gives in float32 on the CPU."""
+    """The vectors of sentence-transformers in float32 on the CPU."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(step.model_folder), device="cpu", model_kwargs={"dtype": "float32"})
@@ -170,7 +170,7 @@ def reference(step: Step, texts: list[str]) -> np.ndarray:
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """How far vectors of length 1 are from others."""
+    """How far vectors of length 1 are from the expected ones."""
     cosines = (got * expected).sum(axis=1)
     return {
         "mean_cosine": float(cosines.mean()),
@@ -231,7 +231,7 @@ def engine(step: Step) -> None:
 
 
 def _serve(step: Step, server: System) -> None:
-    """Every load that the server can answer, after one that warms it up."""
+    """Run every load that the server supports, after a warm-up."""
     scenarios = [scenario for scenario in step.scenarios() if scenario.encoding in server.formats]
     step.measure(server, scenarios[1], step.seconds / 2)
     for scenario in scenarios:
@@ -260,7 +260,7 @@ def memory(step: Step) -> None:
 
 
 def out_of_memory(step: Step) -> None:
-    """The rest of the memory is taken, so that a batch cannot fit: it must be halved, and answered."""
+    """Fill most of the memory, so that a batch does not fit: it must be halved, and the request answered."""
     texts = step.pools["256"][:64]
     expected = reference(step, texts)
     taken = None
@@ -281,7 +281,7 @@ def out_of_memory(step: Step) -> None:
 
 
 def lost_device(step: Step) -> None:
-    """An illegal access in the model process: no wrong vector, and the service comes back by itself."""
+    """Cause an illegal access in the model process: no vector may be wrong, and the service must recover."""
     sign = step.scratch / "lose"
     texts = step.pools["sentence"][:4]
     folder = str(ROOT / "benchmarks" / "lost_device")
@@ -311,7 +311,7 @@ def lost_device(step: Step) -> None:
 
 
 def soak(step: Step) -> None:
-    """A mixture of lengths from 64 clients for a minute, in slices."""
+    """Run a minute of mixed lengths from 64 clients, in slices."""
     slices, seconds = (3, 1.0) if step.dry else (6, 10.0)
     scenario = Scenario("soak", "", "mix", clients=64)
     with step.service(WEB_CONCURRENCY="2") as running:
@@ -330,7 +330,7 @@ def _get(server: System, path: str) -> Any:
     return answer
 
 
-# Each with its limit in seconds. What tells most comes first, since what is late may be cut.
+# Each step with its time limit in seconds, the most important first, since the last may run out of time.
 STEPS: dict[str, tuple[Callable[[Step], None], float]] = {
     "machine": (describe, 30),
     "tests": (tests, 75),
@@ -352,7 +352,7 @@ STEPS: dict[str, tuple[Callable[[Step], None], float]] = {
 
 
 class Results:
-    """results.json, written whole after every finding, so that a cut leaves what was found."""
+    """results.json, rewritten after every finding, so that an interrupted run keeps its findings."""
 
     def __init__(self, folder: Path, dry: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -367,7 +367,7 @@ class Results:
 
 
 def run_step(name: str, seconds: float, results: Results, log: Path, dry: bool) -> None:
-    """Run one step in its own process group, which is ended with the step or at its time limit."""
+    """Run a step in its own process group, which is killed if the step exceeds its time limit."""
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.prove_gpu", "--step", name]
     with log.open("a") as errors:
@@ -382,7 +382,7 @@ def run_step(name: str, seconds: float, results: Results, log: Path, dry: bool) 
             start_new_session=True,
         )
     assert process.stdout
-    # SIGTERM lets it end what it started; the services are in sessions of their own.
+    # SIGTERM lets the step stop its services, which run in sessions of their own.
     ending = threading.Timer(seconds, process.terminate)
     killing = threading.Timer(seconds + 15, os.killpg, [process.pid, signal.SIGKILL])
     for timer in (ending, killing):
@@ -401,14 +401,14 @@ def run_step(name: str, seconds: float, results: Results, log: Path, dry: bool) 
 
 
 def perform(name: str, dry: bool) -> None:
-    """What a step's process does."""
+    """Run a step in this process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as scratch:
         STEPS[name][0](Step(dry, Path(scratch)))
 
 
 def verdicts(steps: dict[str, Any]) -> Iterator[str]:
-    """Each bar with the figure beside it, as far as it was measured."""
+    """Each target with the measured figure, if there is one."""
 
     def figure(step: str, title: str, key: str) -> float:
         value = steps.get(step, {}).get(title, {}).get(key)
@@ -435,7 +435,7 @@ def verdicts(steps: dict[str, Any]) -> Iterator[str]:
 
 
 def plot(steps: dict[str, Any], path: Path) -> None:
-    """Texts a second of the service by its web workers, beside plain Flask."""
+    """Plot texts per second by number of web workers, next to plain Flask."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -466,8 +466,8 @@ def plot(steps: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, nargs="?", default=ROOT / "build" / "gpu")
-    parser.add_argument("--dry-run", action="store_true", help="every step on the CPU, in short")
-    parser.add_argument("--only", nargs="*", choices=list(STEPS), help="these steps")
+    parser.add_argument("--dry-run", action="store_true", help="run a short form of every step on the CPU")
+    parser.add_argument("--only", nargs="*", choices=list(STEPS), help="run only these steps")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
@@ -478,9 +478,9 @@ def main() -> None:
     log = arguments.output / "log.txt"
     log.unlink(missing_ok=True)
     for name in arguments.only or STEPS:
-        left = MOST_SECONDS - (time.monotonic() - began)
+        left = MAX_SECONDS - (time.monotonic() - began)
         if left > 20:
-            # A dry run is there to see every step through, on however slow a CPU.
+            # A dry run has to complete every step, even on a slow CPU.
             limit = left - 15 if arguments.dry_run else min(STEPS[name][1], left - 15)
             run_step(name, limit, results, log, arguments.dry_run)
         else:

@@ -1,7 +1,7 @@
-"""The raw engine: the model alone in one process, without HTTP or a queue, as fast as it will go.
+"""The raw engine: the model alone in one process, without HTTP and without a queue, as fast as possible.
 
-Two ways: the service's own runtime called directly, and SentenceTransformer.encode. Both get all the
-texts at once, sorted by length, in batches of 32; `batch_size` 1 takes them one at a time.
+It runs in two ways: the service's own runtime, called directly, and SentenceTransformer.encode. Both get all
+texts at once, sorted by length, in batches of 32; with `batch_size` 1 they get them one at a time.
 
 python -m benchmarks.raw_engine                 a table of lengths and batch sizes
 python -m benchmarks.raw_engine --stdin         tasks as lines of JSON, for the harness
@@ -35,7 +35,7 @@ Encode = Callable[[list[str]], Any]
 
 @dataclass
 class Rate:
-    """What an engine did. The percentiles are those of one batch."""
+    """How fast an engine was. The percentiles are of the time of a batch."""
 
     texts_per_second: float
     p50_ms: float
@@ -48,20 +48,20 @@ class RawEngine:
 
     def __init__(self, backend: str, device: str, dtype: str = "auto") -> None:
         settings = ModelSettings(embedding_model=machine.model(), backend=backend, device=device, dtype=dtype)
-        # nncf writes to standard output, where our answers go.
+        # nncf writes to standard output, which we use for results.
         with contextlib.redirect_stdout(sys.stderr):
             self.model = load(settings)
 
     @property
     def name(self) -> str:
-        """How results are labelled."""
+        """The engine's name in results."""
         return self.model.info.backend
 
     def run(self, texts: list[str], batch_size: int, seconds: float) -> Rate:
-        """Embed the texts over and over until the time is up.
+        """Embed the texts repeatedly until the time is up.
 
-        Batches run one after the other on all cores for half of the time, side by side on a core each
-        for the other half; the faster way counts.
+        For half of the time, batches run one after the other on all cores; for the other half, they run
+        side by side on one core each. The faster way counts.
         """
         batches = _batches(texts, batch_size)
         for batch in batches[:3]:
@@ -103,7 +103,7 @@ class RawEngine:
         return _time(embed, batches, seconds, self._padding(batches))
 
     def served_padding(self, texts: list[str], clients: int, seconds: float) -> float:
-        """The share of padding in the batches that the service makes of one-text requests."""
+        """The share of padding in the batches that the service forms from requests with one text."""
         recorder = _Recorder(self.model)
         batcher = Batcher(cast(Runtime, recorder), max_queued_tokens=10**9)
         stop = time.monotonic() + seconds
@@ -137,7 +137,7 @@ class RawEngine:
 
 
 class _Recorder:
-    """A runtime that counts the tokens and the padding that pass through its lanes."""
+    """A runtime that counts the tokens and the padding in its lanes."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -168,13 +168,13 @@ class _RecordedLane:
 
 
 def _batches(texts: list[str], batch_size: int) -> list[list[str]]:
-    """Sorted by length, as encode() sorts; one at a time, as they come."""
+    """Batches of texts sorted by length, as in encode(); with batch size 1, in the given order."""
     ordered = sorted(texts, key=len) if batch_size > 1 else texts
     return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
 
 
 def _time(embed: Encode, batches: list[list[str]], seconds: float, padding: float, seed: int = 1) -> Rate:
-    """Whole passes over the batches, in an order that mixes their lengths, until the time is up."""
+    """Embed all batches, in an order that mixes their lengths, again and again until the time is up."""
     order = np.random.default_rng(seed).permutation(len(batches))
     took: list[float] = []
     texts = 0
@@ -193,7 +193,7 @@ def _time(embed: Encode, batches: list[list[str]], seconds: float, padding: floa
 
 
 def serve_tasks(engine: RawEngine) -> None:
-    """Answer tasks from standard input: {"do": a method's name, ...its arguments}."""
+    """Run tasks from standard input: {"do": name of a method, ...its arguments}."""
     print(json.dumps({"ready": engine.name}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)

@@ -1,4 +1,4 @@
-"""From results to a markdown table and a plot: `python -m benchmarks.report results/FILE.json`."""
+"""Turns results into a markdown table and a plot: `python -m benchmarks.report results/FILE.json`."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ LABELS = {
     "infinity": "infinity (torch)",
     "baseline": "plain Flask",
 }
-# The bars: a load, and the lowest acceptable ratio of the service's rate to another's.
+# The targets: a load, and the lowest acceptable ratio of the service's rate to another system's.
 BARS = [
     ("one-32", "raw", 0.88),
     ("one-32", "infinity", 2.7),
@@ -21,9 +21,9 @@ BARS = [
     ("32-4", "raw", 0.97),
     ("2048", "raw", 0.97),
 ]
-# The faster the engine, the larger the share of whatever surrounds it.
+# The faster the engine, the larger the share of everything around it.
 FAST_RAW, FAST_BAR = 1000, {"one-32": 0.82}
-# A sentence alone may take this much longer than in the raw engine.
+# A single sentence may take this much longer than in the raw engine.
 ALONE_MS = 0.8
 MOST_PADDING = 0.10
 
@@ -47,7 +47,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> str:
-    """Each bar with the figure beside it."""
+    """Each target with the measured figure."""
     rows = {row["name"]: row["systems"] for row in results["scenarios"]}
     titles = {row["name"]: row["title"] for row in results["scenarios"]}
     lines = []
@@ -105,7 +105,7 @@ def _number(value: float) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of each system's rate as a share of the raw engine's."""
+    """A bar chart of each system's rate as a share of the raw engine's."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -136,7 +136,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def write(results: dict[str, Any], folder: Path, label: str) -> None:
-    """The results as JSON, the table and the plot."""
+    """Write the results as JSON, a table and a plot."""
     folder.mkdir(exist_ok=True)
     (folder / f"{label}.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / f"{label}.md").write_text(markdown(results) + "\n")

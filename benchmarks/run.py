@@ -1,8 +1,8 @@
 """Measures the systems side by side: `make bench`, or `python -m benchmarks.run --help`.
 
-All systems are started first. Then each is measured in turn, scenario by scenario, several times; meanwhile
-the others are idle. A system's figure is the median of its turns. The load is
-closed-loop, made by wrk: each client sends its next request when it has the answer to the last.
+All systems are started first. Then, for each scenario, they are measured in turn, several times, while the
+others are idle. A system's figure is the median of its turns. wrk makes a closed-loop load: each client
+sends its next request when it has received the previous response.
 """
 
 import argparse
@@ -41,12 +41,12 @@ class Scenario:
     texts: int = 1
     clients: int = 1
     encoding: str = "float"
-    # Factor on the length of a turn: longer if few requests fit in one, since wrk drops unfinished ones.
+    # Makes turns longer in which few requests fit, since wrk drops unfinished ones.
     stretch: float = 1.0
 
     @property
     def raw_batch(self) -> int:
-        """The raw engine's batch: one text for one client alone, else 32."""
+        """The raw engine's batch size: 1 for a single client with one text, else 32."""
         return 1 if self.texts == self.clients == 1 else 32
 
 
@@ -65,7 +65,7 @@ SCENARIOS = [
 
 
 class Bench:
-    """One sitting: the systems, the texts, and the turns."""
+    """One run: the systems, the texts, and the turns."""
 
     def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
         self._seconds: float = arguments.seconds
@@ -85,7 +85,7 @@ class Bench:
         }
 
     def measure(self) -> dict[str, Any]:
-        """Everything that goes into the results file."""
+        """The content of the results file."""
         about = machine.describe()
         with self._started() as (raw, servers, ready):
             scenarios = [self._alternate(scenario, raw, servers) for scenario in self._scenarios]
@@ -144,7 +144,7 @@ class Bench:
     def _alternate(self, scenario: Scenario, raw: Raw, servers: list[System]) -> dict[str, Any]:
         turns: dict[str, list[dict[str, float]]] = {}
         for _ in range(self._turns):
-            seconds = max(1, round(self._seconds * scenario.stretch))  # wrk wants whole ones
+            seconds = max(1, round(self._seconds * scenario.stretch))  # wrk accepts only whole seconds
             turns.setdefault("raw", []).append(self._raw(scenario, raw, seconds))
             for server in servers:
                 if scenario.encoding in server.formats:
@@ -195,7 +195,7 @@ class Bench:
         }
 
     def _one_at_a_time(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
-        """Whole requests that take seconds, which wrk would cut at its end; by one client, from Python."""
+        """One client in Python, for requests that take seconds: wrk would drop the last one unfinished."""
         body = server.body(self._pools[scenario.kind][: scenario.texts], scenario.encoding)
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
         took: list[float] = []
@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
     parser.add_argument("--alternations", type=int, default=3, help="turns of each system")
-    parser.add_argument("--quick", action="store_true", help="one turn of 2 s each; nothing is kept")
+    parser.add_argument("--quick", action="store_true", help="one turn of 2 s each; write no results")
     parser.add_argument("--only", nargs="*", choices=names, help="these scenarios")
     parser.add_argument("--systems", nargs="*", default=["service", "baseline", "infinity"])
     parser.add_argument("--device", default="cpu", help="DEVICE of all systems")

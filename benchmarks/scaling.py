@@ -1,10 +1,10 @@
-"""`python -m benchmarks.scaling`: a capacity model fitted to one instance, and its predictions for more.
+"""`python -m benchmarks.scaling` fits a capacity model to one instance and tests its predictions for more.
 
-One, two and three instances behind the shipped nginx.conf, pinned to cores of this machine by taskset,
-are loaded through wrk without a pause. The model: a request costs each process on its way a fixed number
-of CPU seconds, so requests a second end where either the instances' cores or all cores are used up. The
-costs are those of the first row; they depend on the size of the batches, hence on the requests that an
-instance has open, which are the same in every row. A row that other programs disturbed is repeated.
+One, two and three instances, pinned to cores of this machine by taskset, run behind the shipped nginx.conf
+under a continuous load from wrk. In the model, a request costs each process on its way a fixed number of CPU
+seconds, so the rate is limited by the instances' cores or by all cores. The costs are taken from the first
+row. They depend on the batch size and so on the number of open requests per instance, which is the same in
+every row. A row that other programs disturbed is repeated.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from tests.deploy.nginx import Nginx
 
 WARM_SECONDS, BODIES = 5, 50
 
-# A row is measured so often, unless other programs took less than this many cores.
-TRIES, QUIET_CORES = 3, 0.05
+# A row is measured up to MAX_TRIES times, until other programs use less than QUIET_CORES.
+MAX_TRIES, QUIET_CORES = 3, 0.05
 
 Placement = list[list[int]]
 
@@ -49,18 +49,18 @@ class Instance(System):
 
     @property
     def server(self) -> str:
-        """Its line in nginx's upstream."""
+        """The instance's line in nginx's upstream."""
         return f"server {self.host}:{self.port} max_fails=0;"
 
     def cpu_seconds(self) -> float:
-        """What all its processes have used so far."""
+        """CPU seconds that all its processes have used so far."""
         return tree_cpu_seconds(self._process.pid)
 
 
 class HostApart(Instance):
-    """An instance in a network namespace of its own, which ends with it; needs root and iproute2.
+    """An instance in its own network namespace, which it takes down with it; needs root and iproute2.
 
-    The addresses are those set aside for benchmarks (RFC 2544).
+    The addresses are reserved for benchmarks (RFC 2544).
     """
 
     _apart = ("unshare", "--net")
@@ -86,7 +86,7 @@ class HostApart(Instance):
 
 @dataclass
 class Measured:
-    """One row: requests a second, and CPU seconds of a request."""
+    """One row: requests per second, and CPU seconds per request."""
 
     rate: float
     p50_ms: float
@@ -105,7 +105,7 @@ class Load:
     seconds: int
 
     def run(self, nginx: Nginx, instances: int, seconds: int) -> tuple[dict[str, float], float]:
-        """wrk's result, and the CPU seconds that wrk used itself."""
+        """wrk's result, and the CPU seconds that wrk itself used."""
         command = ["wrk", "-t1", f"-c{self.connections * instances}", f"-d{seconds}s", "--timeout", "60s"]
         command += ["-s", str(ROOT / "benchmarks" / "load.lua"), nginx.url]
         before = os.times()
@@ -119,7 +119,7 @@ class Load:
 
 
 def placements() -> dict[str, Placement]:
-    """The cores that each instance may use; wrk and nginx use what they find."""
+    """The cores that each instance may use; wrk and nginx may use all."""
     available = sorted(os.sched_getaffinity(0))
     if len(available) < 2:
         raise SystemExit("two cores are needed")
@@ -133,15 +133,15 @@ def placements() -> dict[str, Placement]:
 
 
 def measure_quietly(kind: type[Instance], placement: Placement, load: Load) -> Measured:
-    """The first row that others left alone, or the one they disturbed least."""
+    """The first row that other programs did not disturb, or the one that they disturbed least."""
     rows: list[Measured] = []
-    while len(rows) < TRIES and not (rows and rows[-1].other_cores < QUIET_CORES):
+    while len(rows) < MAX_TRIES and not (rows and rows[-1].other_cores < QUIET_CORES):
         rows.append(measure(kind, placement, load))
     return min(rows, key=lambda row: row.other_cores)
 
 
 def measure(kind: type[Instance], placement: Placement, load: Load) -> Measured:
-    """Start the instances, load them for a while, end them."""
+    """Start the instances, measure them under load, and stop them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         instances: list[Instance] = []
@@ -191,14 +191,14 @@ def _measure(instances: list[Instance], nginx: Nginx, load: Load) -> Measured:
 
 
 def tree_cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process and all below it."""
+    """CPU seconds of a process and its descendants."""
     root = psutil.Process(pid)
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
     return float(sum(time.user + time.system for time in times))
 
 
 def predict(fitted: Measured, placement: Placement) -> float:
-    """Requests a second of a placement, from the costs in one instance's row."""
+    """The predicted requests per second of a placement, from the costs in the row of one instance."""
     own_cores = len({core for cores in placement for core in cores})
     everything = fitted.service + fitted.nginx + fitted.wrk
     return min(own_cores / fitted.service, machine.cores() / everything)
@@ -207,11 +207,13 @@ def predict(fitted: Measured, placement: Placement) -> float:
 def main() -> None:
     """Measure every placement and print the table of docs/scaling.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--texts", type=int, default=8, help="texts of a request")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of a text")
-    parser.add_argument("--connections", type=int, default=16, help="requests that an instance has open")
-    parser.add_argument("--seconds", type=int, default=30, help="time of a row")
-    parser.add_argument("--namespaces", action="store_true", help="a network namespace each (root)")
+    parser.add_argument("--texts", type=int, default=8, help="texts per request")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per text")
+    parser.add_argument("--connections", type=int, default=16, help="open requests per instance")
+    parser.add_argument("--seconds", type=int, default=30, help="seconds per row")
+    parser.add_argument(
+        "--namespaces", action="store_true", help="run each instance in its own network namespace (as root)"
+    )
     options = parser.parse_args()
     texts = Texts(source.resolve(source.DEFAULT_MODEL, None).folder)
     kind = HostApart if options.namespaces else Instance

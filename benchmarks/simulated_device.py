@@ -1,9 +1,10 @@
-"""How busy the model process keeps an accelerator: a simulated one, so that no GPU is needed.
+"""Measures how busy the model process keeps a simulated accelerator, so that no GPU is needed.
 
-The device takes batches of two lanes, one after the other. A batch costs the host a fixed time to launch, in
-which it holds the interpreter's lock, and the device a time by its tokens, padding included; the lane waits
-for the result. All else is real: the socket, the tokenizer, the queue, packing and delivering. The clients
-are processes, one for each web worker; each client sends its next request as soon as it has an answer.
+The device runs the batches of two lanes one after the other. A batch costs the host a fixed launch time,
+during which it holds the interpreter's lock, and costs the device a time in proportion to its tokens,
+including padding; the lane waits for the result. The rest is real: the socket, the tokenizer, the queue,
+packing and delivering. There is one client process for each web worker; a client sends its next request as
+soon as it has a response.
 
 python -m benchmarks.simulated_device --tokens-per-second 200000
 """
@@ -42,7 +43,7 @@ MADE = np.random.default_rng(1).standard_normal((16_384, DIMENSION)).astype(np.f
 
 @dataclass
 class Device:
-    """Computes one batch at a time, however many lanes there are."""
+    """Runs one batch at a time, regardless of the number of lanes."""
 
     tokens_per_second: float
     launch_seconds: float
@@ -52,7 +53,7 @@ class Device:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, tokens: int) -> None:
-        """Launch a batch and wait for its end."""
+        """Launch a batch and wait for its result."""
         launched = time.thread_time() + self.launch_seconds
         while time.thread_time() < launched:
             pass
@@ -67,7 +68,7 @@ class Device:
 
 @dataclass
 class Stream:
-    """A lane: packs its batches as a real one does."""
+    """A lane, which packs its batches like a real one."""
 
     device: Device
     preprocessor: Preprocessor
@@ -79,7 +80,7 @@ class Stream:
 
 
 def on_device(runtime: Model, device: Device, streams: int) -> Model:
-    """The loaded model, as if it ran on the device."""
+    """Make the loaded model run on the device."""
     runtime.lanes = [Stream(device, runtime.preprocessor) for _ in range(streams)]
     runtime.whole = None
     runtime.uses_accelerator, runtime.separate_bulk, runtime.normalized = True, False, True
@@ -90,13 +91,13 @@ def on_device(runtime: Model, device: Device, streams: int) -> Model:
 
 
 def clients(sock: socket.socket, count: int, texts: int, sentences: list[str], first: int) -> None:
-    """A web worker's side of the socket: keeps `count` requests under way until it is closed."""
+    """A web worker's side of the socket: keeps `count` requests in flight until it is closed."""
     channel = wire.Channel(sock)
     numbers = iter(range(10**9))
 
     def call() -> wire.Call:
         number = next(numbers)
-        # No two under way are alike, since identical texts are computed once.
+        # The texts in flight differ, since identical texts are computed only once.
         own = [f"{first} {sentences[(number * texts + n) % len(sentences)]}" for n in range(texts)]
         return wire.Call(number, EmbedRequest(texts=own, deadline=time.monotonic() + 60))
 
@@ -112,7 +113,7 @@ def clients(sock: socket.socket, count: int, texts: int, sentences: list[str], f
 def web_workers(
     engine: local.LocalEngine, workers: int, count: int, texts: int, sentences: list[str]
 ) -> Iterator[None]:
-    """So many processes, which share `count` clients."""
+    """Start `workers` processes, which share `count` clients."""
     owner: Any = SimpleNamespace(engine=engine, forget=lambda _connection: None)
     ours, pids = [], []
     for worker in range(workers):
@@ -125,7 +126,7 @@ def web_workers(
         there.close()
         ours.append(here)
         pids.append(pid)
-    # Threads only once all have been forked.
+    # Start threads only after all forks.
     for sock in ours:
         server.Connection(sock, owner)
     try:

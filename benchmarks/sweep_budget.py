@@ -1,8 +1,8 @@
-"""Shows how near the token budget that the service found is to the best one of a sweep, on this machine.
+"""Compares the token budget that the service found with the best one of a sweep, on this machine.
 
 python -m benchmarks.sweep_budget [--backend torch] [--dtype bfloat16]
 
-For each length of text and each budget: tokens per second with every lane running, and ms per batch.
+For each text length and budget it prints tokens per second with all lanes running, and ms per batch.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SWEPT = (64, 128, 256, 384, 512, 768, 1024, 2048)
 
 
 def sweep(model: Model, budgets: tuple[int, ...], rounds: int) -> dict[int, dict[int, tuple[float, float]]]:
-    """Tokens per second and seconds of a batch (best of the rounds), by length of text and budget."""
+    """Tokens per second and seconds per batch (the best of the rounds), by text length and budget."""
     texts = Texts(source.resolve(source.DEFAULT_MODEL, None).folder)
     batches: dict[tuple[int, int], Batch] = {}
     for length in LENGTHS:

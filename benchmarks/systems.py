@@ -1,4 +1,4 @@
-"""The systems under test, each a process on a port of its own: how it starts, and how it is asked."""
+"""The systems under test: how to start each one, on a port of its own, and how to send it requests."""
 
 import json
 import os
@@ -15,12 +15,12 @@ ROOT = Path(__file__).parent.parent
 PEER = ROOT / "build" / "infinity-venv" / "bin" / "infinity_emb"
 START_SECONDS = 180.0
 
-# Neither one's own settings nor a proxy leak into a measurement.
+# Variables that are removed, so that neither your settings nor a proxy affect a measurement.
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 
 
 class System:
-    """A server under test. `path` and `body` are its dialect; `formats` what vectors it can send."""
+    """A server under test. `path` and `body` are those of its API; `formats` are its encodings of vectors."""
 
     name = ""
     host = "127.0.0.1"
@@ -48,12 +48,12 @@ class System:
 
     @property
     def pid(self) -> int:
-        """The process that was started."""
+        """The id of the process that was started."""
         return self._process.pid
 
     @property
     def url(self) -> str:
-        """Where requests go."""
+        """The URL for requests."""
         return f"http://{self.host}:{self.port}{self.path}"
 
     def body(self, texts: list[str], encoding: str) -> bytes:
@@ -64,7 +64,7 @@ class System:
         return json.dumps(fields).encode()
 
     def wait_ready(self) -> float:
-        """Ask for /health until it says 200; returns the seconds that took."""
+        """Wait until /health returns 200; returns the seconds that this took."""
         while time.monotonic() - self.started < START_SECONDS:
             if self._process.poll() is not None:
                 raise SystemExit(f"{self.name} ended:\n{self._log.read_text()[-2000:]}")
@@ -76,11 +76,11 @@ class System:
         raise SystemExit(f"{self.name} was not ready in {START_SECONDS} s:\n{self._log.read_text()[-2000:]}")
 
     def log(self) -> str:
-        """What it has printed."""
+        """The server's output."""
         return self._log.read_text(errors="replace")
 
     def memory_mib(self) -> float:
-        """The memory of all its processes; shared pages count in each."""
+        """The memory of all its processes; shared pages are counted once per process."""
         import psutil
 
         parent = psutil.Process(self._process.pid)
@@ -88,7 +88,7 @@ class System:
         return used / 2**20
 
     def stop(self) -> None:
-        """End it and all that it started."""
+        """Stop the server and all that it started."""
         self._process.terminate()
         try:
             self._process.wait(15)
@@ -98,7 +98,7 @@ class System:
 
 
 class Service(System):
-    """This service, by `python app.py` with its defaults."""
+    """This service: `python app.py` with default settings."""
 
     name = "service"
     formats = ("float", "base64")
@@ -118,7 +118,7 @@ class Baseline(System):
         command += ["-b", "127.0.0.1:{port}", "baseline_flask:app"]
         super().__init__(
             command,
-            ROOT / "benchmarks",  # away from gunicorn.conf.py
+            ROOT / "benchmarks",  # a folder without gunicorn.conf.py
             scratch / "baseline.log",
             EMBEDDING_MODEL=str(model_folder),
             DEVICE="cuda" if device.startswith("cuda") else "cpu",
@@ -126,7 +126,7 @@ class Baseline(System):
 
 
 class Infinity(System):
-    """infinity-emb with its torch engine, from the virtual environment that `make bench-peer` makes."""
+    """infinity-emb with its torch engine, from the virtual environment of `make bench-peer`."""
 
     name = "infinity"
     path = "/embeddings"
@@ -150,7 +150,7 @@ class Infinity(System):
 
 
 class Raw:
-    """The raw engine in a process of its own, idle unless asked."""
+    """The raw engine in a process of its own, idle between calls."""
 
     name = "raw"
 
@@ -167,7 +167,7 @@ class Raw:
         return ready
 
     def ask(self, do: str, **task: Any) -> Any:
-        """Call a method of RawEngine there."""
+        """Call a method of RawEngine in that process."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps({"do": do, **task}) + "\n")
         self._process.stdin.flush()

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer
 
 SENTENCES = Path(__file__).with_name("sentences.txt").read_text().splitlines()
 
-# The mix: median 24 tokens, mean about 38, a tenth above 80; cut at what the model reads.
+# The mix: median 24 tokens, mean about 38, a tenth above 80; truncated to the model's maximum.
 MIX_MEDIAN, MIX_SIGMA, MIX_SHORTEST, MIX_LONGEST = 24, 1.0, 4, 256
 
 
 class Texts:
-    """Makes texts, no two alike, the same ones in every run."""
+    """Makes texts that all differ, and are the same in every run."""
 
     def __init__(self, model_folder: Path, seed: int = 1) -> None:
         self._random = random.Random(seed)
@@ -25,7 +25,7 @@ class Texts:
         self._halves = [self._cut(sentence) for sentence in SENTENCES]
 
     def sentences(self, count: int) -> list[str]:
-        """Half of one sentence and half of another: about 11 tokens, as the sentences have."""
+        """Texts made of half of one sentence and half of another: about 11 tokens, like the sentences."""
         seen: dict[str, None] = {}
         while len(seen) < count:
             first, second = self._random.sample(self._halves, 2)
@@ -33,7 +33,7 @@ class Texts:
         return list(seen)
 
     def of_length(self, tokens: int, count: int) -> list[str]:
-        """Texts of exactly `tokens` tokens, the two special ones included."""
+        """Texts of exactly `tokens` tokens, including the two special ones."""
         return [self._exactly(tokens) for _ in range(count)]
 
     def mix(self, count: int) -> list[str]:
@@ -49,7 +49,7 @@ class Texts:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             if len(encoding.ids) >= wanted:
                 cut = text[: encoding.offsets[wanted - 1][1]]
-                # A word cut in two may be other tokens than its beginning was; then try again.
+                # A word that is cut in two may get other tokens than it had as a whole; then try again.
                 if len(self._tokenizer.encode(cut).ids) == tokens:
                     return cut
                 text = ""

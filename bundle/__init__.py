@@ -1,1 +1,1 @@
-"""What a machine without a network needs, made here and installed there."""
+"""Packs the service for a machine without a network, and installs it there."""

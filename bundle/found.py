@@ -1,4 +1,4 @@
-"""What an installation runs on: Python, torch, the driver, and each CUDA device; `python -m bundle.found`."""
+"""`python -m bundle.found` shows what an installation runs on: Python, torch, the driver, CUDA devices."""
 
 import importlib.metadata
 import platform
@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 
 def describe() -> dict[str, Any]:
-    """Versions and devices, as far as they can be read; no names of hosts or paths."""
+    """Versions and devices, as far as they can be read; no host names or paths."""
     import sentence_transformers
     import torch
     import transformers
@@ -48,14 +48,14 @@ def _driver() -> str | None:
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
     except Exception:
-        # Without a driver every call of its library fails, each release in its own way.
+        # Without a driver every call of its library fails, with errors that differ between releases.
         module = Path("/sys/module/nvidia/version")
         return module.read_text().strip() if module.exists() else None
     return version if isinstance(version, str) else version.decode()
 
 
 def unmet() -> Iterator[str]:
-    """What packages of this environment require and do not find, here or among the machine's own."""
+    """Requirements of this environment's packages that neither it nor the machine has."""
     for package in importlib.metadata.distributions(path=[path for path in sys.path if sys.prefix in path]):
         for line in package.requires or []:
             need = Requirement(line)
@@ -66,7 +66,7 @@ def unmet() -> Iterator[str]:
             except importlib.metadata.PackageNotFoundError:
                 version = None
             if version is None or not need.specifier.contains(version, prereleases=True):
-                found = f"{need.name} {version or 'is not there'}"
+                found = f"{need.name} {version or 'is not installed'}"
                 yield f"{package.name} {package.version} requires {need.name}{need.specifier}: {found}"
 
 
@@ -82,9 +82,7 @@ def main() -> None:
     if not found["devices"]:
         print("No CUDA device is visible to torch: the service will run on the CPU.")
         if found["driver"]:
-            sys.exit(
-                "There is an NVIDIA driver, though: this torch was built without CUDA, or for a newer one."
-            )
+            sys.exit("There is an NVIDIA driver, though: this torch has no CUDA, or needs a newer driver.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what `make bundle` made, on a machine without a network: ./install.sh [FOLDER]
-# PYTHON names the interpreter; packages that the bundle leaves out, such as torch, come from its environment.
+# Installs a bundle from `make bundle` on a machine without a network: ./install.sh [FOLDER]
+# PYTHON is the interpreter. Packages that the bundle leaves out, such as torch, come from its environment.
 set -eu
 bundle=$(cd "$(dirname "$0")" && pwd)
 target=${1:-$PWD/embedding-service}
@@ -9,7 +9,7 @@ about() { "$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))[sy
 
 cd "$bundle"
 sha256sum --check --quiet manifest.sha256
-echo "All $(wc -l <manifest.sha256) files are as they were made."
+echo "All $(wc -l <manifest.sha256) files match their checksums."
 
 wanted=$(about python)
 found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -37,13 +37,13 @@ join "$wheels"
 join "$target/model"
 tar -xzf piece-*/service.tar.gz -C "$target"
 
-# Neither pip nor ensurepip need be there: pip runs from its own wheel.
+# pip runs from its own wheel, so neither pip nor ensurepip has to be installed.
 "$python" -m venv --clear --without-pip "$target/.venv"
 pip=$(echo "$wheels"/pip-*.whl)
 "$target/.venv/bin/python" "$pip/pip" install \
   --quiet --disable-pip-version-check --no-index --no-deps --no-warn-script-location "$wheels"/*.whl
 if [ -n "$(about without)" ]; then
-  # Not --system-site-packages: where $python is itself of a virtual environment, that would pass it by.
+  # If $python is in a virtual environment, --system-site-packages would skip the packages of that environment.
   site=$("$target/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   "$python" -c 'import sys
 for path in sys.path:

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Proves and measures the service on a CUDA device in at most nine minutes: bundle/prove-gpu.sh [OUTPUT]
-# --dry-run runs every step in short on the CPU. Run in what install.sh made, or in a checkout with .venv.
+# Tests and measures the service on a CUDA device in at most nine minutes: bundle/prove-gpu.sh [OUTPUT]
+# --dry-run runs a short form of every step on the CPU. Run it in an installation, or a checkout with .venv.
 set -eu
 output=$(pwd)/gpu-results
 case ${1:-} in

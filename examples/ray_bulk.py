@@ -1,10 +1,10 @@
-"""Embed a corpus of Parquet files on Ray Data with the service's own engine; resumes after a stop.
+"""Embed a corpus of Parquet files on Ray Data with the service's own engine; an interrupted run resumes.
 
     pip install -r requirements-ray.txt
     python examples/ray_bulk.py corpus/ vectors/ --actors 8 --device cuda
 
-Each row needs a unique id and a text. The output is Parquet: the rows with their embedding. On a cluster
-(RAY_ADDRESS) both folders must be storage that every node reaches.
+Each row needs a unique id and a text. The output is Parquet, with the embedding added to each row. On a
+cluster (RAY_ADDRESS), both folders must be on storage that every node can access.
 """
 
 import argparse
@@ -42,16 +42,16 @@ class Embed:
 
 
 def main() -> None:
-    """Read, embed, write; a row whose vector is on disk is never embedded again."""
+    """Read, embed, write. Rows whose vectors are on disk are not embedded again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("input", help="folder of Parquet files")
     parser.add_argument("output", help="folder for Parquet files")
     parser.add_argument("--id", default="id", help="column with a unique id")
     parser.add_argument("--text", default="text", help="column with the text")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda: then an actor has a GPU to itself")
-    parser.add_argument("--actors", type=int, default=1, help="models at the same time")
-    parser.add_argument("--batch", type=int, default=1024, help="texts in a call of the model")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda with one GPU for each actor")
+    parser.add_argument("--actors", type=int, default=1, help="number of models that run in parallel")
+    parser.add_argument("--batch", type=int, default=1024, help="texts per call of the model")
     arguments = parser.parse_args()
 
     ray.init(
@@ -71,14 +71,14 @@ def main() -> None:
         max_queued_tokens=1 << 40,
     )
     corpus = ray.data.read_parquet(arguments.input)
-    # What a kill can cost is the blocks in work, so they are kept to a batch.
+    # If a run is killed, it loses the blocks in progress, so a block is only one batch.
     corpus.repartition(target_num_rows_per_block=arguments.batch).map_batches(
         Embed,
         fn_constructor_args=(settings, arguments.text),
         batch_size=arguments.batch,
         compute=ray.data.ActorPoolStrategy(size=arguments.actors),
         num_gpus=1 if arguments.device.startswith("cuda") else 0,
-        # On a small machine Ray's own tasks would wait for ever for a CPU that an actor claims.
+        # Otherwise, on a small machine, Ray's own tasks would wait forever for a CPU that an actor holds.
         num_cpus=0,
         scheduling_strategy="SPREAD",
     ).write_parquet(arguments.output)

@@ -1,13 +1,13 @@
-"""Makes the model answer at once, in a model process started with this folder on its PYTHONPATH.
+"""Skips the forward pass in a model process that is started with this folder on its PYTHONPATH.
 
-The model is loaded and texts are tokenized as usual; only the forward pass returns prepared vectors.
+The model is loaded and texts are tokenized as usual, but the forward pass returns prepared vectors at once.
 """
 
 import sys
 
 
 def instant(runtime):
-    """The runtime without its forward pass."""
+    """Replace the forward pass of the runtime."""
     import numpy
 
     made = numpy.random.default_rng(1).standard_normal((16_384, runtime.info.embedding_dimension))

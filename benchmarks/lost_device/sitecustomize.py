@@ -1,8 +1,7 @@
-"""Loses the device of a model process started with this folder on its PYTHONPATH, for real, once.
+"""Makes a model process that is started with this folder on its PYTHONPATH really lose its device, once.
 
-When the file that LOSE_DEVICE names is there, it is removed, and a kernel reads far past the memory that
-it was given: an illegal access, after which every CUDA call of the process fails. Without CUDA the
-process ends instead.
+When the file named by LOSE_DEVICE appears, it is removed, and a kernel reads far past its memory. After this
+illegal access every CUDA call of the process fails. Without CUDA, the process is killed instead.
 """
 
 import os
@@ -23,7 +22,7 @@ def lose(sign: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-    # The same memory, said to be a tebibyte.
+    # The same memory, but declared as a tebibyte.
     beyond = SimpleNamespace(
         __cuda_array_interface__={
             "data": (memory.data_ptr(), False),
