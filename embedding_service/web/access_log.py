@@ -1,4 +1,4 @@
-"""A line for each request (ACCESS_LOG), and a warning for each slow one (SLOW_REQUEST_SECONDS)."""
+"""Logs a line for each request (ACCESS_LOG), and a warning for each slow one (SLOW_REQUEST_SECONDS)."""
 
 import logging
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def register(app: Flask) -> None:
-    """Attach to the app's responses, if either setting asks for it."""
+    """Attach to the app's responses if one of the settings is on."""
     settings = app.extensions[KEY].settings
     slow = settings.slow_request_seconds
     if not settings.access_log and not slow:

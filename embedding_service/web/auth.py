@@ -1,4 +1,4 @@
-"""Requires a key for every request to a view that is not public, if any keys are configured."""
+"""Requires a key for requests to views that are not public, if any keys are configured."""
 
 from flask import Flask, Response, current_app, request
 
@@ -29,7 +29,7 @@ def register(app: Flask) -> None:
 
 
 def _is_public() -> bool:
-    """Whether the view is declared public; a browser opening a page sends no key."""
+    """Whether the view is public, as pages are: a browser that opens one sends no key."""
     if request.method not in ("GET", "HEAD") or request.endpoint is None:
         return False
     found = operation_of(current_app.view_functions[request.endpoint])
@@ -37,7 +37,7 @@ def _is_public() -> bool:
 
 
 def _sent_keys() -> list[bytes]:
-    """The keys in the request, at most two; WSGI passes header values as Latin-1."""
+    """The keys in the request, at most two. WSGI decodes header values as Latin-1."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     offered = [request.headers.get("X-API-Key", "")]
     if scheme.lower() == "bearer":

@@ -1,4 +1,4 @@
-"""Reading requests and writing responses: bytes to a validated struct, and a dict to bytes."""
+"""Reads a request's body into a validated struct, and writes a dict as a JSON response."""
 
 import functools
 import zlib
@@ -17,15 +17,15 @@ from embedding_service.web.fields import check_others
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 GZIP = ("gzip", "x-gzip")
-# A gzip body may consist of this many parts, which take time even if they are empty, and is read in blocks.
-MOST_MEMBERS, BLOCK_BYTES = 1000, 1 << 16
+# A gzip body is read in blocks. Its members are limited because even an empty one takes time.
+MAX_MEMBERS, BLOCK_BYTES = 1000, 1 << 16
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
 class BodyDecoder(Generic[Body]):
     """Decodes bodies into a struct, and checks the fields that the struct does not have.
 
-    The first decoder accepts only bodies without extra fields, so most bodies are decoded once.
+    A strict decoder, which accepts no extra fields, is tried first, so most bodies are decoded once.
     """
 
     def __init__(self, kind: type[Body], *, near: bool = False, normalizes: bool = True) -> None:
@@ -37,7 +37,7 @@ class BodyDecoder(Generic[Body]):
         self._tolerant = msgspec.json.Decoder(kind)
 
     def decode(self, raw: bytes) -> Body:
-        """The bytes as the struct. Raises InvalidRequest, or UnsupportedMediaType for a form."""
+        """Decode a body. Raises InvalidRequest, or UnsupportedMediaType for a form."""
         try:
             try:
                 return self._exact.decode(raw)
@@ -52,19 +52,19 @@ class BodyDecoder(Generic[Body]):
 
     def _decode_with_others(self, raw: bytes) -> Body:
         try:
-            self._judge(self.type, msgspec.json.decode(raw))
+            self._check_fields(self.type, msgspec.json.decode(raw))
             return self._tolerant.decode(raw)
         except msgspec.ValidationError:
             raise explain(self.type, raw) from None
 
-    def _judge(self, kind: type, value: Any, parent: str = "") -> None:
+    def _check_fields(self, kind: type, value: Any, parent: str = "") -> None:
         if not isinstance(value, dict):
             return
         fields = _fields(kind)
         check_others(fields, value, parent, near=self._near, normalizes=self._normalizes)
         for name, structs in fields.items():
             for struct in structs:
-                self._judge(struct, value.get(name), f"{parent}{name}.")
+                self._check_fields(struct, value.get(name), f"{parent}{name}.")
 
 
 def _without_others(kind: type[Body]) -> type[Body]:
@@ -84,7 +84,7 @@ def _without_others(kind: type[Body]) -> type[Body]:
 
 @functools.cache
 def _fields(kind: type) -> dict[str, list[type[msgspec.Struct]]]:
-    """The struct's fields by name, each with the structs that it may hold."""
+    """The struct's fields by name, each with the structs that its value may be."""
     return {field.encode_name: _structs(field.type) for field in msgspec.structs.fields(kind)}
 
 
@@ -94,20 +94,21 @@ def _structs(kind: Any) -> list[type[msgspec.Struct]]:
 
 
 def parse(decoder: BodyDecoder[Body]) -> Body:
-    """The request's body as the decoder's struct, whatever its Content-Type says."""
+    """Decode the request's body, whatever its Content-Type."""
     return decoder.decode(read())
 
 
 def _not_json(reason: str) -> ServiceError:
-    """The error for a body that is not JSON. `curl -d` labels JSON as a form, so only now is a form refused.
+    """The error for a body that is not JSON, and perhaps a form.
 
-    So another site can make its visitor's browser post JSON here without a CORS preflight. It gains
-    nothing: the key is in a header, which a form cannot set and no browser adds by itself, the response
-    cannot be read across sites, and no request changes anything.
+    The Content-Type alone is no reason to reject a body, because `curl -d` labels JSON as a form. So another
+    site can make its visitors' browsers post JSON here without a CORS preflight. It gains nothing: the key
+    is in a header, which a form cannot set and browsers do not add by themselves, the response cannot be
+    read across sites, and no request changes anything.
     """
     if request.mimetype in FORMS:
         return UnsupportedMediaType(
-            "the body is sent as a form; add -H 'Content-Type: application/json' and send JSON"
+            "the body is a form; send JSON, and add -H 'Content-Type: application/json'"
         )
     return InvalidRequest(reason)
 
@@ -123,12 +124,12 @@ def read() -> bytes:
     length = request.content_length
     if (length or 0) > limit:
         raise TooLarge(f"the body is over {limit} bytes")
-    # A chunked body does not announce its length, so read one byte more than allowed to detect an
-    # oversized one; the stream itself stops at the end of the body.
+    # The length of a chunked body is unknown, so read one byte more than allowed to detect one that is too
+    # large. The stream ends with the body.
     try:
         raw: bytes = request.environ["wsgi.input"].read(limit + 1 if length is None else length)
     except Exception as error:
-        # Each server raises its own error for a malformed chunk or a slow or disconnected client.
+        # Each server raises its own errors for malformed chunks and slow or disconnected clients.
         raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None
     if len(raw) > limit:
         raise TooLarge(f"the body is over {limit} bytes")
@@ -137,12 +138,12 @@ def read() -> bytes:
     if not raw:
         raise InvalidRequest("the body is empty; send a JSON object")
     if encoding in GZIP:
-        raw = _inflated(raw, limit)
+        raw = _decompressed(raw, limit)
     return raw.removeprefix(BOM_UTF8)
 
 
-def _inflated(raw: bytes, limit: int) -> bytes:
-    """The body without its compression. Raises TooLarge as soon as it exceeds the limit."""
+def _decompressed(raw: bytes, limit: int) -> bytes:
+    """The decompressed body. Raises TooLarge as soon as it exceeds the limit."""
     parts: list[bytes] = []
     room = limit + 1
     members, member = 1, _gzip_member()
@@ -152,17 +153,17 @@ def _inflated(raw: bytes, limit: int) -> bytes:
             while block:
                 if member.eof:
                     members, member = members + 1, _gzip_member()
-                    if members > MOST_MEMBERS:
-                        raise InvalidRequest(f"the gzip body has more than {MOST_MEMBERS} parts")
+                    if members > MAX_MEMBERS:
+                        raise InvalidRequest(f"the gzip body has more than {MAX_MEMBERS} members")
                 parts.append(member.decompress(block, room))
                 room -= len(parts[-1])
                 if room <= 0:
-                    raise TooLarge(f"the body is over {limit} bytes once it is decompressed")
+                    raise TooLarge(f"the decompressed body is over {limit} bytes")
                 block = member.unused_data
     except zlib.error as error:
         raise InvalidRequest(f"the body is not valid gzip: {error}") from None
     if not member.eof:
-        raise InvalidRequest("the gzip body is not complete")
+        raise InvalidRequest("the gzip body is incomplete")
     return b"".join(parts)
 
 
@@ -171,7 +172,7 @@ def _gzip_member() -> "zlib._Decompress":
 
 
 def answer(body: Any, status: int = 200) -> Response:
-    """A JSON response; float32 numpy arrays are serialised without conversion."""
+    """A JSON response; numpy arrays are serialised without conversion to lists."""
     return Response(
         orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), status, mimetype="application/json"
     )

@@ -1,4 +1,4 @@
-"""What views get from the running app: the engine, the limits, and whether it is draining."""
+"""What views need from the running app: the engine, the limits, and whether it is draining."""
 
 import time
 from collections.abc import Callable
@@ -25,25 +25,25 @@ from embedding_service.web.settings import WebSettings
 
 KEY = "embedding_service"
 
-# Weight of the latest request in the moving average of request time.
+# Weight of the latest request in the moving average of request times.
 LATEST_WEIGHT = 0.1
 
 
 class Context:
-    """The engine with a limit on concurrent requests, reported as draining during shutdown."""
+    """The engine, with a limit on concurrent requests and a status that shows a shutdown."""
 
     def __init__(self, engine: Engine, settings: WebSettings) -> None:
         self.engine = engine
         self.settings = settings
-        # Answers show the first; callers may use any of them as the model's name.
+        # Responses show the first; requests may use any of them.
         self.names = [name.strip() for name in (settings.served_model_name or "").split(",") if name.strip()]
         self.draining: Callable[[], bool] = lambda: False
-        # One item for each further request that may be in flight: a list is a semaphore that never waits.
+        # One item for each further request that may be in flight: a list serves as a non-blocking semaphore.
         self._places = [None] * settings.max_concurrent_requests
         self._seconds_per_request = 0.0
 
     def embed(self, request: EmbedRequest) -> Embeddings:
-        """Engine.embed; raises Overloaded if this worker has too many requests in flight."""
+        """As Engine.embed. Raises Overloaded if this worker has too many requests in flight."""
         began = self._enter()
         try:
             result = self.engine.embed(request)
@@ -56,7 +56,7 @@ class Context:
         return result
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        """Engine.tokenize, with the same limit as `embed`."""
+        """As Engine.tokenize, with the same limit as `embed`."""
         began = self._enter()
         try:
             return self.engine.tokenize(request)
@@ -64,7 +64,7 @@ class Context:
             self._leave(began)
 
     def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        """Engine.split, with the same limit as `embed`."""
+        """As Engine.split, with the same limit as `embed`."""
         began = self._enter()
         try:
             return self.engine.split(request)
@@ -72,7 +72,7 @@ class Context:
             self._leave(began)
 
     def embed_tokens(self, request: TokensRequest) -> TokenVectors:
-        """Engine.embed_tokens, with the same limit as `embed`."""
+        """As Engine.embed_tokens, with the same limit as `embed`."""
         began = self._enter()
         try:
             return self.engine.embed_tokens(request)
@@ -80,11 +80,11 @@ class Context:
             self._leave(began)
 
     def _enter(self) -> float:
-        """Take one of the places for concurrent requests; returns the time. Raises Overloaded."""
+        """Take a place for a concurrent request; returns the time. Raises Overloaded if none is free."""
         try:
             self._places.pop()
         except IndexError:
-            # In half the time a request takes, about half of the requests in flight will be done.
+            # Half of the requests in flight will be done in about half the time that a request takes.
             raise Overloaded(
                 "this web worker is at its limit of concurrent requests",
                 retry_after_seconds=max(0.05, self._seconds_per_request / 2),
@@ -97,7 +97,7 @@ class Context:
         self._seconds_per_request += LATEST_WEIGHT * (seconds - self._seconds_per_request)
 
     def status(self) -> Status:
-        """The engine's status, or draining."""
+        """The engine's status, or `draining` during a shutdown."""
         status = self.engine.status()
         if self.names and status.info is not None:
             info = msgspec.structs.replace(status.info, model_name=self.names[0])
@@ -107,7 +107,7 @@ class Context:
         return status
 
     def require_info(self) -> ModelInfo:
-        """The loaded model's details. Raises Unavailable until a model is loaded."""
+        """The loaded model. Raises Unavailable until it is loaded."""
         status = self.status()
         if status.info is None:
             raise Unavailable(status.reason, retry_after_seconds=1)

@@ -1,12 +1,12 @@
-"""Lets pages of other origins call the service from a browser, if CORS_ORIGINS names them."""
+"""Lets browser pages from the origins in CORS_ORIGINS call the service."""
 
 from flask import Flask, Response, request
 
 from embedding_service.web.context import KEY
 
-# A key is sent in a header that the page sets, so credentials that a browser adds by itself stay forbidden.
+# The page sets the key's header itself, so credentials that browsers add by themselves stay forbidden.
 METHODS = "GET, POST, OPTIONS"
-# Client packages add headers of their own. The star stands for all but Authorization.
+# Client libraries add headers of their own. The star covers all headers but Authorization.
 REQUEST_HEADERS = "Authorization, *"
 RESPONSE_HEADERS = (
     "X-Request-ID, Retry-After, retry-after-ms, x-compute-tokens, x-total-time, x-tokenization-time, "
@@ -16,7 +16,7 @@ PREFLIGHT_SECONDS = 3600
 
 
 def register(app: Flask) -> None:
-    """Attach to the app, before auth: a preflight carries no key."""
+    """Attach to the app. Call this before auth, since a preflight carries no key."""
     origins = parse(app.extensions[KEY].settings.cors_origins)
     if not origins:
         return
@@ -35,7 +35,7 @@ def register(app: Flask) -> None:
         if "*" in origins:
             response.headers["Access-Control-Allow-Origin"] = "*"
         else:
-            # Also for an origin that is not allowed, since a cache may keep the answer for one that is.
+            # Sent for every origin, since a cache may keep the answer for an origin that is allowed.
             response.vary.add("Origin")
             if _allowed(origins):
                 response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
@@ -47,7 +47,7 @@ def register(app: Flask) -> None:
 
 
 def parse(setting: str) -> frozenset[str]:
-    """The origins in CORS_ORIGINS, whose form config.py has checked."""
+    """The origins in CORS_ORIGINS, whose syntax config.py has checked."""
     return frozenset(part.strip().rstrip("/") for part in setting.split(",") if part.strip())
 
 

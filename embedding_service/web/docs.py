@@ -35,7 +35,7 @@ def openapi() -> Response:
 @blueprint.get("/docs")
 @operation({200: str}, media=("text/html",), public=True)
 def show() -> Response:
-    """This document for a person, rendered by Swagger UI from files that this service hosts."""
+    """This document for people, rendered by Swagger UI from files that this service hosts."""
     response = Response(
         render_template("docs.html", version=page.VERSION, here=_here()), mimetype="text/html"
     )
@@ -45,7 +45,7 @@ def show() -> Response:
 
 
 def _here() -> str:
-    """Relative path from the page to our root, since a proxy may serve us under an unknown prefix."""
+    """Relative path from the page to our root. A proxy may serve us under a prefix that we do not know."""
     return "../" if request.path.endswith("/") else ""
 
 

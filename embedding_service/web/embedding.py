@@ -42,7 +42,7 @@ Dimensions = Annotated[
     ),
 ]
 PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
-# The prompt is copied in front of each text, so a long one would multiply a request of many short texts.
+# Limited because a copy of the prompt is put in front of each text, and a request may hold many short texts.
 Prompt = Annotated[str, Meta(max_length=10_000, description="Text to put in front of each text, as it is.")]
 InputType = Annotated[
     Literal["query", "document"], Meta(description="Use the model's own prompt for queries or documents.")
@@ -52,7 +52,7 @@ _NUMBERS = {"type": "array", "items": {"type": "number"}}
 Vector = Annotated[Any, Meta(description="float32", extra_json_schema=_NUMBERS)]
 Matrix = Annotated[Any, Meta(description="float32", extra_json_schema={"type": "array", "items": _NUMBERS})]
 EncodedVector = Annotated[Any, Meta(extra_json_schema={"anyOf": [_NUMBERS, {"type": "string"}]})]
-# As EncodedVectors; null is a bad text's, and a list of vectors is of a text's tokens.
+# Like EncodedVectors, but with null for a bad text, or a list of vectors for the tokens of a text.
 EncodedTexts = Annotated[
     Any,
     Meta(
@@ -91,18 +91,18 @@ OverflowField = Annotated[
     Overflow,
     Meta(
         description=(
-            "What happens to texts that are longer than the model reads: truncate cuts them, error refuses "
-            "them, and mean embeds them in pieces and answers the mean."
+            "How to handle texts that are too long for the model: truncate them, return an error, or embed "
+            "them in pieces and return the mean."
         )
     ),
 ]
 ChunkOverlap = Annotated[
-    int, Meta(ge=0, le=65_536, description="Tokens that neighbouring pieces of a text share at most.")
+    int, Meta(ge=0, le=65_536, description="Maximum number of tokens that neighbouring pieces share.")
 ]
 
 
 def overflow_of(overflow: Overflow | None, truncate: bool | None, field: str = "truncate") -> Overflow:
-    """What the caller wants of over-long texts, by either field, or DEFAULT_OVERFLOW.
+    """How to handle over-long texts, as either field says, or else DEFAULT_OVERFLOW.
 
     `field` is the caller's name for `truncate`, for the error if the two contradict each other.
     """
@@ -115,7 +115,7 @@ def overflow_of(overflow: Overflow | None, truncate: bool | None, field: str = "
 
 Priority = Annotated[
     Literal["normal", "background"],
-    Meta(description="background waits for all other requests, and gets what they leave of the model."),
+    Meta(description="background requests wait for all others, and use what these leave of the model."),
 ]
 
 Place = Callable[[int], tuple[str, int | None]]
@@ -128,10 +128,10 @@ def ask(
     overflow: Overflow | None = None,
     overlap: int | None = None,
 ) -> Embeddings:
-    """The engine's embeddings of texts within the limits; with `overflow`, `wanted.truncate` is ignored.
+    """Check the limits and embed the texts. If `overflow` is given, `wanted.truncate` is ignored.
 
-    `place` maps a text's index to the field and item that the caller sent it in; by default that is the
-    same item of the protocol's own field for texts.
+    `place` maps the index of a text to the field and item in which the caller sent it, by default the same
+    item of the protocol's field for texts.
     """
     try:
         check_texts(wanted.texts)
@@ -148,7 +148,7 @@ def ask(
 
 
 def in_precision(vectors: Vectors, precision: Precision | None, field: str = "precision") -> npt.NDArray[Any]:
-    """The vectors in the number format that the caller asked for. Raises InvalidRequest."""
+    """The vectors in the requested number format. Raises InvalidRequest if it has no ranges."""
     if precision is None or precision == "float32":
         return vectors
     info = context().status().info
@@ -172,12 +172,12 @@ NPY = "application/x-npy"
 
 
 def wants_npy() -> bool:
-    """Whether the caller asks for the vectors as one array in numpy's own format."""
+    """Whether the caller accepts only the vectors, as an array in numpy's format."""
     return NPY in request.headers.get("Accept", "")
 
 
 def answer_npy(vectors: npt.NDArray[Any], result: Embeddings) -> Response:
-    """The vectors as a .npy file, of shape (texts, numbers); the rest of the answer is in the headers."""
+    """The vectors as a .npy file of shape (texts, numbers), with the rest of the response in headers."""
     file = io.BytesIO()
     np.save(file, vectors, allow_pickle=False)
     response = _with_headers(Response(file.getvalue(), mimetype=NPY), result)

@@ -13,7 +13,7 @@ from embedding_service.web.protocols import native
 
 log = logging.getLogger(__name__)
 
-# A message may quote what the caller sent, such as a name; at most this many characters are logged.
+# Maximum number of logged characters of a message, which may quote what the caller sent.
 LOGGED_CHARACTERS = 200
 
 HTTP_ERROR_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -27,9 +27,9 @@ def register(app: Flask) -> None:
 
 
 def on_service_error(error: ServiceError) -> Response:
-    """The error in the words of the caller's protocol, with Retry-After if the error has one."""
+    """The error in the format of the caller's protocol, with Retry-After if the error has one."""
     level = logging.WARNING if error.status >= 500 else logging.INFO
-    # Rejections are not logged by default: an overloaded service must not fill its disk.
+    # Rejections are not logged by default, so that an overloaded service does not fill its disk.
     level = logging.DEBUG if isinstance(error, Overloaded) else level
     protocol = current_protocol() or native.protocol
     failure = protocol.failure(error)
@@ -47,7 +47,7 @@ def add_retry_after(response: Response, error: ServiceError) -> None:
 
 
 def on_http_error(error: HTTPException) -> Response:
-    """Werkzeug's own errors and redirects, with their headers (a 405 names what is allowed)."""
+    """Werkzeug's own errors and redirects, with their headers (such as Allow with a 405)."""
     status = error.code or 500
     error_type = HTTP_ERROR_TYPES.get(status, "validation" if status < 500 else "internal")
     response = render(Failure(status, error_type, error.description or error.name))
@@ -58,11 +58,11 @@ def on_http_error(error: HTTPException) -> Response:
 
 
 def on_bug(error: Exception) -> Response:
-    """A bug in the service: details go to the log under the request id, none to the caller."""
+    """A bug in the service: the details are logged with the request id, and not sent to the caller."""
     log.error("A request failed: %s", type(error).__name__, exc_info=error)
     return render(Failure(500, "internal", "the service failed on this request; its log says why"))
 
 
 def render(failure: Failure) -> Response:
-    """The failure as the clients of the request's protocol expect it."""
+    """The failure in the form that clients of the request's protocol expect."""
     return answer(*(current_protocol() or native.protocol).render(failure))

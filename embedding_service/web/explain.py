@@ -9,10 +9,10 @@ from msgspec import inspect
 
 from embedding_service.errors import InvalidRequest
 
-# A value longer than this is described, not quoted.
-QUOTED_CHARACTERS = 40
+# Longer values are described instead of quoted.
+MAX_QUOTED_CHARACTERS = 40
 
-# JSON's names for the Python types it is decoded to.
+# JSON's names for Python types.
 NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false", type(None): "null"}
 
 PLAIN: dict[type[inspect.Type], type] = {
@@ -26,7 +26,7 @@ PLAIN: dict[type[inspect.Type], type] = {
 
 
 def explain(kind: type, raw: bytes) -> InvalidRequest:
-    """The error for a body that is valid JSON but does not match the type."""
+    """The error for a body of valid JSON that does not match the type."""
     try:
         value = msgspec.json.decode(raw)
     except msgspec.ValidationError:
@@ -42,7 +42,7 @@ def _type(kind: type) -> inspect.Type:
 def _fault(
     kind: inspect.Type, value: Any, field: str | None = None, index: int | None = None
 ) -> InvalidRequest | None:
-    """The first place where the value does not match the type."""
+    """The error for the first place where the value does not match the type."""
     members = _members(kind)
     for member in members:
         if isinstance(member, inspect.StructType) and isinstance(value, dict):
@@ -107,7 +107,7 @@ def _allowed(kind: inspect.Type) -> str:
 def _sent(value: Any) -> str:
     if isinstance(value, str | int | float):
         quoted = msgspec.json.encode(value).decode()
-        if len(quoted) <= QUOTED_CHARACTERS:
+        if len(quoted) <= MAX_QUOTED_CHARACTERS:
             return quoted
     return NAMES.get(type(value), "a number")
 

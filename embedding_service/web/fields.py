@@ -1,7 +1,7 @@
-"""Unknown fields: which are ignored, and which are rejected.
+"""Decides which unknown fields are ignored, and which are rejected.
 
-Callers send ids, model names and the like, which change nothing here. A field that changes the vectors in
-another API is rejected, since ignoring it would return vectors other than those requested.
+Callers send ids, model names and other fields that change nothing here. A field that changes the vectors in
+another API is rejected, since ignoring it would return other vectors than the caller expects.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from typing import Any
 
 from embedding_service.errors import InvalidRequest
 
-# Fields that change the vectors in some API or library, with the values that match what we do anyway.
+# Fields that change the vectors in some API or library, with the values that ask for what we do anyway.
 VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
     "dimension": (),
     "dimensions": (),
@@ -51,7 +51,7 @@ VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
     "truncation_side": (),
 }
 
-# Those of them that ask for vectors of length 1.
+# Those that ask for vectors of length 1.
 NORMALIZE_FIELDS = ("normalize", "normalize_embeddings", "normalized")
 
 # Other names that callers use for the texts.
@@ -67,8 +67,8 @@ TEXT_FIELDS = (
     "query",
 )
 
-# Two names at least this similar (0 to 1) count as the same: `normalise` and `normalize` score 0.89.
-ALIKE = 0.8
+# Names at least this similar (0 to 1) count as misspellings: `normalise` and `normalize` score 0.89.
+MIN_SIMILARITY = 0.8
 
 
 def check_others(
@@ -79,7 +79,7 @@ def check_others(
     near: bool = False,
     normalizes: bool = True,
 ) -> None:
-    """Raises InvalidRequest for a field that must not be ignored; with `near`, also for one misspelt.
+    """Raises InvalidRequest for a field that must not be ignored; with `near`, also for a misspelt one.
 
     `normalizes` says whether the route's vectors have length 1.
     """
@@ -99,15 +99,15 @@ def check_others(
             raise InvalidRequest("is not supported here, and would change the vectors", field=path)
 
 
-# Cached, since a client that sends such a field sends it with every request.
+# Cached, since a client that sends an unknown field sends it with every request.
 @functools.lru_cache(maxsize=1024)
 def _nearest(name: str, known: tuple[str, ...]) -> str | None:
     """The known name that this one probably misspells."""
     by_spelling = {_spelling(each): each for each in known}
-    alike = difflib.get_close_matches(_spelling(name), by_spelling, 1, ALIKE)
+    alike = difflib.get_close_matches(_spelling(name), by_spelling, 1, MIN_SIMILARITY)
     return by_spelling[alike[0]] if alike else None
 
 
 def _spelling(name: str) -> str:
-    """The name reduced to what snake_case, kebab-case and camelCase have in common."""
+    """The name in a form that is the same for snake_case, kebab-case and camelCase."""
     return name.lower().replace("_", "").replace("-", "")

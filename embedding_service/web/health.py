@@ -9,7 +9,7 @@ from embedding_service.engine import State, Status
 from embedding_service.errors import Unavailable
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
-from embedding_service.web.limits import longest_read
+from embedding_service.web.limits import max_tokens
 from embedding_service.web.operation import operation
 
 blueprint = Blueprint("health", __name__)
@@ -78,7 +78,7 @@ def health() -> Response:
 @blueprint.get("/health/live")
 @operation({200: LiveAnswer, 503: HealthAnswer}, public=True)
 def live() -> Response:
-    """503 only if nothing but a restart can help."""
+    """503 only if nothing but a restart helps."""
     if context().engine.must_restart():
         return _report(context().status())
     return _uncached(answer({"status": "alive"}))
@@ -87,9 +87,9 @@ def live() -> Response:
 @blueprint.get("/info")
 @operation({200: InfoAnswer}, raises=(Unavailable,))
 def info() -> Response:
-    """The model and the limits, under our own names and those of Text Embeddings Inference."""
+    """The model and the limits, under our names and those of Text Embeddings Inference."""
     model, settings = context().require_info(), context().settings
-    length = longest_read(model)
+    length = max_tokens(model)
     found: InfoAnswer = {
         "model_name": model.model_name,
         "embedding_dimension": model.embedding_dimension,
@@ -102,7 +102,7 @@ def info() -> Response:
         "model_type": {"embedding": {"pooling": model.pooling}},
         "max_input_length": length,
         "max_client_batch_size": settings.max_texts_per_request,
-        # TEI's clients size their batches by this; we split large requests ourselves, so it may be large.
+        # TEI's clients send batches of this size. It may be large, since we split large requests ourselves.
         "max_batch_tokens": max(model.max_batch_tokens, model.batch_size * length),
         "max_concurrent_requests": settings.max_concurrent_requests,
         "auto_truncate": True,

@@ -1,4 +1,4 @@
-"""The accepted keys: from the settings, and from a file that may change while we serve."""
+"""The accepted keys, from the settings and from a file that may change while the service runs."""
 
 import hashlib
 import hmac
@@ -12,17 +12,17 @@ log = logging.getLogger(__name__)
 
 OPEN_WARNING = (
     "Anyone who can reach %s can use this service: no key is required. Set API_KEYS or API_KEYS_FILE, "
-    "or HOST=127.0.0.1 for this machine alone"
+    "or HOST=127.0.0.1 for this machine only"
 )
 
 Version = tuple[int, ...]
 
 
 class KeyRing:
-    """Keeps only hashes of the keys, so that comparing takes the same time whatever is sent."""
+    """Keeps only hashes of the keys. Comparing them takes the same time whatever a caller sends."""
 
     def __init__(self, listed: str | None, file: str | None) -> None:
-        """`listed` is comma-separated; `file` has one key per line, and comments after #."""
+        """`listed` is comma-separated; `file` has one key per line, and comment lines that begin with #."""
         self.required = listed is not None or file is not None
         self._listed = _hashes((listed or "").split(","))
         self._file = Path(file) if file is not None else None
@@ -31,7 +31,7 @@ class KeyRing:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Raises StartupError if keys are configured but none is found: nobody could use the service."""
+        """Raises StartupError if keys are configured but there are none: nobody could use the service."""
         if self._file is not None:
             try:
                 self._filed = _read(self._file)
@@ -41,7 +41,7 @@ class KeyRing:
                 ) from None
         if self.required and not (self._listed or self._filed):
             raise StartupError(
-                "API_KEYS and API_KEYS_FILE contain no key; leave both empty to serve without keys"
+                "API_KEYS and API_KEYS_FILE contain no key; to serve without keys, leave both empty"
             )
 
     def holds(self, key: bytes) -> bool:
@@ -61,13 +61,13 @@ class KeyRing:
                 return
             with self._lock:
                 if version != self._version:
-                    # The version is taken before reading, so a change made meanwhile is noticed next time.
+                    # The version is from before reading, so a change made meanwhile is noticed next time.
                     self._filed, self._version = _read(file), version
                     log.info("Read %d keys from API_KEYS_FILE", len(self._filed))
         except (OSError, ValueError) as error:
             if self._version != ():
                 self._version = ()
-                log.error("API_KEYS_FILE cannot be read; its last known keys stay valid: %s", _why(error))
+                log.error("API_KEYS_FILE cannot be read; the last known keys stay valid: %s", _why(error))
 
 
 def _hashes(keys: list[str]) -> list[bytes]:

@@ -5,16 +5,16 @@ from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.context import context
 
 
-def longest_read(info: ModelInfo) -> int:
-    """How many tokens of a text are read.
+def max_tokens(info: ModelInfo) -> int:
+    """The maximum number of tokens that the model reads of a text.
 
-    Where a model cuts nothing, the characters that a text may have are the only limit.
+    If it does not truncate texts, MAX_TEXT_CHARACTERS is the only limit.
     """
     return context().settings.max_text_characters if info.reads_whole_texts else info.max_seq_length
 
 
 def check_texts(texts: list[str]) -> None:
-    """Raises InvalidRequest for no texts, TooLarge for too many or too long ones."""
+    """Raises InvalidRequest if there are no texts, and TooLarge if there are too many or one is too long."""
     settings = context().settings
     if not texts:
         raise InvalidRequest("is empty; send at least one text", field="texts")

@@ -11,18 +11,18 @@ from embedding_service.web.request import current
 
 blueprint = Blueprint("monitoring", __name__)
 
-# Keeps the number of series bounded: this stands for any unmatched path, OTHER for any unknown method.
+# Labels for unmatched paths and unknown methods, which keep the number of series bounded.
 UNMATCHED, OTHER = "unmatched", "other"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-# Series created at 0 before the first such answer, since rate() needs a zero to rise from. Text
-# Embeddings Inference uses 422 and 424 for 400 and 500.
+# Series for these are created at 0, so that rate() counts the first such response. Text Embeddings Inference
+# uses 422 and 424 for 400 and 500.
 READING = (200, 401, 500, 503)
 WRITING = (200, *sorted({422, 424, *(kind.status for kind in ServiceError.__subclasses__())}))
 
 
 class RequestCounter:
-    """Counts responses; caches the labelled children, since a lookup costs as much as counting."""
+    """Counts responses. It caches the labelled children, since a lookup costs as much as counting."""
 
     def __init__(self) -> None:
         self._children: dict[tuple[str, str, int], tuple[Any, metrics.Distribution]] = {}
@@ -44,7 +44,7 @@ class RequestCounter:
 
 
 def register(app: Flask) -> None:
-    """Count the app's responses. Call this before attaching other hooks, so that it wraps them."""
+    """Count the app's responses. Call this before other hooks are attached, so that it wraps them."""
     counter = app.extensions["request_counter"] = RequestCounter()
 
     def end(response: Response) -> Response:

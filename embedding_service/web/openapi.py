@@ -18,7 +18,7 @@ from embedding_service.web.protocols import native
 REFERENCE = "#/components/schemas/{name}"
 
 HEADERS = {
-    "X-Request-ID": "The id of this request in the service's log; the caller's own, if it sent one.",
+    "X-Request-ID": "The id of this request in the service's log: the caller's, if it sent one.",
     "Retry-After": "Seconds to wait before retrying.",
     "retry-after-ms": "Milliseconds to wait before retrying.",
     "x-compute-tokens": "Tokens read by the model.",
@@ -33,7 +33,7 @@ ON_EVERY, ON_WAIT, ON_VECTORS = tuple(HEADERS)[:1], tuple(HEADERS)[1:3], tuple(H
 
 def document(app: Flask) -> dict[str, Any]:
     """The OpenAPI document, covering every route that has an Operation."""
-    # The service's own route first, since readers begin there.
+    # The service's own route comes first, since readers start there.
     described = sorted(_operations(app), key=lambda operation: operation[0].rule != "/embed")
     schemas = Schemas([kind for _, view, found in described for kind in _types(app, view, found)])
     paths: dict[str, dict[str, Any]] = {}
@@ -50,7 +50,7 @@ def document(app: Flask) -> dict[str, Any]:
             "version": __version__,
             "description": "Text embeddings through several APIs, from one model and one queue.",
         },
-        # Relative to this document, since a proxy may serve it under an unknown prefix.
+        # Relative to this document, since a proxy may serve it under a prefix that we do not know.
         "servers": [{"url": "."}],
         "paths": paths,
         "components": {
@@ -64,7 +64,7 @@ def document(app: Flask) -> dict[str, Any]:
 
 
 class Schemas:
-    """JSON schemas of types; named types are references to `components`."""
+    """JSON schemas of types; a named type becomes a reference to `components`."""
 
     def __init__(self, types: list[Any]) -> None:
         distinct = list({repr(kind): kind for kind in types}.values())
@@ -136,7 +136,7 @@ def _responses(
 
 
 def _outcomes(app: Flask, view: Callable[..., Any], found: Operation) -> Iterator[tuple[int, list[Any]]]:
-    """Every status that the view can return, with the types of its body (empty for no body)."""
+    """Every status that the view can return, with the types that its body may have (empty for no body)."""
     for part_view, part in _variants(view, found):
         protocol = _protocol(app, part_view)
         for status, kind in part.answers.items():
@@ -152,7 +152,7 @@ def _types(app: Flask, view: Callable[..., Any], found: Operation) -> list[Any]:
 
 
 def _variants(view: Callable[..., Any], found: Operation) -> list[tuple[Callable[..., Any], Operation]]:
-    """The operation, and the one of another protocol on the same route, if any."""
+    """The operation, and that of another protocol on the same route, if any."""
     parts = [(view, found)]
     if found.variant is not None and (variant := operation_of(found.variant)) is not None:
         parts.append((found.variant, variant))

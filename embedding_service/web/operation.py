@@ -1,4 +1,4 @@
-"""What a view accepts, returns and raises, declared beside it; the OpenAPI document is built from this."""
+"""Declares what a view accepts, returns and raises; the OpenAPI document is built from this."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ JSON = "application/json"
 
 View = TypeVar("View", bound=Callable[..., Any])
 
-# A view that reads a body hands it to the model, and may raise all of these.
+# A view with a body passes it to the model, and may raise all of these.
 ON_BODY = (
     InvalidRequest,
     TooLarge,
@@ -34,11 +34,11 @@ ON_BODY = (
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One view. `answers` maps each status to its body's type: a tuple for alternatives, None for no body.
+    """A view. `answers` maps each status to its body's type: a tuple for alternatives, None for no body.
 
     `media` lists the content types of the answers; errors are always JSON. `variant` is another
-    protocol's view, which handles the same route if its fields are sent. `public` views need no key;
-    `described` ones appear in the OpenAPI document.
+    protocol's view, which handles requests to the same route that have its fields. `public` views need no
+    key; `described` ones appear in the OpenAPI document.
     """
 
     answers: Mapping[int, Any]
@@ -66,7 +66,7 @@ def operation(
     described: bool = True,
     variant: Callable[..., Any] | None = None,
 ) -> Callable[[View], View]:
-    """Describe the decorated view; `body` is the same decoder that validates its requests."""
+    """Describe the decorated view; `body` is the decoder that it uses."""
 
     def describe(view: View) -> View:
         found = Operation(

@@ -1,4 +1,4 @@
-"""GET /: a page for trying out texts, and its files; it loads nothing from other hosts."""
+"""GET /: a page for trying the service, and its files; it loads nothing from other hosts."""
 
 import hashlib
 from pathlib import Path
@@ -27,7 +27,7 @@ blueprint = Blueprint("page", __name__, template_folder="templates")
 @blueprint.get("/")
 @operation({200: str}, media=("text/html",), public=True)
 def page() -> Response:
-    """The page; everything it shows comes from /health, /info and POST /embed."""
+    """The page; all that it shows comes from /health, /info and POST /embed."""
     response = Response(render_template("page.html", version=VERSION), mimetype="text/html")
     response.headers["Cache-Control"] = "no-cache"
     response.headers.extend(SECURITY_HEADERS)
@@ -37,7 +37,7 @@ def page() -> Response:
 @blueprint.get("/static/<version>/<path:name>")
 @operation({}, public=True, described=False)
 def static_file(version: str, name: str) -> Response:
-    """One of the page's files; the URL of another version gets the current file, uncached."""
+    """One of the page's files. The URL of another version returns the current file, and is not cached."""
     response = send_from_directory(STATIC, name)
     known = version == VERSION
     response.headers["Cache-Control"] = "public, max-age=31536000, immutable" if known else "no-cache"

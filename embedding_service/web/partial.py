@@ -1,4 +1,4 @@
-"""One bad text does not fail the others: the vectors of the good ones, and the errors of the rest."""
+"""Embeds the good texts of a request and returns the errors of the bad ones, instead of failing."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,11 @@ from embedding_service.errors import ServiceError
 def embed_good_ones(
     embed: Callable[[EmbedRequest], Embeddings], request: EmbedRequest, dimension: int
 ) -> tuple[Embeddings, dict[int, ServiceError]]:
-    """The vectors of the texts that can be embedded, NaN for the others, and the others' errors by index.
+    """The vectors of the texts, NaN for bad ones, and the errors of the bad ones by index.
 
-    `dimension` is that of the vectors if there is not one good text.
-    Texts are embedded together until one fails; then those before it, and the two halves of those
-    after it. So a few bad texts cost a few more requests, and many cost no more than a logarithm.
-    Raises an error that is not about one text.
+    `dimension` is the length of the vectors if no text is good. If a text fails, the texts before it and the
+    two halves of those after it are embedded separately, so each bad text costs at most three more requests,
+    and a text is sent about log2(n) times at most. Raises errors that are not about a single text.
     """
     errors: dict[int, ServiceError] = {}
     results: list[tuple[range, Embeddings]] = []

@@ -1,4 +1,4 @@
-"""Protocol: the routes of one API, its field names, and its error format."""
+"""A protocol: the routes, field names and error format of one API."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from embedding_service.web.request import current
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """An error before rendering; `index` and `field` as in ServiceError, but with the protocol's names."""
+    """An error before rendering. `index` and `field` are as in ServiceError, with the protocol's names."""
 
     status: int
     error_type: str
@@ -29,7 +29,7 @@ Render = Callable[[Failure], tuple[Mapping[str, Any], int]]
 
 
 class Protocol(Blueprint):
-    """A blueprint with its own error format, also used for unknown paths below `paths`."""
+    """A blueprint with its own error format, which also applies to unknown paths below `paths`."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Protocol(Blueprint):
 
 
 def set_protocol(protocol: Protocol) -> None:
-    """Answer this request in another protocol than its route's own."""
+    """Answer this request in another protocol than that of its route."""
     current().protocol = protocol
 
 
 def current_protocol() -> Protocol | None:
-    """The protocol of this request, if any: set explicitly, or found by its route or its path."""
+    """The protocol of this request, if any: set explicitly, or found by route or path."""
     found = current().protocol or current_app.blueprints.get(request.blueprint or "")
     if isinstance(found, Protocol):
         return found

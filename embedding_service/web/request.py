@@ -19,16 +19,16 @@ SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class ServiceRequest(Request):
-    """Flask's request with our own per-request state, so that none of it outlives the request."""
+    """Flask's request with our own per-request state, which so cannot outlive the request."""
 
     protocol: "Protocol | None" = None
-    # What the engine answered, for the access log.
+    # The engine's result, for the access log.
     result: "Embeddings | None" = None
 
     def __init__(self, environ: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
         if "//" in environ["PATH_INFO"]:
-            # The client's base URL ends in a slash. A redirect would make some clients' POST a GET.
+            # The client's base URL ended in a slash. A redirect would turn a POST into a GET in some clients.
             environ["PATH_INFO"] = SLASHES.sub("/", environ["PATH_INFO"])
         super().__init__(environ, *args, **kwargs)
 
@@ -36,12 +36,12 @@ class ServiceRequest(Request):
     def id(self) -> str:
         """The caller's id if it is well-formed, else a new one."""
         given = self.environ.get("HTTP_X_REQUEST_ID", "")
-        # Unique, not secret: the operating system's randomness would cost a system call.
+        # Unique but not secret: the operating system's random numbers would cost a system call.
         return given if SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
     @property
     def deadline(self) -> float:
-        """When the answer is due, on the clock of time.monotonic()."""
+        """When the response is due, on the clock of time.monotonic()."""
         seconds: float = current_app.extensions["embedding_service"].settings.request_timeout_seconds
         return self.began + seconds
 
@@ -52,7 +52,7 @@ class ServiceRequest(Request):
 
     @property
     def trace_id(self) -> str | None:
-        """The trace that the caller's W3C `traceparent` header says this request is part of."""
+        """The id of the trace that this request is part of, from the caller's W3C `traceparent` header."""
         found = TRACEPARENT.fullmatch(self.environ.get("HTTP_TRACEPARENT", ""))
         return found[1] if found and found[1] != "0" * 32 and found[2] != "0" * 16 else None
 
@@ -63,7 +63,7 @@ def current() -> ServiceRequest:
 
 
 def current_trace_id() -> str | None:
-    """The trace of the current request; None outside a request, or if the caller sent none."""
+    """The trace id of the current request; None outside a request, or if the caller sent none."""
     return current().trace_id if has_request_context() else None
 
 

@@ -1,4 +1,4 @@
-"""Puts a request's id into its response, and the id and the caller's trace on every line logged meanwhile."""
+"""Puts the request id into responses, and the request id and the caller's trace id into log lines."""
 
 from flask import Flask, Response
 

@@ -6,7 +6,7 @@ import msgspec
 
 
 class WebSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Keys and request limits; the fields are described in config.py."""
+    """The settings of the web half; config.py describes them."""
 
     max_texts_per_request: int = 4096
     max_text_characters: int = 100_000

@@ -1,4 +1,4 @@
-"""Vectors of tokens, for late interaction and the like: POST /embed_all, and `output: tokens` on /embed."""
+"""Vectors of tokens, for uses such as late interaction: POST /embed_all, and `output: tokens` on /embed."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from embedding_service.web.limits import check_texts
 
 
 def ask_tokens(request: TokensRequest) -> list[Vectors]:
-    """The vectors of each text's tokens. Raises TooLarge if they could be too many."""
+    """The vectors of each text's tokens. Raises TooLarge if there could be too many."""
     check_texts(request.texts)
     found = context().embed_tokens(request)
     return list(_by_text(found.vectors, found.counts))

@@ -1,4 +1,4 @@
-"""A span for each request, sent over OTLP if OpenTelemetry's variables name a collector."""
+"""Sends a span for each request over OTLP, if OpenTelemetry's variables name a collector."""
 
 import time
 from typing import Any
@@ -11,10 +11,10 @@ from embedding_service.web.request import current
 
 
 def register(app: Flask) -> None:
-    """Attach to the app's responses, if traces are to be sent."""
+    """Attach to the app's responses if traces are sent."""
     if not app.extensions[KEY].settings.traces:
         return
-    # Only here: without traces the packages need not be installed. The exporter's thread is this process's.
+    # Imported only if traces are sent, since the packages are optional.
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource

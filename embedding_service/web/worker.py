@@ -1,4 +1,4 @@
-"""The gunicorn worker: a greenlet per connection, time limits for clients, a drain that loses no request."""
+"""The gunicorn worker: a greenlet per connection, time limits for clients, and a lossless drain."""
 
 import contextlib
 import datetime
@@ -22,26 +22,27 @@ from gunicorn.http import errors, wsgi
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
-# A request must arrive within READ_SECONDS plus one second per SLOWEST bytes, and the client must read an
-# answer as fast. This cuts off slow clients, but not large bodies on slow lines.
-READ_SECONDS, WRITE_SECONDS, SLOWEST = 6.0, 10.0, 50_000
+# A request must arrive within READ_SECONDS plus the time that its bytes take at the minimum rate, and a
+# response must be read within WRITE_SECONDS plus that time. This cuts off clients that are too slow, but not
+# large bodies on slow lines.
+READ_SECONDS, WRITE_SECONDS, MIN_BYTES_PER_SECOND = 6.0, 10.0, 50_000
 
-# How long a stopping worker keeps idle connections open, for requests that are already on their way.
+# How long a stopping worker keeps idle connections open for requests that are already on their way.
 LINGER_SECONDS = 2.0
 
-# Time for requests in flight if the master is dead, since nothing else ends this process then.
+# Time limit for requests in flight if the master is dead, when nothing else would end this process.
 ORPHAN_SECONDS = 2.0
 
-# How long to stop accepting connections after running out of file descriptors.
+# How long to pause accepting connections after running out of file descriptors.
 PAUSE_SECONDS = 0.5
 
 MAX_BACKLOG = 2048
 
-# An unread body up to this size is read and discarded, so that the connection can be kept.
-DRAINED = 32_768
+# An unread body up to this size is read and discarded, so that the connection can be reused.
+MAX_DISCARDED_BYTES = 32_768
 
-# At most LARGE_BODIES bodies over LARGE_BODY bytes are in memory at once; other clients wait to send theirs.
-LARGE_BODY, LARGE_BODIES = 65_536, 128
+# Maximum number of large bodies in memory at once; other clients wait before they can send theirs.
+LARGE_BODY_BYTES, MAX_LARGE_BODIES = 65_536, 128
 
 # Responses to requests that never reach Flask, by gunicorn's error class; the first match counts.
 REFUSALS = [
@@ -59,7 +60,7 @@ REFUSALS = [
         "Internal Server Error",
         "internal",
     ),
-    # A path that is not below SCRIPT_NAME, if the environment sets that.
+    # A path that is not below the environment's SCRIPT_NAME.
     ((errors.ConfigurationProblem,), 404, "Not Found", "not_found"),
     ((errors.ParseException,), 400, "Bad Request", "validation"),
     ((TimeoutError,), 408, "Request Timeout", "timeout"),
@@ -67,10 +68,10 @@ REFUSALS = [
 
 
 class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
-    """A client's connection. Raises TimeoutError if the client sends or reads too slowly."""
+    """A client's connection, which raises TimeoutError if the client sends or reads too slowly."""
 
     def expect(self, seconds: float) -> None:
-        """Allow this long for the first byte of the next request; READ_SECONDS apply from then on."""
+        """Wait at most this long for the first byte of the next request; READ_SECONDS apply from then on."""
         self._begun = False
         self._read_by = time.monotonic() + seconds
 
@@ -89,16 +90,16 @@ class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
         if not self._begun:
             self._begun = True
             self._read_by = time.monotonic() + READ_SECONDS
-        self._read_by += len(data) / SLOWEST
+        self._read_by += len(data) / MIN_BYTES_PER_SECOND
         return data
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send everything; one system call is enough for most answers."""
+        """Send everything; for most responses one system call is enough."""
         view = memoryview(data)
         with contextlib.suppress(BlockingIOError):
             view = view[self._sock.send(view, flags) :]
         if view:
-            self.timeout = WRITE_SECONDS + len(view) / SLOWEST
+            self.timeout = WRITE_SECONDS + len(view) / MIN_BYTES_PER_SECOND
             super().sendall(view, flags)
 
 
@@ -121,7 +122,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self._log.error("No connection can be accepted: %s; trying again", error.strerror)
+            self._log.error("Cannot accept connections: %s; trying again", error.strerror)
             self.stop_accepting()
             self._timer = self.loop.timer(PAUSE_SECONDS)
             self._timer.start(self._start_accepting_if_started)
@@ -144,7 +145,7 @@ class Listener(StreamServer):  # type: ignore[misc]
 
 @functools.lru_cache(maxsize=1)
 def _date(second: int) -> str:
-    """The Date header; formatting it costs as much as sending a short answer."""
+    """The Date header, cached because formatting it costs as much as sending a short response."""
     date: str = util.http_date(second)
     return date
 
@@ -156,9 +157,9 @@ class Answer(wsgi.Response):  # type: ignore[misc]
     _head = b""
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        """Announce that the connection closes if too much of the body is unread to continue on it."""
+        """Announce that the connection will be closed if too much of the body was not read."""
         body = self.req.body.reader
-        if getattr(body, "length", 0) > DRAINED or getattr(body, "parser", None) is not None:
+        if getattr(body, "length", 0) > MAX_DISCARDED_BYTES or getattr(body, "parser", None) is not None:
             self.force_close()
         return super().start_response(status, headers, exc_info)
 
@@ -200,17 +201,17 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._graceful_seconds = float(self.cfg.graceful_timeout)
-        # This class does not support HTTP/2, uwsgi and TLS; gunicorn's own loop serves them.
+        # Gunicorn's own loop serves HTTP/2, uwsgi and TLS, which this class does not support.
         self._is_stock = self.cfg.is_ssl or self.cfg.protocol != "http" or "h2" in self.cfg.http_protocols
 
     def patch(self) -> None:
-        """In the forked worker, before the app is loaded; no other process of the service is patched.
+        """Patch this worker, after the fork and before the app is loaded; no other process is patched.
 
-        DNS and subprocess are not patched, since a web worker uses neither.
+        DNS and subprocess stay unpatched, since a web worker uses neither.
         """
         monkey.patch_time()
         monkey.patch_thread()
-        # The queue of thread pools, which would otherwise block every greenlet.
+        # Thread pools use this queue, which would otherwise block every greenlet.
         monkey.patch_queue()
         monkey.patch_select()
         monkey.patch_socket(dns=False)
@@ -222,12 +223,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
         ]
 
     def init_process(self) -> None:
-        # Gunicorn's parser reads a dozen settings for each request, and each would be looked up in three
-        # steps. An attribute of the instance is found in one.
+        # Gunicorn's parser reads a dozen settings for each request. As attributes of the instance they take
+        # one lookup each instead of three.
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         self.pool = Pool(self.worker_connections)
         self._idle: set[PatientSocket] = set()
-        self._large_bodies = BoundedSemaphore(LARGE_BODIES)
+        self._large_bodies = BoundedSemaphore(MAX_LARGE_BODIES)
         self._ended = Event()
         super().init_process()
 
@@ -258,7 +259,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             os._exit(0)
 
     def _drain(self) -> None:
-        """Wait for the requests in flight, and for those that may be on their way."""
+        """Wait for the requests in flight and those that may be on their way."""
         end = time.monotonic() + self._graceful_seconds
         gevent.spawn_later(min(LINGER_SECONDS, self._graceful_seconds), self._hang_up)
         while self.pool and (left := end - time.monotonic()) > 0:
@@ -289,7 +290,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             util.close_graceful(client)
 
     def _serve(self, client: PatientSocket, address: Any) -> None:
-        """Answer requests until the last one on this connection. Raises OSError if the client is gone."""
+        """Answer requests until the connection ends. Raises OSError if the client is gone."""
         parser = http.get_parser(self.cfg, client, address)
         request = None
         keep = True
@@ -301,7 +302,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         except StopIteration:
             return
         except errors.NoMoreData:
-            self.log.debug("A client left in the middle of its request")
+            self.log.debug("A client disconnected in the middle of its request")
         except TimeoutError as error:
             if not client.begun:
                 return
@@ -319,10 +320,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._idle.discard(client)
 
     def _answer(self, request: Any, client: PatientSocket, address: Any) -> bool:
-        """Answer a request; returns whether another may follow on this connection."""
+        """Answer a request; returns whether the connection stays open."""
         body = request.body.reader
-        # A body that is compressed may become large.
-        is_small = getattr(body, "length", LARGE_BODY) < LARGE_BODY
+        # A small compressed body may be large once it is decompressed.
+        is_small = getattr(body, "length", LARGE_BODY_BYTES) < LARGE_BODY_BYTES
         if is_small and not any(name == "CONTENT-ENCODING" for name, _ in request.headers):
             return self._call_app(request, client, address)
         with self._large_bodies:
@@ -336,7 +337,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         environ["wsgi.multithread"] = True
         self.nr += 1
         if self.nr >= self.max_requests and self.alive:
-            self.log.info("This worker has had its %d requests, and ends", self.nr)
+            self.log.info("This worker has served %d requests (max_requests) and is stopping", self.nr)
             self.alive = False
             self._ended.set()
         if not self.alive or not self.cfg.keepalive:
@@ -353,8 +354,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
         except Exception:
             if not answer.headers_sent or answer._head:
                 raise
-            # Part of the response has been sent; an error response now would be read as the rest of it.
-            self.log.exception("An answer broke off")
+            # Part of the response has been sent; an error response would be read as the rest of it.
+            self.log.exception("A response failed midway")
             raise ConnectionAbortedError from None
         if self.log.access_log_enabled:
             took = datetime.timedelta(seconds=time.monotonic() - began)
@@ -362,7 +363,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         return not answer.should_close()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
-        """Respond to a request that never reached Flask, in the native protocol's form."""
+        """Respond to a request that never reached Flask, in the native protocol's format."""
         status, reason, kind = next(
             (refusal for kinds, *refusal in REFUSALS if isinstance(exc, kinds)),
             (500, "Internal Server Error", "internal"),

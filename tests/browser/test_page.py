@@ -160,14 +160,14 @@ def test_blank_lines_are_no_texts_and_no_text_is_refused_here(browser, service):
     assert page.matrix().shape == (2, 2)
     page.type("", " ")
     page["compare"].click()
-    page.wait("error", "Type at least one text.")
+    page.wait("error", "Enter at least one text.")
 
 
 def test_a_text_cut_by_the_model_is_named(browser, service):
     page = Page(browser, service.url)
     page.wait("longest", "256")
     page.compare("short", "word " * 300)
-    assert page.text("truncated").startswith("Text 2 is longer than the model reads")
+    assert page.text("truncated").startswith("Text 2 is too long for the model")
     assert "256 tokens" in page.text("truncated")
     page.compare("short", "too")
     assert not page["truncated"].is_displayed()
@@ -210,7 +210,7 @@ def test_overload_and_a_service_that_is_gone(browser, scripted):
     page.wait("error", "9000 tokens are waiting for the model. Try again in 3 s.")
     scripted.stop()
     page["compare"].click()
-    page.wait("error", "The service did not answer.")
+    page.wait("error", "The service did not respond.")
     page.wait("status", "No answer")
 
 
@@ -273,7 +273,7 @@ def test_a_hundred_texts_make_a_matrix_and_one_more_is_refused(browser, scripted
     assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 360
     page.type(*[f"text {i}" for i in range(101)])
     page["compare"].click()
-    page.wait("error", "up to 100 texts, and here are 101")
+    page.wait("error", "up to 100 texts; there are 101")
 
 
 def test_the_example_is_compared_at_once(browser, service):
@@ -349,7 +349,7 @@ def search(page: Page, query: str) -> list[str]:
     """What is found for a query, best first."""
     page["query"].clear()
     page["query"].send_keys(query)
-    page.wait("search-status", "The nearest")
+    page.wait("search-status", "Top")
     wait_until(lambda: page["query"].get_property("value") == query)
     return [item.text for item in page.browser.find_elements(By.CSS_SELECTOR, "#results .found")]
 

@@ -75,7 +75,10 @@ def test_none_refuses_long_texts(client):
         ({"texts": ["a"], "inputs": []}, "inputs cannot be sent together with texts"),
         ({"inputs": [{"content": []}]}, "inputs[0] must have one content, a text"),
         ({"inputs": [{"content": [{"type": "image_url"}]}]}, "inputs[0] must have one content, a text"),
-        ({"texts": ["a"], "max_tokens": 10}, "max_tokens must be at least 256 or left out: texts are cut"),
+        (
+            {"texts": ["a"], "max_tokens": 10},
+            "max_tokens must be at least 256, the model's maximum, or left out",
+        ),
         ({"texts": []}, "texts is empty; send at least one text"),
     ],
     ids=str,

@@ -75,7 +75,7 @@ def test_2048_inputs_in_one_request(client, close):
 def test_the_models_are_the_one(client, model_name):
     assert [model.id for model in client.models.list()] == [model_name]
     assert client.models.retrieve(model_name).id == model_name
-    with pytest.raises(openai.NotFoundError, match="'gpt-5' is not here"):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5'"):
         client.models.retrieve("gpt-5")
 
 

@@ -248,7 +248,7 @@ def test_a_web_worker_without_descriptors_waits_and_serves_again(start):
     limit = worker.num_fds() + 5
     worker.rlimit(psutil.RLIMIT_NOFILE, (limit, limit))
     held = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(30)]
-    wait_until(lambda: "No connection can be accepted: Too many open files" in service.log())
+    wait_until(lambda: "Cannot accept connections: Too many open files" in service.log())
     for sock in held:
         sock.close()
     assert service.post("/embed", {"texts": "hello"}).status_code == 200

@@ -141,9 +141,7 @@ def test_a_window_shorter_than_the_models_is_refused(client, path, window, statu
     response = client.post(path, json=BODIES[path] | {"options": {"num_ctx": window}})
     assert response.status_code == status
     if status == 400:
-        assert message(response) == (
-            "options.num_ctx must be at least 16 or left out: texts are cut where the model cuts them"
-        )
+        assert message(response) == ("options.num_ctx must be at least 16, the model's maximum, or left out")
 
 
 @pytest.mark.parametrize(

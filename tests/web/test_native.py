@@ -113,12 +113,12 @@ WHOLE = gzip.compress(b'{"texts": "a"}')
     ("sent", "status", "error"),
     [
         (gzip.compress(b'{"texts"') + gzip.compress(b': "a"}'), 200, None),
-        (WHOLE[:-5], 400, "the gzip body is not complete"),
+        (WHOLE[:-5], 400, "the gzip body is incomplete"),
         (WHOLE[:10] + b"\xff" + WHOLE[11:], 400, "the body is not valid gzip"),
         (WHOLE + b"rest", 400, "the body is not valid gzip"),
         (gzip.compress(b" " * 2035 + b'{"texts":"a"}'), 200, None),
-        (gzip.compress(b" " * 2036 + b'{"texts":"a"}'), 413, "the body is over 2048 bytes once it is"),
-        (gzip.compress(bytes(100_000)), 413, "the body is over 2048 bytes once it is"),
+        (gzip.compress(b" " * 2036 + b'{"texts":"a"}'), 413, "the decompressed body is over 2048 bytes"),
+        (gzip.compress(bytes(100_000)), 413, "the decompressed body is over 2048 bytes"),
         (gzip.compress(b"") * 60 + WHOLE, 200, None),
     ],
     ids=[
@@ -140,12 +140,12 @@ def test_a_gzip_body_counts_as_what_it_holds(client, sent, status, error):
 
 def test_gzip_members_are_counted(client, monkeypatch):
     """Each takes time, even if it is empty, so their number has a limit of its own."""
-    monkeypatch.setattr(bodies, "MOST_MEMBERS", 3)
+    monkeypatch.setattr(bodies, "MAX_MEMBERS", 3)
     empty = gzip.compress(b"")
     headers = {"Content-Encoding": "gzip"}
     assert client.post("/embed", data=empty * 2 + WHOLE, headers=headers).status_code == 200
     refused = client.post("/embed", data=empty * 3 + WHOLE, headers=headers)
-    assert (refused.status_code, refused.json["error"]) == (400, "the gzip body has more than 3 parts")
+    assert (refused.status_code, refused.json["error"]) == (400, "the gzip body has more than 3 members")
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 18])
@@ -154,7 +154,7 @@ def test_a_gzip_body_is_read_in_blocks(client, monkeypatch, size):
     sent = gzip.compress(b'{"texts"') + gzip.compress(b': "a"}')
     assert client.post("/embed", data=sent, headers={"Content-Encoding": "gzip"}).status_code == 200
     cut = client.post("/embed", data=sent[:-5], headers={"Content-Encoding": "gzip"})
-    assert cut.json["error"] == "the gzip body is not complete"
+    assert cut.json["error"] == "the gzip body is incomplete"
 
 
 def test_a_bomb_is_not_inflated(client):

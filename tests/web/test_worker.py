@@ -55,11 +55,11 @@ def test_bytes_that_came_buy_time_for_more(pair):
     patient.recv(1)
     before = patient._read_by
     received = len(patient.recv(100_000))
-    assert patient._read_by == pytest.approx(before + received / worker.SLOWEST)
+    assert patient._read_by == pytest.approx(before + received / worker.MIN_BYTES_PER_SECOND)
 
 
 def test_a_client_that_takes_nothing_of_an_answer_is_cut_off(pair, monkeypatch):
     patient, _client = pair
-    monkeypatch.setattr(worker, "SLOWEST", 1e12)
+    monkeypatch.setattr(worker, "MIN_BYTES_PER_SECOND", 1e12)
     with pytest.raises(TimeoutError):
         patient.sendall(b"a" * 10_000_000)

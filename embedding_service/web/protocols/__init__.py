@@ -1,1 +1,1 @@
-"""One module per API: its payloads, its routes, its errors."""
+"""One module per API, with its payloads, routes and errors."""

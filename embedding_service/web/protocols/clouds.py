@@ -35,7 +35,7 @@ class VertexInstance(msgspec.Struct, frozen=True):
 
 
 class VertexBody(msgspec.Struct, frozen=True):
-    """Texts to embed, one an instance, and how."""
+    """Texts to embed, one per instance, and how."""
 
     instances: Annotated[list[str | VertexInstance], Meta(examples=[[{"content": "hello"}, "world"]])]
     parameters: tei.TEIParameters | None = None
@@ -71,7 +71,7 @@ def ping() -> Response:
 @protocol.post("/invocations")
 @operation({200: Matrix}, body=tei.embed_decoder, embeds=True)
 def invocations() -> Response:
-    """SageMaker: embed one text or many; the answer is the bare vectors, as from TEI."""
+    """SageMaker: embed one or more texts; the response is the bare vectors, as in TEI."""
     return tei.embed_raw(read())
 
 

@@ -27,14 +27,14 @@ from embedding_service.web.request import current, current_id
 
 
 class CohereErrorAnswer(TypedDict):
-    """An error in Cohere's form."""
+    """An error in Cohere's format."""
 
     id: str | None
     message: str
 
 
 def render(failure: Failure) -> tuple[CohereErrorAnswer, int]:
-    """Cohere's error; its SDK makes an exception class of the status."""
+    """Cohere's error; its SDK chooses the exception class by status."""
     return {"id": current_id(), "message": failure.message}, failure.status
 
 
@@ -54,14 +54,14 @@ SIDES: dict[str, Literal["query", "document"]] = {"search_query": "query", "sear
 
 
 class CohereContent(msgspec.Struct, frozen=True):
-    """A part of an input: its text."""
+    """A part of an input: a text."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
 
 
 class CohereInput(msgspec.Struct, frozen=True):
-    """An input, of one text."""
+    """An input, which is one text."""
 
     content: list[CohereContent]
 
@@ -72,7 +72,7 @@ class CohereEmbedBody(msgspec.Struct, frozen=True, kw_only=True):
     texts: Annotated[list[str], Meta(examples=[["hello", "world"]])] | None = None
     inputs: list[CohereInput] | None = None
     images: Annotated[list[str], Meta(description="Not supported: the model reads text.")] | None = None
-    model: Annotated[str, Meta(description="Any name: the one model is used.")] | None = None
+    model: Annotated[str, Meta(description="Any name; there is only one model.")] | None = None
     input_type: (
         Annotated[
             Literal["search_document", "search_query", "classification", "clustering"],
@@ -81,18 +81,18 @@ class CohereEmbedBody(msgspec.Struct, frozen=True, kw_only=True):
         | None
     ) = None
     embedding_types: (
-        Annotated[list[EmbeddingType], Meta(description="The number formats of the answer.")] | None
+        Annotated[list[EmbeddingType], Meta(description="Number formats of the embeddings.")] | None
     ) = None
     output_dimension: Dimensions | None = None
     truncate: (
         Annotated[
             Literal["NONE", "START", "END"],
-            Meta(description="The end at which over-long texts are cut; NONE refuses them."),
+            Meta(description="The end at which over-long texts are truncated; NONE rejects them."),
         ]
         | None
     ) = None
     max_tokens: (
-        Annotated[int, Meta(ge=1, le=1_000_000, description="Not below what the model reads.")] | None
+        Annotated[int, Meta(ge=1, le=1_000_000, description="If set, at least the model's maximum.")] | None
     ) = None
     priority: Annotated[int, Meta(ge=0, le=999, description="Not used.")] | None = None
     overflow: OverflowField | None = None
@@ -100,7 +100,7 @@ class CohereEmbedBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CohereUnits(TypedDict):
-    """What was read."""
+    """How many tokens the model read."""
 
     input_tokens: int
 
@@ -112,18 +112,18 @@ class CohereVersion(TypedDict):
 
 
 class CohereMeta(TypedDict):
-    """About the request."""
+    """Details of the request."""
 
     api_version: CohereVersion
     billed_units: CohereUnits
 
 
 class CohereEmbedAnswer(TypedDict):
-    """The embeddings: by number format, or a bare list if /v1/embed was not asked for formats."""
+    """The embeddings by number format, or as a bare list if /v1/embed was called without formats."""
 
     id: str | None
     response_type: NotRequired[Literal["embeddings_floats", "embeddings_by_type"]]
-    embeddings: Annotated[Any, Meta(description='By number format: {"float": [[…], …]}; or the list alone.')]
+    embeddings: Annotated[Any, Meta(description='By number format: {"float": [[…], …]}; or the bare list.')]
     texts: list[str]
     meta: CohereMeta
 
@@ -134,7 +134,7 @@ _decoder = BodyDecoder(CohereEmbedBody)
 @protocol.post("/v2/embed")
 @operation({200: CohereEmbedAnswer}, body=_decoder, embeds=True)
 def embed_v2() -> Response:
-    """Embed texts, in one or several number formats."""
+    """Embed texts in one or more number formats."""
     body = parse(_decoder)
     texts, result = _embed(body)
     answer = _answer(texts, result, _by_type(body.embedding_types or ["float"], result), "2")
@@ -144,7 +144,7 @@ def embed_v2() -> Response:
 @protocol.post("/v1/embed")
 @operation({200: CohereEmbedAnswer}, body=_decoder, embeds=True)
 def embed_v1() -> Response:
-    """Embed texts; without `embedding_types` the answer has a bare list of vectors."""
+    """Embed texts; without `embedding_types` the response has a bare list of vectors."""
     body = parse(_decoder)
     texts, result = _embed(body)
     if body.embedding_types:
@@ -161,7 +161,7 @@ def _embed(body: CohereEmbedBody) -> tuple[list[str], Embeddings]:
     info = context().require_info()
     if body.max_tokens is not None and body.max_tokens < info.max_seq_length:
         raise InvalidRequest(
-            f"must be at least {info.max_seq_length} or left out: texts are cut where the model cuts them",
+            f"must be at least {info.max_seq_length}, the model's maximum, or left out",
             field="max_tokens",
         )
     side: Literal["left", "right"] | None = None

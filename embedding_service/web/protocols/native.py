@@ -43,14 +43,14 @@ from embedding_service.web.token_vectors import ask_tokens
 
 
 class ErrorAnswer(TypedDict):
-    """An error: a sentence for a person, and a word for a program."""
+    """An error: a sentence for people, and a word for programs."""
 
     error: str
     error_type: str
     request_id: str | None
     field: NotRequired[Annotated[str, Meta(description="The field that the error is about.")]]
-    index: NotRequired[Annotated[int, Meta(description="The item of that field.")]]
-    reason: NotRequired[Annotated[str, Meta(description="The error without the field and the item.")]]
+    index: NotRequired[Annotated[int, Meta(description="The index of the item in that field.")]]
+    reason: NotRequired[Annotated[str, Meta(description="The error without field and index.")]]
 
 
 def render(failure: Failure) -> tuple[ErrorAnswer, int]:
@@ -74,23 +74,23 @@ protocol = Protocol("native", "Embedding service", render, ErrorAnswer)
 class EmbedBody(msgspec.Struct, frozen=True):
     """Texts to embed."""
 
-    texts: Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
+    texts: Annotated[str | list[str], Meta(description="One or more texts.", examples=[["hello", "world"]])]
     normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = True
     prompt_name: PromptName | None = None
     prompt: Prompt | None = None
     input_type: InputType | None = None
     dimensions: Dimensions | None = None
     truncate: (
-        Annotated[bool, Meta(description="true is overflow: truncate, and false is overflow: error.")] | None
+        Annotated[bool, Meta(description="true means overflow: truncate; false means overflow: error.")]
+        | None
     ) = None
     overflow: (
         Annotated[
             Literal["truncate", "error", "mean", "chunks"],
             Meta(
                 description=(
-                    "What happens to texts that are longer than the model reads: truncate cuts them, error "
-                    "refuses them, mean embeds them in pieces and answers the mean, and chunks answers a "
-                    "vector for each piece."
+                    "How to handle texts that are too long for the model: truncate them, return an error, "
+                    "embed them in pieces and return the mean, or return the vectors of the pieces (chunks)."
                 )
             ),
         ]
@@ -100,14 +100,14 @@ class EmbedBody(msgspec.Struct, frozen=True):
     on_error: (
         Annotated[
             Literal["fail", "null"],
-            Meta(description="null answers null for a bad text, and lists its error, instead of failing."),
+            Meta(description="With null, a bad text gets null and an entry in errors; the others succeed."),
         ]
         | None
     ) = "fail"
     output: (
         Annotated[
             Literal["sentence", "tokens"],
-            Meta(description="tokens answers a list of vectors for each text, one for each of its tokens."),
+            Meta(description="With tokens, each text gets a list of vectors, one for each of its tokens."),
         ]
         | None
     ) = "sentence"
@@ -119,15 +119,17 @@ class EmbedBody(msgspec.Struct, frozen=True):
 class Usage(TypedDict):
     """What the model read."""
 
-    tokens: Annotated[int, Meta(description="Tokens read, special ones and prompts included.")]
+    tokens: Annotated[int, Meta(description="Tokens read, including special tokens and prompts.")]
     truncated: NotRequired[
-        Annotated[list[int], Meta(description="Indices of the texts that were cut; not with output: tokens.")]
+        Annotated[
+            list[int], Meta(description="Indices of the texts that were truncated; not with output: tokens.")
+        ]
     ]
     chunks: NotRequired[Annotated[int, Meta(description="Pieces embedded, with overflow: mean or chunks.")]]
 
 
 class Piece(TypedDict):
-    """The piece of a text that a vector is of: its characters from `start` to before `end`."""
+    """The piece of a text that a vector belongs to: its characters from `start` to before `end`."""
 
     text: int
     start: int
@@ -146,21 +148,21 @@ class EmbedAnswer(TypedDict):
     """The embeddings, in the order of the texts."""
 
     embeddings: EncodedTexts
-    dimension: Annotated[int, Meta(description="Dimensions of a vector, before binary packs them.")]
+    dimension: Annotated[int, Meta(description="Dimensions of a vector (before packing, if it is binary).")]
     model: str
     count: int
     processing_time_ms: float
     usage: Usage
     chunks: NotRequired[
-        Annotated[list[Piece], Meta(description="With overflow: chunks, the piece of each vector.")]
+        Annotated[list[Piece], Meta(description="The piece of each vector, with overflow: chunks.")]
     ]
     errors: NotRequired[
-        Annotated[list[TextError], Meta(description="With on_error: null, the texts without a vector.")]
+        Annotated[list[TextError], Meta(description="The texts without a vector, with on_error: null.")]
     ]
 
 
 class Fields(msgspec.Struct, frozen=True):
-    """Which of the two fields that hold texts a body has."""
+    """The two fields that may hold the texts, to see which of them a body has."""
 
     texts: Raw | UnsetType = UNSET
     inputs: Raw | UnsetType = UNSET
@@ -173,7 +175,7 @@ _fields_decoder = msgspec.json.Decoder(Fields)
 @protocol.post("/embed")
 @operation({200: EmbedAnswer}, media=(JSON, NPY), body=_decoder, embeds=True, variant=tei.embed)
 def embed() -> Response:
-    """Embed one text or many; a body of Text Embeddings Inference gets its bare vectors."""
+    """Embed one or more texts. A body for Text Embeddings Inference gets bare vectors, as there."""
     raw = read()
     try:
         body = _decoder.decode(raw)
@@ -199,7 +201,7 @@ def embed() -> Response:
     overflow = overflow_of(body.overflow, body.truncate)
     if body.on_error == "null":
         if wants_npy():
-            raise InvalidRequest("null needs a JSON answer, for the errors", field="on_error")
+            raise InvalidRequest("null needs a JSON response, for the errors", field="on_error")
         result, errors = embed_good_ones(
             lambda part: ask(part, overflow=overflow, overlap=body.chunk_overlap),
             wanted,
@@ -217,7 +219,7 @@ def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
     if body.truncate is False:
         raise InvalidRequest("cannot be used with output: tokens", field="truncate")
     if wants_npy():
-        raise InvalidRequest("tokens needs a JSON answer", field="output")
+        raise InvalidRequest("tokens needs a JSON response", field="output")
     vectors = ask_tokens(
         TokensRequest(
             texts=wanted.texts,
@@ -244,7 +246,9 @@ def _in_chunks(body: EmbedBody, wanted: EmbedRequest) -> Response:
     if body.on_error == "null":
         raise InvalidRequest("cannot be null with overflow: chunks", field="on_error")
     if wants_npy():
-        raise InvalidRequest("chunks needs a JSON answer, for the places of the pieces", field="overflow")
+        raise InvalidRequest(
+            "chunks needs a JSON response, for the positions of the pieces", field="overflow"
+        )
     check_texts(wanted.texts)
     most = context().settings.max_texts_per_request
     result, chunks = embed_chunks(context(), wanted, body.chunk_overlap or 0, most)
@@ -277,7 +281,7 @@ def _answer(
 ) -> Response:
     numbers = result.vectors
     if errors and body.precision not in (None, "float32", "float16"):
-        # Whole numbers have no NaN.
+        # Integers cannot represent NaN.
         numbers = np.nan_to_num(numbers)
     vectors = in_precision(numbers, body.precision)
     if wants_npy():

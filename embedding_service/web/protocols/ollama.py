@@ -1,4 +1,4 @@
-"""Ollama: POST /api/embed and /api/embeddings, and what its clients ask of a model before they use it."""
+"""Ollama: POST /api/embed and /api/embeddings, and the routes that its clients call before these."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypedDict
@@ -22,7 +22,7 @@ from embedding_service.web.embedding import (
     model_name,
 )
 from embedding_service.web.fields import check_others
-from embedding_service.web.limits import longest_read
+from embedding_service.web.limits import max_tokens
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.request import current
@@ -30,7 +30,7 @@ from embedding_service.web.request import current
 STARTED = datetime.now(UTC).isoformat()
 FOREVER = "9999-12-31T23:59:59Z"
 
-# What Ollama's library calls models of the hub.
+# Names of hub models in Ollama's library.
 LIBRARY_NAMES = {
     "all-minilm-l6-v2": "all-minilm",
     "bge-large-en-v1.5": "bge-large",
@@ -44,7 +44,7 @@ LIBRARY_NAMES = {
 
 
 class OllamaErrorAnswer(TypedDict):
-    """An error in Ollama's form."""
+    """An error in Ollama's format."""
 
     error: str
 
@@ -56,22 +56,24 @@ def render(failure: Failure) -> tuple[OllamaErrorAnswer, int]:
 
 protocol = Protocol("ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api/",), names={"texts": "input"})
 
-ModelName = Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")]
+ModelName = Annotated[str, Meta(description="Any name; there is only one model, and the response names it.")]
 
 
 KeepAlive = Annotated[Any, Meta(description="Not used: the model is always loaded.")]
 Options = Annotated[
     dict[str, Any] | None,
-    Meta(description="Most are about generating text; a num_ctx below the model's length is refused."),
+    Meta(
+        description="Options, most of them for generation; a num_ctx below the model's maximum is rejected."
+    ),
 ]
 
 
 class OllamaEmbedBody(msgspec.Struct, frozen=True):
-    """Texts to embed; none loads the model, which here is always loaded."""
+    """Texts to embed. Without texts, Ollama loads the model; here it is always loaded."""
 
     model: ModelName | None = None
     input: Annotated[str | list[str], Meta(examples=[["hello", "world"]])] | None = None
-    truncate: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
+    truncate: Annotated[bool, Meta(description="Truncate over-long texts; false rejects them.")] | None = None
     dimensions: Dimensions | None = None
     keep_alive: KeepAlive = None
     options: Options = None
@@ -98,13 +100,13 @@ class OllamaEmbeddingsBody(msgspec.Struct, frozen=True):
 
 
 class OllamaEmbeddingsAnswer(TypedDict):
-    """One vector, as the model gives it."""
+    """One vector, as the model computes it."""
 
     embedding: Vector
 
 
 class OllamaDetails(TypedDict):
-    """What kind of model it is."""
+    """The kind of model."""
 
     format: str
     family: str
@@ -112,7 +114,7 @@ class OllamaDetails(TypedDict):
 
 
 class OllamaModel(TypedDict):
-    """A model that can be asked for."""
+    """A model that can be used."""
 
     name: str
     model: str
@@ -123,7 +125,7 @@ class OllamaModel(TypedDict):
 
 
 class OllamaTags(TypedDict):
-    """All models: the one."""
+    """All models, which is one."""
 
     models: list[OllamaModel]
 
@@ -136,13 +138,13 @@ class OllamaRunningModel(OllamaModel):
 
 
 class OllamaRunning(TypedDict):
-    """All models that are loaded: the one."""
+    """All loaded models, which is one."""
 
     models: list[OllamaRunningModel]
 
 
 class OllamaNameBody(msgspec.Struct, frozen=True):
-    """A model; `name` is what older clients call it."""
+    """A model; older clients send `name`."""
 
     model: ModelName | None = None
     name: ModelName | None = None
@@ -152,7 +154,7 @@ class OllamaNameBody(msgspec.Struct, frozen=True):
 
 
 class OllamaShow(TypedDict):
-    """The model, as Ollama's clients ask before they use it."""
+    """The details that Ollama's clients read before they use a model."""
 
     modified_at: str
     details: OllamaDetails
@@ -161,7 +163,7 @@ class OllamaShow(TypedDict):
 
 
 class OllamaPull(TypedDict):
-    """How a download went."""
+    """The result of a download."""
 
     status: str
 
@@ -180,7 +182,7 @@ _embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody, normalizes=False)
 @protocol.post("/api/embed")
 @operation({200: OllamaEmbedAnswer}, body=_embed_decoder, embeds=True)
 def embed() -> Response:
-    """Embed one text or many, as vectors of length 1."""
+    """Embed one or more texts, as vectors of length 1."""
     body = parse(_embed_decoder)
     _check_options(body.options)
     if not body.input:
@@ -199,7 +201,7 @@ def embed() -> Response:
 @protocol.post("/api/embeddings")
 @operation({200: OllamaEmbeddingsAnswer}, body=_embeddings_decoder, embeds=True)
 def embeddings() -> Response:
-    """Embed one text; the older form, whose vector is as the model gives it unless `normalize` is true."""
+    """Embed one text. In this older form the vector has length 1 only if `normalize` is true."""
     body = parse(_embeddings_decoder)
     _check_options(body.options, normalizes=False)
     if not body.prompt:
@@ -216,7 +218,7 @@ def embeddings() -> Response:
 @protocol.get("/api/tags")
 @operation({200: OllamaTags}, raises=(Unavailable,))
 def tags() -> Response:
-    """List the one model, first by its own name."""
+    """List the model under all its names, its own first."""
     info = context().require_info()
     found: OllamaTags = {"models": [_model(info, name) for name in _names(info)]}
     return answer(found)
@@ -225,7 +227,7 @@ def tags() -> Response:
 @protocol.get("/api/ps")
 @operation({200: OllamaRunning}, raises=(Unavailable,))
 def running() -> Response:
-    """List the one model, which is always loaded."""
+    """List the model, which is always loaded."""
     info = context().require_info()
     one: OllamaRunningModel = {**_model(info, info.model_name), "expires_at": FOREVER, "size_vram": 0}
     found: OllamaRunning = {"models": [one]}
@@ -235,7 +237,7 @@ def running() -> Response:
 @protocol.post("/api/show")
 @operation({200: OllamaShow}, body=_name_decoder)
 def show() -> Response:
-    """Describe the one model, whatever name is asked for."""
+    """Describe the model, whatever name is sent."""
     parse(_name_decoder)
     info = context().require_info()
     found: OllamaShow = {
@@ -244,7 +246,7 @@ def show() -> Response:
         "model_info": {
             "general.architecture": "bert",
             "general.basename": info.model_name,
-            "bert.context_length": longest_read(info),
+            "bert.context_length": max_tokens(info),
             "bert.embedding_length": info.embedding_dimension,
         },
         "capabilities": ["embedding"],
@@ -255,7 +257,7 @@ def show() -> Response:
 @protocol.post("/api/pull")
 @operation({200: OllamaPull}, body=_name_decoder)
 def pull() -> Response:
-    """Succeed at once: the one model, which answers to any name, is loaded."""
+    """Succeed at once: the model is loaded, and any name means it."""
     parse(_name_decoder)
     context().require_info()
     found: OllamaPull = {"status": "success"}
@@ -276,17 +278,17 @@ def _check_options(options: dict[str, Any] | None, *, normalizes: bool = True) -
     window, info = (options or {}).get("num_ctx"), context().status().info
     if info is None or not isinstance(window, int | float):
         return
-    length = longest_read(info)
-    # 0 asks for the default there.
+    length = max_tokens(info)
+    # In Ollama, 0 means the default.
     if 0 < window < length:
         raise InvalidRequest(
-            f"must be at least {length} or left out: texts are cut where the model cuts them",
+            f"must be at least {length}, the model's maximum, or left out",
             field="options.num_ctx",
         )
 
 
 def _names(info: ModelInfo) -> list[str]:
-    """The model's own name, then those by which Ollama's clients know it, and the one of the examples."""
+    """The model's own name, its names in Ollama's library, and the name in Ollama's examples."""
     short = info.model_name.rstrip("/").rpartition("/")[2].lower()
     known = [f"{LIBRARY_NAMES[short]}:latest"] if short in LIBRARY_NAMES else []
     served = context().names

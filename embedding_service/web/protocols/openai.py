@@ -35,7 +35,7 @@ from embedding_service.web.request import current
 
 STARTED = int(time.time())
 
-# The words of OpenAI's API where an error has one of its own.
+# OpenAI's codes for the errors that have one.
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 CODES = {
     "unauthorized": "invalid_api_key",
@@ -47,7 +47,7 @@ CODES = {
 
 
 class OpenAIError(TypedDict):
-    """What went wrong."""
+    """The error."""
 
     message: str
     type: str
@@ -56,13 +56,13 @@ class OpenAIError(TypedDict):
 
 
 class OpenAIErrorAnswer(TypedDict):
-    """An error in OpenAI's form."""
+    """An error in OpenAI's format."""
 
     error: OpenAIError
 
 
 def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
-    """OpenAI's error; its SDK makes an exception class of the status, and shows the message."""
+    """OpenAI's error; its SDK chooses the exception class by status, and shows the message."""
     kind = TYPES.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
     error: OpenAIError = {
         "message": failure.message,
@@ -92,11 +92,11 @@ PRECISIONS: dict[str, Precision] = {
 }
 OutputDtype = Annotated[
     Literal["float", "float32", "int8", "uint8", "binary", "ubinary"],
-    Meta(description="Number format of the vectors, as Voyage names them; see `precision` of /embed."),
+    Meta(description="Voyage's name for the number format of the vectors; see `precision` of /embed."),
 ]
 EmbeddingType = Annotated[
     Literal["float", "base64", "binary", "ubinary"],
-    Meta(description="Number format or encoding of the vectors, as Jina names them."),
+    Meta(description="Jina's name for the number format or encoding of the vectors."),
 ]
 # Jina's names for the two sides of a search.
 SIDES: dict[str, Literal["query", "document"]] = {"query": "query", "passage": "document"}
@@ -118,10 +118,11 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     """Texts to embed."""
 
     input: Annotated[
-        str | list[str | JinaInput], Meta(description="One text or many.", examples=[["hello", "world"]])
+        str | list[str | JinaInput], Meta(description="One or more texts.", examples=[["hello", "world"]])
     ]
     model: (
-        Annotated[str, Meta(description="Any name: there is one model, and the answer names it.")] | None
+        Annotated[str, Meta(description="Any name; there is only one model, and the response names it.")]
+        | None
     ) = None
     encoding_format: EncodingFormat | None = None
     dimensions: Dimensions | None = None
@@ -154,18 +155,20 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
                 "clustering",
                 "separation",
             ],
-            Meta(description="As Jina names it: use the model's own prompt for queries or documents."),
+            Meta(description="Jina's way to choose the model's own prompt for queries or documents."),
         ]
         | None
     ) = None
-    truncation: Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")] | None = None
+    truncation: Annotated[bool, Meta(description="Truncate over-long texts; false rejects them.")] | None = (
+        None
+    )
     priority: Priority | None = "normal"
     overflow: OverflowField | None = None
     chunk_overlap: ChunkOverlap | None = 0
 
 
 class TokenIds(msgspec.Struct, frozen=True):
-    """A body as clients send it that tokenize with the vocabulary of OpenAI's models."""
+    """The body of clients that tokenize texts themselves, with the vocabulary of an OpenAI model."""
 
     input: list[int | list[int]]
 
@@ -195,7 +198,7 @@ class OpenAIEmbedAnswer(TypedDict):
 
 
 class OpenAIModel(TypedDict):
-    """A model that can be asked for."""
+    """A model that can be used."""
 
     id: str
     object: Literal["model"]
@@ -204,7 +207,7 @@ class OpenAIModel(TypedDict):
 
 
 class OpenAIModels(TypedDict):
-    """All models: the one."""
+    """All models, which is one."""
 
     object: Literal["list"]
     data: list[OpenAIModel]
@@ -218,7 +221,7 @@ _token_ids_decoder = msgspec.json.Decoder(TokenIds)
 @protocol.post("/embeddings")
 @operation({200: OpenAIEmbedAnswer}, body=_decoder, embeds=True)
 def embeddings() -> Response:
-    """Embed one text or many, as vectors of length 1."""
+    """Embed one or more texts, as vectors of length 1."""
     body = _parse()
     result = ask(
         EmbedRequest(
@@ -250,7 +253,7 @@ def embeddings() -> Response:
 @protocol.get("/v1/models")
 @operation({200: OpenAIModels}, raises=(Unavailable,))
 def models() -> Response:
-    """List the one model."""
+    """List the model."""
     found: OpenAIModels = {"object": "list", "data": [_model()]}
     return answer(found)
 
@@ -258,10 +261,10 @@ def models() -> Response:
 @protocol.get("/v1/models/<path:name>")
 @operation({200: OpenAIModel}, raises=(Unavailable, NotFound))
 def model(name: str) -> Response:
-    """Describe the one model; any other name is not found."""
+    """Describe the model; any other name is not found."""
     found = _model()
     if name.strip("/") not in (found["id"].strip("/"), *context().names):
-        raise NotFound(f"the model {name!r} is not here; there is {found['id']!r}")
+        raise NotFound(f"there is no model {name!r}; the model is {found['id']!r}")
     return answer(found)
 
 
@@ -291,8 +294,8 @@ def _parse() -> OpenAIEmbedBody:
     except InvalidRequest:
         if _has_token_ids(raw):
             raise InvalidRequest(
-                "holds token ids, which are of another model's vocabulary; send texts "
-                "(LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False)",
+                "holds token ids from another model's vocabulary; send texts "
+                "(in LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False)",
                 field="input",
             ) from None
         raise

@@ -30,10 +30,10 @@ from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.request import current
 from embedding_service.web.token_vectors import ask_tokens
 
-# A token becomes some sixty bytes of JSON, so /tokenize takes fewer characters than /embed.
+# A token takes about sixty bytes of JSON, so /tokenize accepts fewer characters than /embed.
 MAX_TOKENIZE_CHARACTERS = 1_000_000
 
-# Its statuses and words where they differ from the native protocol's.
+# TEI's statuses and error types, if they differ from the native protocol's.
 STATUSES = {400: 422, 500: 424}
 ERROR_TYPES = {
     "internal": "Backend",
@@ -45,14 +45,14 @@ ERROR_TYPES = {
 
 
 class TEIErrorAnswer(TypedDict):
-    """An error as Text Embeddings Inference words it."""
+    """An error in the format of Text Embeddings Inference."""
 
     error: str
     error_type: str
 
 
 def render(failure: Failure) -> tuple[TEIErrorAnswer, int]:
-    """Text Embeddings Inference's error: its own statuses, and the type in PascalCase."""
+    """Text Embeddings Inference's error, with its own statuses and the type in PascalCase."""
     error_type = ERROR_TYPES.get(failure.error_type, "Validation")
     return {"error": failure.message, "error_type": error_type}, STATUSES.get(failure.status, failure.status)
 
@@ -65,12 +65,12 @@ protocol = Protocol(
     names={"texts": "inputs", "truncation_side": "truncation_direction"},
 )
 
-Truncate = Annotated[bool, Meta(description="Cut over-long texts; false refuses them.")]
+Truncate = Annotated[bool, Meta(description="Truncate over-long texts; false rejects them.")]
 Direction = Annotated[
     Literal["left", "right", "Left", "Right"],
-    Meta(description="The end at which over-long texts are cut; by default the model's own."),
+    Meta(description="The end at which over-long texts are truncated; by default the model's choice."),
 ]
-Texts = Annotated[str | list[str], Meta(description="One text or many.", examples=[["hello", "world"]])]
+Texts = Annotated[str | list[str], Meta(description="One or more texts.", examples=[["hello", "world"]])]
 
 
 class TEIParameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,23 +88,23 @@ class TEIParameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
-    """Texts to embed; `parameters` is where Hugging Face's pipelines have what stands beside `inputs`."""
+    """Texts to embed. Hugging Face's pipelines send the other fields in `parameters`."""
 
     inputs: Texts
     parameters: TEIParameters | None = None
 
 
 class TEIEmbedAllBody(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts whose tokens are to be embedded."""
+    """Texts to embed token by token."""
 
     inputs: Texts
-    truncate: Annotated[Literal[True], Meta(description="Over-long texts are cut.")] | None = None
+    truncate: Annotated[Literal[True], Meta(description="Over-long texts are truncated.")] | None = None
     prompt_name: PromptName | None = None
     prompt: Prompt | None = None
 
 
 class TokenizeBody(msgspec.Struct, frozen=True):
-    """Texts whose tokens are asked for."""
+    """Texts to tokenize."""
 
     inputs: Texts
     add_special_tokens: bool | None = True
@@ -121,7 +121,7 @@ class Token(TypedDict):
 
 
 class SimilarityInputs(msgspec.Struct, frozen=True):
-    """A sentence, and those to compare it with."""
+    """A sentence, and the sentences to compare it with."""
 
     source_sentence: str
     sentences: list[str]
@@ -136,7 +136,7 @@ class SimilarityParameters(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """What tells a body with sentences to compare from one with texts to embed."""
+    """Matches a body with sentences to compare, but not one with texts to embed."""
 
     inputs: dict[str, Any]
 
@@ -158,7 +158,7 @@ _similarity_decoder = BodyDecoder(SimilarityBody)
 @protocol.post("/similarity")
 @operation({200: Vector}, body=_similarity_decoder, embeds=True)
 def similarity() -> Response:
-    """Compare a sentence with others: their cosine similarities, in the order of the sentences."""
+    """Compare a sentence with others; returns cosine similarities, in the order of the sentences."""
     return _compare(parse(_similarity_decoder))
 
 
@@ -183,7 +183,7 @@ def _compare(body: SimilarityBody) -> Response:
 @protocol.post("/v1")
 @operation({200: Matrix}, body=embed_decoder, embeds=True, variant=similarity)
 def embed() -> Response:
-    """Embed one text or many, or compare sentences as /similarity does; the answer is the bare numbers."""
+    """Embed one or more texts, or compare sentences as /similarity does; returns bare numbers."""
     raw = read()
     try:
         _comparison_decoder.decode(raw)
@@ -193,7 +193,7 @@ def embed() -> Response:
 
 
 def embed_raw(raw: bytes) -> Response:
-    """The answer to a body that has been read."""
+    """The response to a body that has been read."""
     body = embed_decoder.decode(raw)
     inner = msgspec.structs.asdict(body.parameters or TEIParameters())
     given = {name: getattr(body, name) if value is None else value for name, value in inner.items()}
@@ -202,7 +202,7 @@ def embed_raw(raw: bytes) -> Response:
 
 
 def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
-    """The embeddings of texts, as the parameters say."""
+    """Embed texts as the parameters say."""
     return ask(
         EmbedRequest(
             texts=texts,
@@ -222,7 +222,7 @@ def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
 @protocol.post("/embed_all")
 @operation({200: Any}, body=embed_all_decoder, embeds=False)
 def embed_all() -> Response:
-    """Embed each token of one text or many: a list of vectors for each text, special tokens included."""
+    """Embed each token; returns a list of vectors for each text, including those of special tokens."""
     body = parse(embed_all_decoder)
     request = TokensRequest(
         texts=listed(body.inputs),
@@ -236,7 +236,7 @@ def embed_all() -> Response:
 @protocol.post("/tokenize")
 @operation({200: list[list[Token]]}, body=_tokenize_decoder)
 def tokenize() -> Response:
-    """List the tokens of texts, however long, with the characters that each stands for."""
+    """List the tokens of texts of any length, with the characters that each token covers."""
     body = parse(_tokenize_decoder)
     texts = listed(body.inputs)
     check_texts(texts)

@@ -11,14 +11,14 @@ from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, answer, parse
 from embedding_service.web.context import context
 from embedding_service.web.embedding import Dimensions, Matrix, Vector, answer_embeddings, ask
-from embedding_service.web.limits import longest_read
+from embedding_service.web.limits import max_tokens
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import Failure, Protocol
 from embedding_service.web.request import current
 
 
 class WeaviateErrorAnswer(TypedDict):
-    """An error in the form that Weaviate reads."""
+    """An error in the format that Weaviate reads."""
 
     error: str
 
@@ -37,7 +37,7 @@ protocol = Protocol(
     names={"dimensions": "config.dimensions"},
 )
 
-# What Weaviate calls the two kinds of text.
+# Weaviate's names for the two kinds of text.
 INPUT_TYPES: dict[str, Literal["query", "document"]] = {"query": "query", "passage": "document"}
 
 
@@ -53,13 +53,16 @@ class WeaviateConfig(msgspec.Struct, frozen=True):
     ) = None
     dimensions: Dimensions | None = None
     pooling_strategy: (
-        Annotated[str, Meta(description="The model's own; masked_mean, the default there, means that too.")]
+        Annotated[
+            str,
+            Meta(description="The model's own pooling; masked_mean, Weaviate's default, also means that."),
+        ]
         | None
     ) = None
 
 
 class WeaviateBody(msgspec.Struct, frozen=True):
-    """One text, or many as `texts`."""
+    """One text, or several in `texts`."""
 
     text: str | None = None
     texts: list[str] | None = None
@@ -97,7 +100,7 @@ _decoder = BodyDecoder(WeaviateBody)
 @protocol.post("/vectors")
 @operation({200: (WeaviateAnswer, WeaviateBatchAnswer)}, body=_decoder, embeds=True)
 def vectors() -> Response:
-    """Embed one text, or many, as vectors of length 1."""
+    """Embed one or more texts, as vectors of length 1."""
     body = parse(_decoder)
     config = body.config or WeaviateConfig()
     _check_pooling(config.pooling_strategy)
@@ -122,9 +125,9 @@ def vectors() -> Response:
 
 
 def _check_pooling(strategy: str | None) -> None:
-    """Raises InvalidRequest for a pooling that somebody chose and that is not the model's."""
+    """Raises InvalidRequest if the user chose another pooling than the model's."""
     info = context().status().info
-    # Weaviate sends masked_mean with every request unless its user has chosen another.
+    # Weaviate sends masked_mean by default.
     if info is not None and strategy not in (None, "", "masked_mean", info.pooling):
         raise InvalidRequest(
             f"is {strategy[:50]!r}; the model's own pooling is {info.pooling!r}",
@@ -145,7 +148,7 @@ def meta() -> Response:
         "model": info.model_name,
         "model_type": info.pooling,
         "embedding_dimension": info.embedding_dimension,
-        "max_seq_length": longest_read(info),
+        "max_seq_length": max_tokens(info),
     }
     return answer(found)
 
@@ -153,7 +156,7 @@ def meta() -> Response:
 @protocol.get("/.well-known/ready")
 @operation({204: None}, raises=(Unavailable,), public=True)
 def ready() -> Response:
-    """204 only when a request would be served."""
+    """204 only if the service can serve requests."""
     status = context().status()
     if status.state != "healthy":
         raise Unavailable(status.reason, retry_after_seconds=1)
@@ -163,7 +166,7 @@ def ready() -> Response:
 @protocol.get("/.well-known/live")
 @operation({204: None}, raises=(Unavailable,), public=True)
 def live() -> Response:
-    """503 only when nothing but a new process can help."""
+    """503 only if nothing but a restart helps."""
     if context().engine.must_restart():
         raise Unavailable(context().status().reason, retry_after_seconds=1)
     return Response(status=204)

@@ -1,4 +1,4 @@
-// Shows the OpenAPI document; its address stands in the page, since the service may live below a path.
+// Shows the OpenAPI document. The page has its address, since a proxy may serve us below a path.
 const address = document.currentScript.dataset.document;
 
 import("./service.js").then(({ key, authorization }) => {
@@ -9,10 +9,10 @@ import("./service.js").then(({ key, authorization }) => {
     if (answer.status === 401) return askForKey();
     $("key-form").hidden = true;
     if (!answer.ok) {
-      $("ui").textContent = `The service answered ${answer.status}.`;
+      $("ui").textContent = `The service responded with status ${answer.status}.`;
       return;
     }
-    // The document's own address of the service is relative to the document, which Swagger UI is not told.
+    // The document gives the service's address relative to itself, and Swagger UI does not know its location.
     const servers = [{ url: new URL(".", answer.url).href.replace(/\/$/, "") }];
     SwaggerUIBundle({
       spec: { ...(await answer.json()), servers },

@@ -1,6 +1,6 @@
-// Files: documents read from .txt, .csv and .jsonl, and vectors written as .npy and .jsonl.
+// Reads documents from .txt, .csv and .jsonl files, and writes vectors as .npy and .jsonl.
 
-/** The texts in a file, by the ending of its name. Throws an Error that can be shown. */
+/** The texts in a file, whose format its extension shows. Throws an Error with a readable message. */
 export function textsOf(name, content) {
   if (/\.(jsonl|ndjson)$/i.test(name)) return lines(content).map(fromJson);
   if (/\.csv$/i.test(name)) return fromCsv(content);
@@ -43,7 +43,7 @@ function records(content) {
   return found.filter((record) => record.length > 1 || record[0] !== "");
 }
 
-/** Rows of numbers as numpy's .npy, float32. */
+/** Rows of numbers as a .npy file of float32. */
 export function npy(vectors) {
   const shape = `(${vectors.length}, ${vectors[0].length})`;
   const head = `{'descr': '<f4', 'fortran_order': False, 'shape': ${shape}, }`;
@@ -56,11 +56,11 @@ export function npy(vectors) {
   return new Blob([start, padded, numbers], { type: "application/octet-stream" });
 }
 
-/** Texts and their vectors, one JSON object a line. */
+/** Texts and their vectors, one JSON object per line. */
 export const jsonl = (texts, vectors) =>
   new Blob(texts.map((text, i) => `${JSON.stringify({ text, embedding: vectors[i] })}\n`), { type: "application/jsonl" });
 
-/** Have the browser save a file. */
+/** Make the browser save a file. */
 export function save(blob, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);

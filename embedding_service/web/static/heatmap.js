@@ -1,14 +1,14 @@
-// The similarity matrix as a table that is coloured, and read with the pointer or the arrow keys.
+// The similarity matrix: a coloured table that can be read with the pointer or the arrow keys.
 
-// Up to this many texts the cells are wide enough for numbers.
-const MOST_WITH_NUMBERS = 12;
+// With more texts, the cells are too narrow for numbers.
+const MAX_WITH_NUMBERS = 12;
 
-/** Cosine of every pair of `vectors`, which have length 1: rows of numbers. */
+/** The cosine similarities of all pairs of `vectors`, which have length 1, as rows of numbers. */
 export function similarities(vectors) {
   return vectors.map((a) => vectors.map((b) => a.reduce((sum, value, i) => sum + value * b[i], 0)));
 }
 
-/** Every pair of two texts, the most alike first. */
+/** All pairs of two texts, the most similar first. */
 export function pairs(matrix) {
   const found = matrix.flatMap((row, i) =>
     row.slice(i + 1).map((similarity, offset) => ({ i, j: i + 1 + offset, similarity })),
@@ -16,17 +16,17 @@ export function pairs(matrix) {
   return found.sort((a, b) => b.similarity - a.similarity);
 }
 
-/** Where the colours begin: at 0, or higher for a model whose texts are all alike. */
+/** The similarity at which the colours start: 0, or more if all texts are similar. */
 export function floor(matrix) {
-  const least = Math.min(1, ...pairs(matrix).map((pair) => pair.similarity));
-  return least > 0.5 && least < 1 ? Math.floor(least * 10) / 10 : 0;
+  const lowest = Math.min(1, ...pairs(matrix).map((pair) => pair.similarity));
+  return lowest > 0.5 && lowest < 1 ? Math.floor(lowest * 10) / 10 : 0;
 }
 
-/** A table of `matrix`; `onRead(i, j)` is called for the cell pointed at. */
+/** A table of `matrix`; `onRead(i, j)` is called when a cell is pointed at or gets the focus. */
 export function heatmap(texts, matrix, onRead) {
   const low = floor(matrix);
   const table = element("table", { role: "grid", "aria-labelledby": "similarity-title" });
-  table.classList.toggle("dense", texts.length > MOST_WITH_NUMBERS);
+  table.classList.toggle("dense", texts.length > MAX_WITH_NUMBERS);
 
   const head = element("tr");
   head.append(element("td"), ...texts.map((_, j) => element("th", { scope: "col" }, j + 1)));
@@ -87,14 +87,14 @@ function onKey(event, cells) {
   if (next) move(cells, next);
 }
 
-// Tab enters the matrix at one cell only: the one last visited.
+// Only the cell that was visited last can be reached with Tab.
 function move(cells, next) {
-  for (const one of cells.flat()) one.tabIndex = -1;
+  for (const cell of cells.flat()) cell.tabIndex = -1;
   next.tabIndex = 0;
   next.focus();
 }
 
-/** A similarity in `digits` digits, with a true minus sign. */
+/** A similarity with `digits` decimals and a proper minus sign. */
 export const number = (similarity, digits) => similarity.toFixed(digits).replace(/^-(?=.*[1-9])/, "−").replace("-", "");
 
 /** An element with attributes and a text. */

@@ -1,4 +1,4 @@
-// The texts as points in two dimensions: the two directions in which their vectors differ most (PCA).
+// The texts as points in a plane: the two directions in which their vectors differ most (PCA).
 
 import { element } from "./heatmap.js";
 
@@ -20,7 +20,7 @@ export function project(vectors) {
 const dot = (a, b) => a.reduce((sum, value, k) => sum + value * b[k], 0);
 
 function leading(matrix) {
-  // Not a constant vector, which centring has taken out of the matrix.
+  // Not a constant vector: centring has removed that component from the matrix.
   let vector = matrix.map((_, i) => Math.sin(1 + 3 * i));
   let value = 0;
   for (let round = 0; round < ROUNDS; round++) {
@@ -35,14 +35,14 @@ function leading(matrix) {
 const deflated = (matrix, { vector, value }) =>
   matrix.map((row, i) => row.map((one, j) => one - value * vector[i] * vector[j]));
 
-/** A drawing of the texts, `width` pixels wide; the number of each is its number in the list. */
+/** A drawing of the texts, `width` pixels wide; the numbers are those of the list. */
 export function draw(texts, vectors, width) {
   const points = project(vectors);
   const [x, y] = [width, HEIGHT].map((length, axis) => scale(points.map((point) => point[axis]), length));
   const svg = shape("svg", {
     viewBox: `0 0 ${width} ${HEIGHT}`,
     role: "img",
-    "aria-label": `A map of ${texts.length} texts: the closer two points, the more alike the texts`,
+    "aria-label": `A map of ${texts.length} texts: the closer two points, the more similar their texts`,
   });
   points.forEach((point, i) => {
     const group = shape("g", { transform: `translate(${x(point[0])} ${y(point[1])})` });

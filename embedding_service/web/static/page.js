@@ -1,4 +1,4 @@
-// The page: the service's state above, texts on the left, how alike they are on the right.
+// The page: the service's state at the top, the texts on the left, their similarity on the right.
 
 import { jsonl, npy, save } from "./files.js";
 import { element, floor, heatmap, number, pairs, similarities } from "./heatmap.js";
@@ -16,11 +16,11 @@ const EXAMPLE = [
   "I forgot my login and cannot sign in.",
 ];
 
-const MOST_TEXTS = 100;
+const MAX_TEXTS = 100;
 // A map of fewer texts shows nothing.
-const LEAST_ON_MAP = 3;
+const MIN_ON_MAP = 3;
 const CODE = { curl, python, javascript };
-const MOST_PAIRS = 5;
+const MAX_PAIRS = 5;
 const POLL_MS = { healthy: 5000, otherwise: 1000 };
 
 const STATES = {
@@ -52,7 +52,7 @@ async function poll() {
 
 function showState(answer) {
   const state = answer.status in STATES ? answer.status : "unhealthy";
-  // Written only when it changes: it is read out to those who cannot see it.
+  // Written only when it changes, because screen readers read out every update.
   if ($("status").dataset.state !== state) {
     $("status").dataset.state = state;
     $("status").textContent = STATES[state];
@@ -67,7 +67,7 @@ function showState(answer) {
 }
 
 async function showModel() {
-  // One try for each time it becomes healthy, and one for each key.
+  // Try once each time the service becomes healthy, and once for each key.
   knowsModel = true;
   try {
     const model = await info();
@@ -75,7 +75,7 @@ async function showModel() {
     $("backend").textContent = `${model.backend}, ${model.model_dtype}`;
     $("version").textContent = `Version ${model.version}`;
     acceptKey();
-    // A visitor sees at once what the page is for.
+    // Compare the example at once, so that visitors see what the page does.
     if (!runs && $("texts").value === EXAMPLE.join("\n")) compare();
   } catch (error) {
     if (error.status === 401) askForKey();
@@ -101,7 +101,7 @@ function acceptKey() {
   $("key").value = "";
   const hasKey = key.get() !== "";
   $("forget").hidden = !hasKey;
-  // A browser follows a link without the key.
+  // Browsers do not send the key when they follow a link.
   $("links").hidden = hasKey;
 }
 
@@ -136,7 +136,7 @@ function useExample() {
   compare();
 }
 
-// Of several answers on their way only that to the last question counts.
+// Only the answer to the latest request is shown.
 let runs = 0;
 let shown = null;
 
@@ -145,9 +145,9 @@ async function compare(event) {
   const run = ++runs;
   show("error", "");
   const texts = lines();
-  if (texts.length === 0) return show("error", "Type at least one text.");
-  if (texts.length > MOST_TEXTS) {
-    return show("error", `This page compares up to ${MOST_TEXTS} texts, and here are ${texts.length}.`);
+  if (texts.length === 0) return show("error", "Enter at least one text.");
+  if (texts.length > MAX_TEXTS) {
+    return show("error", `This page compares up to ${MAX_TEXTS} texts; there are ${texts.length}.`);
   }
   const body = JSON.stringify({ texts });
   busy(true, Boolean(event));
@@ -169,7 +169,7 @@ async function compare(event) {
   }
 }
 
-// What is shown belongs to the texts that were compared, or there is nothing.
+// After an error, so that no old results are shown with new texts.
 function clearAnswer() {
   $("matrix").replaceChildren();
   $("empty").hidden = false;
@@ -180,10 +180,10 @@ function clearAnswer() {
   show("truncated", "");
 }
 
-function busy(is, byButton = false) {
-  $("compare").disabled = is && byButton;
-  $("compare").textContent = is ? "Comparing…" : "Compare";
-  $("similarity").setAttribute("aria-busy", is);
+function busy(isBusy, byButton = false) {
+  $("compare").disabled = isBusy && byButton;
+  $("compare").textContent = isBusy ? "Comparing…" : "Compare";
+  $("similarity").setAttribute("aria-busy", isBusy);
 }
 
 // Results
@@ -199,14 +199,14 @@ function showAnswer(texts, answer, elapsed) {
       $("readout").textContent = `${number(matrix[i][j], 3)}  “${texts[i]}” and “${texts[j]}”`;
     }),
   );
-  show("readout", "Point at a cell, or walk the cells with the arrow keys, to read a pair.");
+  show("readout", "Point at a cell, or move with the arrow keys, to see its two texts.");
   const { usage } = answer;
   $("timing").textContent =
     `${texts.length === 1 ? "1 text" : `${texts.length} texts`}, ${usage.tokens} tokens, ` +
-    `${milliseconds(answer.processing_time_ms)} in the service, ${milliseconds(elapsed)} with the way there and back.`;
+    `${milliseconds(answer.processing_time_ms)} in the service, ${milliseconds(elapsed)} including the network.`;
   showTruncated(texts, usage.truncated);
-  showPairs(texts, pairs(matrix).slice(0, MOST_PAIRS));
-  const onMap = texts.length >= LEAST_ON_MAP;
+  showPairs(texts, pairs(matrix).slice(0, MAX_PAIRS));
+  const onMap = texts.length >= MIN_ON_MAP;
   $("map-card").hidden = !onMap;
   $("map").replaceChildren(...(onMap ? [draw(texts, answer.embeddings, $("map").clientWidth)] : []));
   $("map-list").replaceChildren(...(onMap ? legend(texts) : []));
@@ -218,8 +218,8 @@ function showTruncated(texts, indices) {
   const which = indices.map((index) => index + 1).join(", ");
   const words = indices.length === 1 ? `Text ${which} is` : `Texts ${which} are`;
   const limit = $("longest").textContent;
-  const most = limit === "–" ? "" : ` of ${limit}`;
-  show("truncated", indices.length ? `${words} longer than the model reads: only the beginning${most} counts.` : "");
+  const part = limit === "–" ? "beginning" : `first ${limit}`;
+  show("truncated", indices.length ? `${words} too long for the model, which reads only the ${part}.` : "");
 }
 
 function showPairs(texts, nearest) {
@@ -276,15 +276,15 @@ function showPanel(tab) {
 }
 
 async function copyCurl() {
-  let said = "Copied";
+  let message = "Copied";
   try {
     await navigator.clipboard.writeText($("curl").textContent);
   } catch {
-    // Browsers give the clipboard to https and localhost only: there the text is marked instead.
+    // Browsers allow access to the clipboard only on https and localhost. Elsewhere, select the text.
     getSelection().selectAllChildren($("curl"));
-    said = "Marked: press Ctrl C";
+    message = "Selected: press Ctrl C";
   }
-  $("copy").textContent = said;
+  $("copy").textContent = message;
   setTimeout(() => ($("copy").textContent = "Copy"), 2000);
 }
 
@@ -304,7 +304,7 @@ connectTabs(panels, showPanel);
 connectTabs(languages, showCode);
 startSearch(askForKey);
 if (navigator.platform.startsWith("Mac")) $("modifier").textContent = "⌘";
-// After a reload browsers put back what was typed.
+// After a reload, browsers restore what was typed.
 if (!$("texts").value) $("texts").value = EXAMPLE.join("\n");
 countTexts();
 poll();

@@ -1,23 +1,23 @@
-// The tab "Search": documents are embedded as they come, and ranked while a query is typed.
+// The Search tab: documents are embedded as they are added, and ranked while a query is typed.
 
 import { element, number } from "./heatmap.js";
 import { textsOf } from "./files.js";
 import { ServiceError, embed } from "./service.js";
 
-const MOST_DOCUMENTS = 5000;
+const MAX_DOCUMENTS = 5000;
 const BATCH = 128;
 const SHOWN = 20;
-// How long after the last key a query, and a change of the documents, is sent.
+// How long after the last key press a query, or a change of the documents, is sent.
 const QUERY_MS = 150;
 const DOCUMENTS_MS = 400;
 
 const $ = (id) => document.getElementById(id);
 const documents = () => $("documents").value.split("\n").filter((line) => line.trim() !== "");
 
-// The vector of each document that has been embedded, by its text.
+// The vectors of the documents embedded so far, by text.
 const known = new Map();
 let onUnauthorized = () => {};
-// Of several answers on their way only that to the last question counts.
+// Only the answers to the latest query and the latest documents are used.
 let asked = 0;
 let embedding = 0;
 
@@ -71,8 +71,8 @@ async function embedDocuments() {
   const mine = ++embedding;
   count();
   const all = documents();
-  if (all.length > MOST_DOCUMENTS) {
-    return fail(`This page searches up to ${MOST_DOCUMENTS.toLocaleString("en")} documents, and here are ${all.length.toLocaleString("en")}.`);
+  if (all.length > MAX_DOCUMENTS) {
+    return fail(`This page searches up to ${MAX_DOCUMENTS.toLocaleString("en")} documents; there are ${all.length.toLocaleString("en")}.`);
   }
   show("search-error", "");
   const missing = [...new Set(all)].filter((text) => !known.has(text));
@@ -97,13 +97,13 @@ async function search() {
     .filter((text) => known.has(text))
     .map((text) => ({ text, score: similarity(vectors[0], known.get(text)) }))
     .sort((a, b) => b.score - a.score);
-  // The documents are still on their way; they are searched when they have come.
+  // No document has its vector yet. The search runs again once they are embedded.
   if (!ranked.length) return;
   show("search-error", "");
   $("search-empty").hidden = true;
   $("results").replaceChildren(...ranked.slice(0, SHOWN).map(result));
   $("search-status").textContent =
-    `The nearest ${Math.min(SHOWN, ranked.length)} of ${ranked.length.toLocaleString("en")}, in ${Math.round(performance.now() - began)} ms.`;
+    `Top ${Math.min(SHOWN, ranked.length)} of ${ranked.length.toLocaleString("en")}, in ${Math.round(performance.now() - began)} ms.`;
 }
 
 const similarity = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);

@@ -1,24 +1,24 @@
-// The curl command that sends what the page has sent, quoted for a POSIX shell.
+// The page's request as code: curl for a POSIX shell, Python and JavaScript.
 
-// Linux allows one argument 128 KiB; a longer body goes through standard input.
-const LONGEST_ARGUMENT = 120_000;
+// Linux limits an argument to 128 KiB; a longer body is sent through standard input.
+const MAX_ARGUMENT_BYTES = 120_000;
 
-/** One word of a shell command; nothing in it is special to the shell. */
+/** A word of a shell command, quoted if it has to be. */
 export function quote(word) {
   return /^[\w/:.,=@%+-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
 }
 
-/** The command for POST `url` with a JSON `body`; the key is named, not shown. */
+/** The curl command for POST `url` with a JSON `body`; it takes the key from API_KEY. */
 export function curl(url, body, withKey) {
   const lines = [`curl ${quote(url)}`, "-H 'Content-Type: application/json'"];
   if (withKey) lines.push('-H "Authorization: Bearer $API_KEY"');
-  const isLong = new TextEncoder().encode(body).length > LONGEST_ARGUMENT;
-  // JSON has no line break of its own, so no line of it can end the here-document.
+  const isLong = new TextEncoder().encode(body).length > MAX_ARGUMENT_BYTES;
+  // The JSON is a single line, so it cannot end the here-document early.
   lines.push(isLong ? `--data-binary @- <<'JSON'\n${body}\nJSON` : `-d ${quote(body)}`);
   return lines.join(" \\\n  ");
 }
 
-/** The same in Python, with the package requests. */
+/** The same in Python, with the requests package. */
 export function python(url, body, withKey) {
   const key = withKey ? '    headers={"Authorization": f"Bearer {os.environ[\'API_KEY\']}"},\n' : "";
   return (
