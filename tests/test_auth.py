@@ -78,7 +78,7 @@ def test_every_way_to_send_a_key_works(client, headers):
 
 
 @pytest.mark.parametrize("headers", REFUSED.values(), ids=REFUSED.keys())
-def test_without_a_valid_key_the_answer_is_401_and_says_how_to_send_one(client, headers):
+def test_a_request_without_a_valid_key_gets_a_401_that_says_how_to_send_one(client, headers):
     answer = client.post("/embed", json=BODY, headers=headers)
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"] == 'Bearer realm="embedding-service"'
@@ -104,7 +104,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(("path", "message"), SHAPES.values(), ids=SHAPES.keys())
-def test_each_protocol_says_in_its_own_form_that_a_key_is_needed(client, path, message):
+def test_each_protocol_has_its_own_error_for_a_missing_key(client, path, message):
     answer = client.post(path, json={})
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
@@ -117,7 +117,7 @@ def is_meant_to_be_public(rule, method):
     return method == "GET" and (rule in health | pages or rule.startswith("/static/"))
 
 
-def test_every_route_but_health_and_the_pages_asks_for_a_key(client):
+def test_every_route_but_health_and_the_pages_requires_a_key(client):
     routes = [
         (rule.rule, method)
         for rule in client.application.url_map.iter_rules()
@@ -134,13 +134,13 @@ def test_every_route_but_health_and_the_pages_asks_for_a_key(client):
     assert asked.isdisjoint({("/health", "GET"), ("/ping", "GET")})
 
 
-def test_what_does_not_exist_is_not_told_apart_without_a_key(client):
+def test_a_caller_without_a_key_cannot_tell_which_routes_exist(client):
     assert client.get("/nothing/here").status_code == 401
     assert client.get("/embed").status_code == 401
     assert client.get("/nothing/here", headers=SENT["bearer"]).status_code == 404
 
 
-def test_health_is_told_by_its_rule_not_by_how_a_path_looks(client):
+def test_a_path_that_merely_resembles_health_requires_a_key(client):
     for path in (
         "//health",
         "/health/../embed",
@@ -151,11 +151,11 @@ def test_health_is_told_by_its_rule_not_by_how_a_path_looks(client):
         assert client.post(path, json=BODY).status_code == 401, path
 
 
-def test_no_key_is_asked_for_where_none_is_set():
+def test_no_key_is_required_if_none_is_set():
     assert client_for().post("/embed", json=BODY).status_code == 200
 
 
-def test_each_key_is_compared_with_every_known_one(monkeypatch):
+def test_a_key_is_compared_with_every_known_key(monkeypatch):
     compared = []
     real = auth.KeyRing.holds.__globals__["hmac"].compare_digest
 
@@ -177,7 +177,7 @@ def replace(file: Path, *keys: str) -> None:
     new.replace(file)
 
 
-def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path):
+def test_the_key_file_is_reread_when_it_changes(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"# a comment\n\n  {FILED}  \r\nsecond\n")
     ring = KeyRing(OURS, str(file))
@@ -192,7 +192,7 @@ def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path):
     assert [ring.holds(key.encode()) for key in (OURS, FILED, ROTATED)] == [True, False, True]
 
 
-def test_an_emptied_file_lets_nobody_in(tmp_path):
+def test_an_emptied_key_file_lets_nobody_in(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"{FILED}\n")
     client = client_for(api_keys_file=str(file))
@@ -202,7 +202,7 @@ def test_an_emptied_file_lets_nobody_in(tmp_path):
     assert client.get("/info").status_code == 401
 
 
-def test_a_file_that_cannot_be_read_any_more_keeps_its_last_keys_and_says_so_once(tmp_path, caplog):
+def test_an_unreadable_key_file_keeps_its_last_keys_and_is_logged_once(tmp_path, caplog):
     file = tmp_path / "keys"
     file.write_text(f"{FILED}\n")
     ring = KeyRing(None, str(file))
@@ -224,14 +224,14 @@ BAD_SOURCES = {
 
 
 @pytest.mark.parametrize(("listed", "name", "reason"), BAD_SOURCES.values(), ids=BAD_SOURCES.keys())
-def test_a_source_of_keys_without_one_stops_the_start(tmp_path, listed, name, reason):
+def test_configured_sources_without_a_key_stop_the_start(tmp_path, listed, name, reason):
     (tmp_path / "empty").write_text("\n# nothing\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(StartupError, match=reason):
         KeyRing(listed, name and str(tmp_path / name)).check()
 
 
-def test_the_service_does_not_start_without_the_keys_it_is_told_to_ask_for(start, tmp_path):
+def test_the_service_does_not_start_without_its_configured_keys(start, tmp_path):
     running = start(API_KEYS_FILE=str(tmp_path / "missing"))
     assert running.process.wait(30) == 78
     assert len(running.log().splitlines()[-1:]) == 1
@@ -258,7 +258,7 @@ def test_which_addresses_are_open(host, is_open):
     assert not config.Config(api_keys_file="file").is_open_at(host)
 
 
-def test_the_real_service_asks_for_keys_rotates_them_and_never_logs_them(start, tmp_path):
+def test_the_real_service_requires_keys_rotates_them_and_never_logs_them(start, tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"{FILED}\n")
     running = start(
@@ -292,7 +292,7 @@ def test_the_real_service_asks_for_keys_rotates_them_and_never_logs_them(start, 
     assert "no key is required" not in running.log()
 
 
-def test_a_warning_when_the_network_may_use_the_service_without_a_key(start):
+def test_a_warning_is_logged_if_the_network_can_use_the_service_without_a_key(start):
     running = start(HOST="0.0.0.0")
     wait_until(
         lambda: "Anyone who can reach 0.0.0.0 can use this service" in running.log(), 30, "the warning"
@@ -300,7 +300,7 @@ def test_a_warning_when_the_network_may_use_the_service_without_a_key(start):
     assert running.log().count("Anyone who can reach") == 1
 
 
-def test_no_warning_where_only_this_machine_may(start):
+def test_no_warning_is_logged_if_only_this_machine_can(start):
     command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", "127.0.0.1:{port}", "app:app"]
     running = start(command, HOST="0.0.0.0")
     wait_until(running.health, 30, "an answer")

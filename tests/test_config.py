@@ -38,7 +38,7 @@ def test_an_empty_value_counts_as_not_set():
     assert config.load({"BATCH_SIZE": " ", "DEVICE": ""}) == config.load({})
 
 
-def test_an_old_name_counts_where_the_new_one_is_not_set():
+def test_an_old_name_counts_if_the_new_one_is_not_set():
     old = {"WEB_THREADS": "9"}
     assert config.load(old).max_concurrent_requests == 9
     assert config.load(old | {"MAX_CONCURRENT_REQUESTS": "8"}).max_concurrent_requests == 8
@@ -91,7 +91,7 @@ def test_prompts_are_read_as_json():
         pytest.param("CORS_ORIGINS", "*, https://a.example", "origins such as", id="a star and more"),
     ],
 )
-def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value, allowed):
+def test_a_bad_value_gets_one_line_with_its_name_and_the_allowed_values(name, value, allowed):
     with pytest.raises(config.ConfigError) as caught:
         config.load({name: value})
     message = str(caught.value)
@@ -101,7 +101,7 @@ def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value
     assert "Expected" not in message
 
 
-def test_a_key_that_is_refused_is_not_shown():
+def test_a_rejected_key_is_not_shown():
     with pytest.raises(config.ConfigError) as caught:
         config.load({"API_KEYS": "secret\nword"})
     assert "secret" not in str(caught.value)
@@ -124,7 +124,7 @@ def test_a_key_that_is_refused_is_not_shown():
         ("HOST", "my-host.example.", "my-host.example."),
     ],
 )
-def test_what_other_software_calls_the_same(name, value, meant):
+def test_names_that_other_software_uses_are_accepted(name, value, meant):
     assert getattr(config.load({name: value}), name.lower()) == meant
 
 
@@ -144,7 +144,7 @@ def test_the_environment_wins_over_the_env_file(env_file):
     assert (settings.batch_size, settings.max_seq_length) == (7, 128)
 
 
-def test_the_env_file_is_understood_as_dotenv_does(env_file):
+def test_the_env_file_is_parsed_as_dotenv_does(env_file):
     env_file.write_text(
         "\ufeff# a comment\n\nexport BATCH_SIZE = 7 # and another\nAPI_KEYS='a#b,c'\r\nHOST=\n"
         "LOG_FILE=${HOME}tmp/${NAME:-x}.log\n",
@@ -155,7 +155,7 @@ def test_the_env_file_is_understood_as_dotenv_does(env_file):
     assert settings.log_file == "/tmp/x.log"
 
 
-def test_only_what_is_for_the_libraries_is_put_into_the_environment(env_file):
+def test_only_variables_for_libraries_are_added_to_the_environment(env_file):
     env_file.write_text("API_KEYS=secret\nHF_TOKEN=theirs\nHOME=/other\n")
     config.load()
     assert {name: config.os.environ.get(name) for name in ("API_KEYS", "HF_TOKEN", "HOME")} == {
@@ -181,7 +181,7 @@ def test_only_what_is_for_the_libraries_is_put_into_the_environment(env_file):
         pytest.param("PORT=1\nLOG_FILE=lög".encode("latin-1"), "line 2: the file is not UTF-8", id="Latin-1"),
     ],
 )
-def test_an_env_file_that_is_not_understood_is_one_line(env_file, content, words):
+def test_an_invalid_env_file_gets_one_line(env_file, content, words):
     env_file.write_bytes(content)
     with pytest.raises(config.ConfigError) as caught:
         config.load()
@@ -190,7 +190,7 @@ def test_an_env_file_that_is_not_understood_is_one_line(env_file, content, words
     assert "secret" not in str(caught.value) or "API_KEYS:secret" in str(caught.value)
 
 
-def test_an_env_file_that_cannot_be_read_is_one_line(env_file):
+def test_an_unreadable_env_file_gets_one_line(env_file):
     env_file.mkdir()
     with pytest.raises(config.ConfigError, match=r"\.env cannot be read: Is a directory"):
         config.load()
@@ -211,7 +211,7 @@ def test_an_env_file_that_cannot_be_read_is_one_line(env_file):
         ("DEVICES", "DEVICE"),
     ],
 )
-def test_a_misspelt_setting_is_told_with_the_nearest(env_file, written, meant):
+def test_a_misspelt_setting_gets_a_suggestion(env_file, written, meant):
     env_file.write_text(f"{written}=1\nHF_TOKEN=x\nHF_HOME=/x\nTMPDIR=/x\n")
     config.load()
     [note] = config.notes()
@@ -219,7 +219,7 @@ def test_a_misspelt_setting_is_told_with_the_nearest(env_file, written, meant):
     assert note.endswith(f"did you mean {meant}?")
 
 
-def test_the_clients_key_alone_is_told_to_protect_nothing(env_file):
+def test_the_clients_key_alone_gets_a_warning_that_it_protects_nothing(env_file):
     env_file.write_text("API_KEY=x\n")
     config.load()
     assert "the service requires API_KEYS" in config.notes()[0]
@@ -228,19 +228,19 @@ def test_the_clients_key_alone_is_told_to_protect_nothing(env_file):
     assert config.notes() == []
 
 
-def test_env_example_has_every_setting_with_its_default_and_sentence():
+def test_env_example_has_every_setting_with_default_and_description():
     expected = "".join(
         f"\n# {_description(field)}\n#{field.name.upper()}={_documented_default(field)}\n" for field in FIELDS
     )
     assert (ROOT / ".env.example").read_text().endswith(expected)
 
 
-def test_the_readme_table_has_every_setting_with_its_default_and_sentence():
+def test_the_readme_table_has_every_setting_with_default_and_description():
     rows = re.findall(
         r"^\| `([A-Z0-9_]+)` \| (?:`(.*?)`)? ?\| (.*) \|$", (ROOT / "README.md").read_text(), re.M
     )
     assert rows == [(field.name.upper(), _documented_default(field), _description(field)) for field in FIELDS]
 
 
-def test_every_choice_has_a_sentence_that_ends():
+def test_every_description_ends_with_a_full_stop():
     assert all(_description(field).endswith(".") for field in FIELDS)

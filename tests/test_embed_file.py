@@ -134,7 +134,7 @@ def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: sig
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
-def test_an_interrupted_run_goes_on_and_has_every_row_once(service, oracle, tmp_path, number):
+def test_an_interrupted_run_resumes_with_every_row_once(service, oracle, tmp_path, number):
     resumed = interrupt_and_resume(service.url, tmp_path, oracle, 4000, number)
     assert resumed.peak_mib < 200
 
@@ -157,7 +157,7 @@ class Numbers(FakeEngine):
         return Embeddings(vectors=vectors, tokens=1, truncated=[], timings=Timings())
 
 
-def test_each_of_100_000_rows_is_there_once_after_two_kills(tmp_path):
+def test_all_of_100_000_rows_are_written_once_despite_two_kills(tmp_path):
     """Over HTTP with a model that takes no time, so that each row's vector can be looked at."""
     count, corpus, output = 100_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
     corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
@@ -193,7 +193,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
-def test_bad_rows_are_reported_with_their_lines_and_the_others_are_there(service, oracle, tmp_path, ending):
+def test_bad_rows_are_reported_with_their_lines_and_the_rest_are_embedded(service, oracle, tmp_path, ending):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / f"vectors.{ending}"
     good = [f"good text {i}" for i in range(len(BAD_LINES) + 1)]
     lines = [json.dumps(good[0]).encode()]
@@ -275,7 +275,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_command_that_cannot_begin_says_why_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+def test_a_command_that_cannot_start_says_why_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     for name in ("corpus.jsonl", "corpus.pdf", "there.npy"):
         (tmp_path / name).write_text('"text"\n')
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
@@ -307,9 +307,7 @@ OURS = ["", ".part", ".part.json", ".errors.jsonl", ".chunks.jsonl", ".part.new"
 @pytest.mark.parametrize("restart", [[], ["--restart"]], ids=["", "restart"])
 @pytest.mark.parametrize("link", ["path", "symlink", "hard link", "symlinked folder"])
 @pytest.mark.parametrize("suffix", OURS, ids=lambda suffix: suffix or "output")
-def test_a_file_that_the_run_would_write_may_not_be_its_input(
-    tmp_path, monkeypatch, capsys, suffix, link, restart
-):
+def test_a_run_never_overwrites_its_input(tmp_path, monkeypatch, capsys, suffix, link, restart):
     output = tmp_path / "v.jsonl"
     ours = output.with_name(output.name + suffix)
     corpus = tmp_path / "corpus.jsonl"
@@ -342,7 +340,7 @@ def a_pipe(path: Path) -> None:
 @pytest.mark.parametrize("restart", [[], ["--restart"]], ids=["", "restart"])
 @pytest.mark.parametrize("make", [a_folder, a_pipe])
 @pytest.mark.parametrize("suffix", OURS, ids=lambda suffix: suffix or "output")
-def test_a_folder_or_a_pipe_where_the_run_writes_is_left_alone(
+def test_a_folder_or_pipe_in_place_of_an_output_file_is_left_alone(
     tmp_path, monkeypatch, capsys, suffix, make, restart
 ):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
@@ -354,7 +352,7 @@ def test_a_folder_or_a_pipe_where_the_run_writes_is_left_alone(
 
 
 @pytest.mark.parametrize("suffix", OURS[1:4])
-def test_a_file_of_another_kind_in_the_place_of_ours_is_not_replaced_unasked(tmp_path, suffix):
+def test_a_file_that_is_not_ours_is_not_replaced_without_restart(tmp_path, suffix):
     output = tmp_path / "v.npy"
     foreign = output.with_name(output.name + suffix)
     foreign.write_text("someone's")
@@ -369,7 +367,7 @@ def test_a_file_of_another_kind_in_the_place_of_ours_is_not_replaced_unasked(tmp
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link"])
-def test_files_of_a_run_that_are_one_another_stop_it(tmp_path, monkeypatch, capsys, kind):
+def test_a_run_does_not_start_if_two_of_its_files_are_the_same(tmp_path, monkeypatch, capsys, kind):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
     corpus.write_text('"text"\n')
     paths.errors_path(output).write_text("")
@@ -381,7 +379,7 @@ def test_files_of_a_run_that_are_one_another_stop_it(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_restart_leaves_alone_what_its_part_is_linked_to_and_a_run_under_way(tmp_path):
+def test_restart_spares_hard_links_to_its_part_and_a_run_in_progress(tmp_path):
     output, kept = tmp_path / "v.npy", tmp_path / "kept"
     kept.write_bytes(b"x" * 1000)
     paths.part_path(output).hardlink_to(kept)
@@ -395,7 +393,7 @@ def test_restart_leaves_alone_what_its_part_is_linked_to_and_a_run_under_way(tmp
     assert np.load(first.path).tolist() == [[1, 1], [0, 0]]
 
 
-def test_a_folder_that_cannot_be_written_to_stops_the_run_before_it_begins(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_folder_stops_the_run_at_the_start(tmp_path, monkeypatch, capsys):
     """Root may write everywhere but to /proc, and learns it later than others."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('"text"\n')
@@ -408,7 +406,7 @@ def test_a_folder_that_cannot_be_written_to_stops_the_run_before_it_begins(tmp_p
     assert "/proc" in said and said.count("\n") == 1
 
 
-def test_restart_keeps_what_there_is_until_the_run_can_begin(tmp_path, monkeypatch):
+def test_restart_keeps_the_old_files_until_the_run_can_start(tmp_path, monkeypatch):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
     corpus.write_text('"text"\n')
     part = Part(output, JOB)
@@ -419,7 +417,7 @@ def test_restart_keeps_what_there_is_until_the_run_can_begin(tmp_path, monkeypat
     assert snapshot(tmp_path) == before
 
 
-def test_text_lines_are_rows_whatever_stands_in_them(tmp_path):
+def test_every_line_of_a_txt_file_is_a_row(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_bytes(b"\xef\xbb\xbffirst\r\n\n\xff\n  spaces  \nlast")
     found = list(Source(path, "text").rows())
@@ -462,7 +460,7 @@ CSV_FAULTS = {
 
 
 @pytest.mark.parametrize("content", CSV_FAULTS, ids=lambda content: content[:40].decode("latin-1"))
-def test_faults_in_quotes_are_bad_rows_on_their_lines_and_the_rows_after_them_are_kept(tmp_path, content):
+def test_quoting_faults_are_bad_rows_and_the_rows_after_them_are_kept(tmp_path, content):
     path = tmp_path / "table.csv"
     path.write_bytes(content)
     found = list(Source(path, "text").rows())
@@ -544,7 +542,7 @@ def test_damaged_csv_against_the_csv_module_in_strict_mode(tmp_path, table, quot
     assert starts == sorted(set(starts))
 
 
-def test_a_run_over_damaged_csv_goes_on_exactly_where_it_stopped(tmp_path):
+def test_a_run_over_damaged_csv_resumes_exactly_where_it_stopped(tmp_path):
     corpus, output = tmp_path / "corpus.csv", tmp_path / "vectors.npy"
     texts = [f"{number}" if number % 7 else '"unclosed' for number in range(1, 20_001)]
     corpus.write_text("text,id\n" + "".join(f"{text},0\n" for text in texts))
@@ -626,7 +624,7 @@ class Lengths(FakeEngine):
         return Embeddings(vectors=vectors, tokens=1, truncated=[], timings=Timings())
 
 
-def test_a_run_from_a_pipe_cannot_go_on_and_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_run_from_a_pipe_cannot_resume_and_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     output, pipe = tmp_path / "v.npy", tmp_path / "pipe"
     os.mkfifo(pipe)
     Part(output, JOB).close()
@@ -640,7 +638,7 @@ def test_a_run_from_a_pipe_cannot_go_on_and_says_so_in_one_line(tmp_path, monkey
 
 @pytest.mark.parametrize("cut", [1, 9])
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json", "parquet", "csv.gz"])
-def test_an_input_that_was_cut_off_is_found_before_the_run(tmp_path, monkeypatch, capsys, kind, cut):
+def test_a_truncated_input_is_detected_before_the_run(tmp_path, monkeypatch, capsys, kind, cut):
     corpus = tmp_path / f"corpus.{kind}"
     kind, _, packed = kind.partition(".")
     corpus.write_bytes(PACK[packed and f".{packed}"](written(kind))[:-cut])
@@ -681,7 +679,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_input_without_texts_is_refused_in_one_line_that_says_what_it_has(
+def test_an_input_without_texts_is_rejected_in_one_line_that_lists_its_fields(
     tmp_path, monkeypatch, capsys, name
 ):
     content, options, *words = REFUSED[name]
@@ -694,7 +692,7 @@ def test_an_input_without_texts_is_refused_in_one_line_that_says_what_it_has(
 
 
 @pytest.mark.parametrize("module", ["pyarrow", "backports.zstd"])
-def test_a_package_that_is_missing_is_named_in_one_line(tmp_path, monkeypatch, capsys, module):
+def test_a_missing_package_is_named_in_one_line(tmp_path, monkeypatch, capsys, module):
     kind = "parquet" if module == "pyarrow" else "zst"
     corpus = tmp_path / f"corpus.{kind}"
     corpus.write_bytes(written("parquet") if kind == "parquet" else PACK[".zst"](b'"a"\n'))
@@ -721,14 +719,14 @@ def test_a_package_that_is_missing_is_named_in_one_line(tmp_path, monkeypatch, c
     ids=lambda unused: unused[:9].decode("latin-1"),
 )
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_a_field_that_is_not_used_makes_no_row_bad(tmp_path, kind, unused):
+def test_an_unused_field_never_makes_a_row_bad(tmp_path, kind, unused):
     path = tmp_path / f"corpus.{kind}"
     line = b'{"x": ' + unused + b', "text": "a"}'
     path.write_bytes(b"[" + line + b"]" if kind == "json" else line)
     assert list(Source(path, "text").rows()) == [Row(0, 1, "a")]
 
 
-def test_elements_of_a_json_array_have_their_lines_and_bad_ones_stand_alone(tmp_path):
+def test_json_elements_have_line_numbers_and_bad_ones_fail_alone(tmp_path):
     path = tmp_path / "corpus.json"
     path.write_bytes(
         b'\xef\xbb\xbf\n [\n"a [,] \\" b",\n\n {"text": nope}, {"text":\n"\xff"},7,'
@@ -746,7 +744,7 @@ def test_elements_of_a_json_array_have_their_lines_and_bad_ones_stand_alone(tmp_
     assert list(Source(path, "text").rows()) == []
 
 
-def test_parquet_values_that_are_no_text_are_bad_rows(tmp_path):
+def test_parquet_values_without_a_text_are_bad_rows(tmp_path):
     path = tmp_path / "corpus.parquet"
     values = pyarrow.array([b"a", None, b"\xff", b"d"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
     parquet.write_table(pyarrow.table({"text": values}), path)
@@ -761,7 +759,7 @@ def test_parquet_values_that_are_no_text_are_bad_rows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "jsonl.zst", "csv"])
-def test_reading_holds_a_part_of_the_file_in_memory(tmp_path, kind):
+def test_only_a_part_of_the_file_is_in_memory(tmp_path, kind):
     path, rows = tmp_path / f"corpus.{kind}", 40_000
     line = b'"' + b"x" * 1000 + b'"'
     content = (
@@ -796,14 +794,14 @@ def test_reading_holds_a_part_of_the_file_in_memory(tmp_path, kind):
     ],
     ids=str,
 )
-def test_a_run_that_differs_names_the_old_and_the_new_value(tmp_path, change, words):
+def test_another_job_is_refused_with_the_old_and_the_new_value(tmp_path, change, words):
     output = tmp_path / "v.npy"
     Part(output, JOB).close()
     with pytest.raises(StartupError, match=re.escape(words)):
         Part(output, msgspec.structs.replace(JOB, **change))
 
 
-def test_an_input_that_changes_meanwhile_gives_no_output(tmp_path, monkeypatch, capsys):
+def test_an_input_that_changes_during_the_run_gives_no_output(tmp_path, monkeypatch, capsys):
     corpus, output = tmp_path / "corpus.txt", tmp_path / "vectors.npy"
     corpus.write_text("1\n2\n3\n")
 
@@ -823,7 +821,7 @@ def test_an_input_that_changes_meanwhile_gives_no_output(tmp_path, monkeypatch, 
         served.stop()
 
 
-def test_a_line_without_an_end_is_a_bad_row_and_does_not_fill_the_memory(tmp_path):
+def test_an_endless_line_is_a_bad_row_and_does_not_fill_the_memory(tmp_path):
     path = tmp_path / "endless.jsonl"
     with path.open("wb") as file:
         file.truncate(200 << 20)
@@ -877,7 +875,7 @@ def numbered(*texts: str) -> list[Row]:
     return [Row(number, number + 1, text) for number, text in enumerate(texts)]
 
 
-def test_the_key_is_sent_and_a_wrong_one_stops_the_run_before_it_begins():
+def test_the_key_is_sent_and_a_wrong_one_stops_the_run_at_the_start():
     scripted = Scripted(lambda _texts: refusal(401, "missing or wrong API key"))
     with pytest.raises(StartupError, match="missing or wrong API key"):
         Patient(scripted.embedder(), 10)
@@ -918,7 +916,7 @@ def test_every_form_of_retry_after_is_read(headers, seconds):
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 500, 504])
-def test_one_refused_text_is_found_and_only_its_row_is_bad(status):
+def test_a_single_rejected_text_is_found_and_only_its_row_is_bad(status):
     about = {"field": "texts", "index": 0, "reason": "is poison"}
     scripted = Scripted(
         lambda texts: refusal(status, "texts[0] is poison", about) if "poison" in texts else None
@@ -931,14 +929,14 @@ def test_one_refused_text_is_found_and_only_its_row_is_bad(status):
     assert [request.url.path for request in scripted.requests].count("/embed") < 20
 
 
-def test_a_service_that_fails_at_everything_for_a_while_makes_no_row_bad():
+def test_a_service_that_fails_completely_for_a_while_makes_no_row_bad():
     failing = iter([False] + [True] * 5)
     scripted = Scripted(lambda _texts: refusal(500, "internal") if next(failing, False) else None)
     chunk = Patient(scripted.embedder(), 120).embed(numbered("a", "b", "c"))
     assert not chunk.bad and not np.isnan(chunk.vectors).any()
 
 
-def test_it_gives_up_after_the_time_that_was_set():
+def test_it_gives_up_after_the_configured_time():
     answered = iter([None])
     scripted = Scripted(lambda _texts: next(answered, refusal(503, "loading")))
     patient = Patient(scripted.embedder(), 1.5)
@@ -970,7 +968,7 @@ JOB = Job(
 )
 
 
-def test_a_torn_row_and_errors_ahead_of_the_rows_are_dropped(tmp_path):
+def test_a_partial_row_and_errors_without_their_rows_are_dropped(tmp_path):
     output = tmp_path / "v.npy"
     part = Part(output, JOB)
     part.append(np.ones((3, 2), np.float32), [Row(1, 2, error="bad")], [Place(0), Place(1), Place(2)])
@@ -987,7 +985,7 @@ def test_a_torn_row_and_errors_ahead_of_the_rows_are_dropped(tmp_path):
     assert again.errors_path.read_text().count("\n") == 1
 
 
-def test_other_work_and_a_second_run_are_kept_out_of_a_part(tmp_path):
+def test_a_part_is_closed_to_other_jobs_and_to_a_second_run(tmp_path):
     output = tmp_path / "v.npy"
     part = Part(output, JOB)
     with pytest.raises(StartupError, match="another run is writing"):
@@ -1211,7 +1209,7 @@ def read_lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_int8_without_ranges_does_not_begin(service, tmp_path):
+def test_int8_without_ranges_does_not_start(service, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     write_corpus(corpus, 3)
     run = Run(corpus, "-o", tmp_path / "vectors.npy", "--url", service.url, "--precision", "int8")
@@ -1220,7 +1218,7 @@ def test_int8_without_ranges_does_not_begin(service, tmp_path):
     assert not (tmp_path / "vectors.npy").exists()
 
 
-def test_ranges_of_another_model_do_not_begin(service, tmp_path):
+def test_ranges_of_another_model_are_rejected(service, tmp_path):
     ranges, corpus = tmp_path / "ranges.json", tmp_path / "corpus.jsonl"
     numbers = {"minimum": [-1.0] * 384, "maximum": [1.0] * 384}
     ranges.write_text(json.dumps({"fingerprint": "another"} | numbers))

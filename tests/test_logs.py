@@ -41,7 +41,7 @@ def output(form: str) -> list[str]:
     return (done.stdout + done.stderr).splitlines()
 
 
-def test_json_holds_what_libraries_print_and_what_nobody_caught():
+def test_json_has_what_libraries_print_and_uncaught_exceptions():
     records = [json.loads(line) for line in output("json")]
     assert all(STAMP.fullmatch(record["time"]) for record in records)
     assert [
@@ -58,7 +58,7 @@ def test_json_holds_what_libraries_print_and_what_nobody_caught():
     assert "Traceback" in records[-1]["traceback"]
 
 
-def test_text_has_a_library_in_our_form():
+def test_lines_of_libraries_have_our_text_format():
     assert any(line.endswith("WARNING library a library's line") for line in output("text"))
 
 
@@ -78,7 +78,7 @@ def test_every_line_of_a_service_is_json(start, tmp_path, level):
     assert len([r for r in records if "CACHE_FOLDER cannot be written" in r["message"]]) == 1
 
 
-def test_what_native_code_prints_in_the_model_process_is_json(start, tmp_path):
+def test_output_of_native_code_in_the_model_process_is_json(start, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nif 'embedding_service.sharing.server' in sys.orig_argv:\n"
         "    os.write(1, b'from C\\n')\n    os.write(2, b'{not ours\\n')\n"

@@ -137,7 +137,7 @@ def test_every_request_of_every_worker_is_counted_once(two_workers):
     assert after.value("embedding_model_ready") == 1
 
 
-def test_labels_stay_few_whatever_is_asked_for(two_workers):
+def test_the_number_of_labels_is_bounded(two_workers):
     service, _ = two_workers
     for number in range(30):
         requests.get(f"{service.url}/nothing/{number}?key={number}", timeout=10)
@@ -153,7 +153,7 @@ def test_labels_stay_few_whatever_is_asked_for(two_workers):
     assert after.value("embedding_requests_total", route="unmatched", method="DELETE", status="405") == 30
 
 
-def test_openmetrics_is_spoken_to_those_who_ask_for_it(two_workers):
+def test_openmetrics_is_sent_on_request(two_workers):
     service, _ = two_workers
     answer = requests.get(
         f"{service.url}/metrics",
@@ -220,7 +220,7 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     assert len(list(folder.iterdir())) <= files * 6 // 4
 
 
-def test_the_folder_is_private_and_goes_with_the_service(start):
+def test_the_folder_is_private_and_removed_with_the_service(start):
     service = start()
     wait_until(service.health, 30, "an answer")
     folder = wait_until(lambda: _folder_or_none(service), 10, "the model process")
@@ -229,7 +229,7 @@ def test_the_folder_is_private_and_goes_with_the_service(start):
     assert not folder.parent.exists()
 
 
-def test_no_room_for_the_folder_is_one_line(start, monkeypatch, tmp_path):
+def test_no_space_for_the_folder_gets_one_line(start, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     running = start()
     assert running.process.wait(30) == 78
@@ -237,7 +237,7 @@ def test_no_room_for_the_folder_is_one_line(start, monkeypatch, tmp_path):
     assert len(running.log().splitlines()) == 1
 
 
-def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
+def test_a_full_disk_is_detected_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(runtime_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(StartupError, match="less than 16 MiB are free"):
@@ -245,7 +245,7 @@ def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_memory_then_disk(monkeypatch, tmp_path):
+def test_without_shared_memory_the_folder_is_on_disk(monkeypatch, tmp_path):
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr(runtime_folder, "MEMORY_FOLDER", str(tmp_path / "missing"))
     monkeypatch.setattr(runtime_folder.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -254,7 +254,7 @@ def test_no_memory_then_disk(monkeypatch, tmp_path):
     assert folder.metrics.is_dir()
 
 
-def test_a_path_too_long_for_a_socket_is_one_line(start, monkeypatch, tmp_path):
+def test_a_path_too_long_for_a_socket_gets_one_line(start, monkeypatch, tmp_path):
     long = tmp_path / ("x" * 80)
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
@@ -368,7 +368,7 @@ def test_a_gpu_is_sampled_with_the_queue(driver):
         sampler.close()
 
 
-def test_what_a_gpu_does_not_tell_is_left_out(driver, monkeypatch):
+def test_values_that_a_gpu_does_not_report_are_left_out(driver, monkeypatch):
     def refuse(*_):
         raise driver.pynvml.NVMLError(driver.pynvml.NVML_ERROR_NOT_SUPPORTED)
 
@@ -379,7 +379,7 @@ def test_what_a_gpu_does_not_tell_is_left_out(driver, monkeypatch):
     assert not [s for s in after.samples("embedding_gpu_utilization_ratio") if s.labels["gpu"] == "cuda:2"]
 
 
-def test_no_driver_is_no_failure(driver, monkeypatch, caplog):
+def test_a_missing_driver_is_not_an_error(driver, monkeypatch, caplog):
     def missing():
         raise driver.pynvml.NVMLError(driver.pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
@@ -437,7 +437,7 @@ print(metrics.exposition("")[0].decode())
 """
 
 
-def test_a_fork_counts_apart_and_nothing_is_counted_twice(tmp_path):
+def test_a_fork_counts_separately_and_nothing_is_counted_twice(tmp_path):
     command = [sys.executable, "-c", FORKS, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     scraped = Scraped(done.stdout)
@@ -445,7 +445,7 @@ def test_a_fork_counts_apart_and_nothing_is_counted_twice(tmp_path):
     assert scraped.value("embedding_queued_tokens") == 10
 
 
-def test_the_documentation_lists_every_metric_as_it_is():
+def test_the_documentation_describes_every_metric():
     rows = re.findall(
         r"^\| `(embedding_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$",
         (ROOT / "docs" / "metrics.md").read_text(),

@@ -60,7 +60,7 @@ AWKWARD = {
 
 @pytest.mark.parametrize("overlap", [0, 20, 200])
 @pytest.mark.parametrize("text", AWKWARD.values(), ids=AWKWARD)
-def test_pieces_fit_cover_the_text_and_share_no_more_than_asked(oracle, splitter, text, overlap):
+def test_pieces_fit_cover_the_text_and_overlap_no_more_than_requested(oracle, splitter, text, overlap):
     [chunks] = splitter.split([text], None, overlap)
     assert len(chunks) > 1
     covered = set()
@@ -89,7 +89,7 @@ def test_a_text_that_fits_is_one_piece(splitter):
     assert splitter.split(["", SHORT], None, 0) == [[Chunk(0, 0, 0)], [Chunk(0, len(SHORT), 3)]]
 
 
-def test_the_prompt_takes_its_room_in_each_piece(oracle, splitter):
+def test_each_piece_leaves_room_for_the_prompt(oracle, splitter):
     prompt = "represent this text for retrieval: "
     [chunks] = splitter.split([LONG], prompt, 0)
     assert max(tokens_of(oracle, prompt + LONG[chunk.start : chunk.stop]) for chunk in chunks) <= 256
@@ -97,7 +97,7 @@ def test_the_prompt_takes_its_room_in_each_piece(oracle, splitter):
         splitter.split([LONG], None, 254)
 
 
-def test_a_prompt_that_fills_the_window_is_what_the_error_is_about(splitter):
+def test_a_prompt_that_fills_the_window_is_named_in_the_error(splitter):
     with pytest.raises(
         InvalidRequest, match="the prompt leaves no room for a text in the 256 tokens"
     ) as info:
@@ -117,18 +117,18 @@ class CuttingEngine:
         return Embeddings(vectors=vectors, tokens=3, truncated=cut, timings=Timings())
 
 
-def test_a_piece_that_is_cut_all_the_same_is_told_by_its_text():
+def test_a_truncated_piece_is_reported_as_its_text():
     request = EmbedRequest(texts=["c", "a b", "b b"], deadline=0)
     result, chunks = embed_chunks(CuttingEngine(), request, 0, 10)
     assert (result.truncated, result.chunks) == ([1, 2], 5)
     assert [len(own) for own in chunks] == [1, 2, 2]
 
 
-def test_a_model_that_reads_everything_has_whole_pieces(oracle):
+def test_a_model_that_reads_everything_gets_whole_texts(oracle):
     assert [len(own) for own in Splitter(oracle, None).split([LONG, SHORT], None, 0)] == [1, 1]
 
 
-def test_the_mean_weighs_tokens_and_leaves_single_pieces_alone():
+def test_the_mean_is_weighted_by_tokens_and_keeps_single_pieces_unchanged():
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
     chunks = [[Chunk(0, 1, 3), Chunk(1, 2, 1)], [Chunk(0, 1, 7)]]
     assert np.array_equal(means(vectors, chunks, normalize=False)[0], np.float32([0.75, 0.25]))
@@ -194,14 +194,14 @@ def test_mean_counts_its_pieces_and_keeps_dimensions(service):
     ],
     ids=str,
 )
-def test_what_is_refused_names_the_field(service, fields, field, reason):
+def test_an_error_names_the_field(service, fields, field, reason):
     response = ask(service, texts=[SHORT, LONG], **fields)
     body = response.json()
     assert (response.status_code, body["field"]) == (400, field)
     assert body["reason"].startswith(reason) or reason in body["reason"]
 
 
-def test_too_many_pieces_are_refused(start):
+def test_too_many_pieces_are_rejected(start):
     service = start(MAX_TEXTS_PER_REQUEST="5", DEFAULT_OVERFLOW="mean").wait_ready()
     response = ask(service, texts=[LONG])
     assert response.status_code == 413
@@ -243,7 +243,7 @@ def test_if_every_text_is_bad_every_vector_is_null(service):
     assert (body["embeddings"], len(body["errors"])) == ([None] * 3, 3)
 
 
-def test_an_error_that_is_about_no_text_still_fails(service):
+def test_an_error_that_is_not_about_a_text_still_fails(service):
     assert ask(service, texts=["a"], prompt_name="nope", on_error="null").status_code == 400
     assert ask(service, texts=[], on_error="null").status_code == 400
 

@@ -26,7 +26,7 @@ def pins(path: str) -> list[str]:
     return [re.sub(r"\s", "", line).replace('"', "'") for line in lines if "==" in line and line[0] != "#"]
 
 
-def test_depends_on_what_the_requirements_pin():
+def test_depends_on_the_packages_in_the_requirements():
     assert [re.sub(r"\s", "", pin) for pin in PROJECT["dependencies"]] == pins("requirements.txt")
     for extra, pinned in PROJECT["optional-dependencies"].items():
         assert pinned == pins(f"requirements-{extra}.txt")
@@ -95,7 +95,7 @@ def test_embeds_a_file(command, tmp_path):
     assert (tmp_path / "rows.npy").is_file()
 
 
-def test_says_its_version(command, tmp_path):
+def test_prints_its_version(command, tmp_path):
     done = subprocess.run([command, "--version"], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout == f"embedding-service {__version__}\n"
 

@@ -65,7 +65,7 @@ def test_the_dashboard_shows_every_metric():
             assert any(shown_name.startswith(value._name) for shown_name in shown), value._name
 
 
-def test_the_panels_have_their_own_places():
+def test_panels_do_not_overlap():
     taken = set()
     for panel in panels():
         place = panel["gridPos"]
@@ -134,7 +134,7 @@ HEALTHY = {
 }
 
 
-def test_every_alert_has_its_fault():
+def test_every_alert_has_a_fault_in_the_table():
     assert set(FAULTS) == {rule["alert"] for rule in alerts()}
 
 
@@ -157,7 +157,7 @@ def firing(minutes: int, **matches: str) -> dict:
 
 
 @pytest.mark.parametrize("alert", FAULTS)
-def test_each_alert_fires_in_its_fault(tmp_path, alert):
+def test_each_alert_fires_during_its_fault(tmp_path, alert):
     end = 170 if alert == "EmbeddingTextsTruncated" else 55
     query = firing(end, alertname=alert) | {"exp_samples": [{"labels": "{}", "value": 1}]}
     done = rule_test(tmp_path, FAULTS[alert], [query])
@@ -267,7 +267,7 @@ def test_every_query_of_the_dashboard_returns_finite_series(scraped):
         raise AssertionError(f"{error}; without: {missing}") from None
 
 
-def test_the_gpu_queries_are_valid_where_there_is_none(scraped):
+def test_the_gpu_queries_are_valid_without_a_gpu(scraped):
     _, prometheus = scraped
     wanted = [query for query in queries() if "embedding_gpu_" in query]
     assert len(wanted) == 4
@@ -287,7 +287,7 @@ def test_prometheus_evaluates_every_alert_and_none_fires(scraped):
     assert {rule["state"] for rule in rules if rule["duration"] == 0} == {"inactive"}
 
 
-def test_the_series_of_every_alert_are_there(scraped):
+def test_the_series_of_every_alert_exist(scraped):
     """A rule over a metric or a label that the service lacks would be silent for ever."""
     _, prometheus = scraped
     for rule in alerts():

@@ -26,7 +26,7 @@ def vectors():
 
 
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
-def test_every_bit_is_as_the_library_gives_it(vectors, precision):
+def test_every_bit_equals_the_librarys(vectors, precision):
     ranges = find_ranges(vectors[:40], "f")
     given = quantize_embeddings(
         vectors, precision=precision, ranges=np.array([ranges.minimum, ranges.maximum])
@@ -36,7 +36,7 @@ def test_every_bit_is_as_the_library_gives_it(vectors, precision):
     assert np.array_equal(found, given)
 
 
-def test_a_dimension_that_never_varies_is_no_division_by_zero():
+def test_a_constant_dimension_causes_no_division_by_zero():
     vectors = np.ones((3, 2), np.float32)
     ranges = find_ranges(vectors, "f")
     given = quantize_embeddings(vectors, precision="int8", ranges=np.ones((2, 2), np.float32))
@@ -44,7 +44,7 @@ def test_a_dimension_that_never_varies_is_no_division_by_zero():
 
 
 @pytest.mark.parametrize("precision", ["int8", "uint8"])
-def test_8_bits_need_ranges_of_these_dimensions(vectors, precision):
+def test_8_bits_need_ranges_for_as_many_dimensions(vectors, precision):
     with pytest.raises(
         InvalidRequest, match=r"^precision is u?int8, which needs calibrated ranges: set INT8"
     ):
@@ -62,7 +62,7 @@ def test_8_bits_need_ranges_of_these_dimensions(vectors, precision):
     ],
     ids=["missing", "something else", "other model"],
 )
-def test_a_file_of_ranges_that_cannot_be_used_stops_the_start(tmp_path, content, reason):
+def test_an_unusable_file_of_ranges_stops_the_start(tmp_path, content, reason):
     path = tmp_path / "ranges.json"
     if content is not None:
         path.write_text(content)
@@ -79,7 +79,7 @@ def floats(service):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "binary", "ubinary"])
-def test_embed_answers_in_the_precision_asked_for(service, precision):
+def test_embed_returns_the_requested_precision(service, precision):
     expected = floats(service)
     if precision == "float16":
         expected = expected.astype(np.float16)
@@ -104,14 +104,14 @@ def test_embed_answers_in_the_precision_asked_for(service, precision):
     assert np.array_equal(array, expected)
 
 
-def test_an_error_is_json_for_those_that_accept_npy_too(service):
+def test_an_error_is_json_even_if_the_caller_accepts_npy(service):
     response = requests.post(
         f"{service.url}/embed", json={"texts": []}, headers={"Accept": "application/x-npy"}, timeout=60
     )
     assert (response.status_code, response.json()["field"]) == (400, "texts")
 
 
-def test_8_bits_without_ranges_are_refused(service):
+def test_8_bits_without_ranges_are_rejected(service):
     response = ask(service, precision="int8")
     assert (response.status_code, response.json()["field"]) == (400, "precision")
     answer = requests.post(
@@ -159,7 +159,7 @@ def test_errors_of_texts_need_json(service):
     assert (response.status_code, response.json()["field"]) == (400, "on_error")
 
 
-def test_calibrate_wants_enough_texts(tmp_path):
+def test_calibrate_requires_enough_texts(tmp_path):
     (tmp_path / "few.txt").write_text("one\n\ntwo\n")
     command = [sys.executable, "-m", "embedding_service", "calibrate", str(tmp_path / "few.txt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

@@ -19,7 +19,7 @@ def ask(service, path, **fields):
     ],
     ids=["TEI", "native"],
 )
-def test_each_token_has_the_vector_that_the_library_gives(service, oracle, path, fields, vectors):
+def test_each_token_has_the_librarys_vector(service, oracle, path, fields, vectors):
     found = vectors(ask(service, path, **fields).json())
     expected = oracle.encode(TEXTS, output_value="token_embeddings")
     assert [len(own) for own in found] == [len(own) for own in expected]
@@ -27,19 +27,19 @@ def test_each_token_has_the_vector_that_the_library_gives(service, oracle, path,
         assert np.abs(np.array(mine) - own.numpy()).max() < 1e-4
 
 
-def test_a_prompt_is_in_front(service, oracle):
+def test_a_prompt_comes_first(service, oracle):
     found = ask(service, "embed_all", inputs=["text"], prompt="query: ").json()
     [expected] = oracle.encode(["text"], prompt="query: ", output_value="token_embeddings")
     assert np.abs(np.array(found[0]) - expected.numpy()).max() < 1e-4
 
 
-def test_the_answer_tells_what_was_read(service):
+def test_the_response_counts_tokens(service):
     body = ask(service, "embed", texts=["one", "two words"], output="tokens").json()
     assert (body["count"], body["dimension"]) == (2, 384)
     assert body["usage"] == {"tokens": 3 + 4}
 
 
-def test_too_many_numbers_are_refused_before_they_are_computed(service):
+def test_too_many_numbers_are_rejected_before_they_are_computed(service):
     response = ask(service, "embed", texts=["word " * 400] * 100, output="tokens")
     assert (response.status_code, response.json()["field"]) == (413, "texts")
     assert "at most 4000000 numbers are allowed, so send fewer texts" in response.json()["reason"]
@@ -64,7 +64,7 @@ def test_the_prompt_counts_too(service):
     ],
     ids=str,
 )
-def test_what_does_not_go_with_tokens_is_refused(service, fields, field):
+def test_fields_that_cannot_be_used_with_tokens_are_rejected(service, fields, field):
     response = ask(service, "embed", texts="a", output="tokens", **fields)
     assert (response.status_code, response.json()["field"]) == (400, field)
 

@@ -44,7 +44,7 @@ def other_origin() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
-def test_only_a_named_origin_reads_the_answer(browser, other_origin, named):
+def test_only_a_named_origin_can_read_the_response(browser, other_origin, named):
     origins = other_origin if named else "https://another.example"
     served = Served(FakeEngine(), cors_origins=origins, api_keys="secret")
     try:

@@ -110,7 +110,7 @@ def test_it_names_the_model_and_its_device(browser, service):
     assert page.text("dimension") == "384"
 
 
-def test_nothing_comes_from_another_host_and_the_browser_has_no_complaint(browser, service):
+def test_nothing_comes_from_another_host_and_the_console_is_empty(browser, service):
     page = Page(browser, service.url)
     page.compare("one", "two")
     page.wait("longest", "tokens")
@@ -118,7 +118,7 @@ def test_nothing_comes_from_another_host_and_the_browser_has_no_complaint(browse
     assert page.console() == []
 
 
-def test_the_curl_line_sends_what_was_sent(browser, service, oracle):
+def test_the_curl_command_sends_the_same_texts(browser, service, oracle):
     require_program("curl", "curl")
     texts = ['it\'s "quoted" $HOME `id` \\n !! %s', "東京 👩‍👩‍👧 \\", "@file & ; | <tag>"]
     page = Page(browser, service.url)
@@ -129,7 +129,7 @@ def test_the_curl_line_sends_what_was_sent(browser, service, oracle):
     assert np.abs(np.array(json.loads(ran.stdout)["embeddings"]) - expected).max() < 1e-5
 
 
-def test_the_curl_line_of_a_text_too_long_for_an_argument(browser, scripted):
+def test_the_curl_command_for_a_body_too_long_for_an_argument(browser, scripted):
     require_program("curl", "curl")
     page = Page(browser, scripted.url)
     page.browser.execute_script(
@@ -154,7 +154,7 @@ def test_ctrl_enter_compares_and_the_arrow_keys_read_the_cells(browser, service)
     assert "“crimson” and “tax law”" in page.text("readout")
 
 
-def test_blank_lines_are_no_texts_and_no_text_is_refused_here(browser, service):
+def test_blank_lines_are_skipped_and_an_empty_box_is_an_error(browser, service):
     page = Page(browser, service.url)
     page.compare("one", "", "   ", "two")
     assert page.matrix().shape == (2, 2)
@@ -163,7 +163,7 @@ def test_blank_lines_are_no_texts_and_no_text_is_refused_here(browser, service):
     page.wait("error", "Enter at least one text.")
 
 
-def test_a_text_cut_by_the_model_is_named(browser, service):
+def test_a_truncated_text_is_named(browser, service):
     page = Page(browser, service.url)
     page.wait("longest", "256")
     page.compare("short", "word " * 300)
@@ -173,14 +173,14 @@ def test_a_text_cut_by_the_model_is_named(browser, service):
     assert not page["truncated"].is_displayed()
 
 
-def test_a_refusal_of_the_service_is_readable(browser, service):
+def test_an_error_of_the_service_is_readable(browser, service):
     page = Page(browser, service.url)
     page.browser.execute_script("document.getElementById('texts').value = 'x'.repeat(100001)")
     page["compare"].click()
     page.wait("error", "Texts[0] has 100001 characters; at most 100000 are allowed.")
 
 
-def test_a_text_is_shown_as_it_is_and_never_run(browser, scripted):
+def test_markup_in_a_text_is_shown_and_never_run(browser, scripted):
     page = Page(browser, scripted.url)
     page.compare("<img src=x onerror=alert(1)>", "<b>bold</b>")
     assert "<b>bold</b>" in page.text("pairs")
@@ -214,7 +214,7 @@ def test_overload_and_a_service_that_is_gone(browser, scripted):
     page.wait("status", "No answer")
 
 
-def test_an_api_key_is_asked_for_kept_in_the_tab_and_never_shown(browser, guarded):
+def test_the_api_key_is_requested_kept_in_the_tab_and_never_shown(browser, guarded):
     page = Page(browser, guarded.url)
     wait_until(page["key-form"].is_displayed, what="the question for a key")
     assert page.text("model") == "fake/model"  # /health says it to everybody
@@ -252,7 +252,7 @@ def test_the_api_reference_asks_for_the_key_too(browser, guarded):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_it_fits_the_screen_and_axe_core_finds_no_fault(browser, service, width, dark):
+def test_it_fits_the_screen_and_axe_core_finds_no_violation(browser, service, width, dark):
     page = Page(browser, service.url)
     light = page.scheme()
     page.resize(width)
@@ -265,7 +265,7 @@ def test_it_fits_the_screen_and_axe_core_finds_no_fault(browser, service, width,
     assert page.accessibility_violations() == []
 
 
-def test_a_hundred_texts_make_a_matrix_and_one_more_is_refused(browser, scripted):
+def test_a_hundred_texts_make_a_matrix_and_one_more_is_an_error(browser, scripted):
     page = Page(browser, scripted.url)
     page.resize(360)
     page.compare(*[f"text {i}" for i in range(100)])
@@ -296,7 +296,7 @@ def test_an_error_leaves_no_old_results(browser, scripted):
     assert page.browser.find_elements(By.CSS_SELECTOR, "#matrix td") == []
 
 
-def test_the_code_in_python_and_javascript_gets_the_same_vectors(browser, service, oracle, tmp_path):
+def test_the_python_and_javascript_code_gets_the_same_vectors(browser, service, oracle, tmp_path):
     texts = ['it\'s "quoted" $HOME `id` \\n ${1}', "東京 👩‍👩‍👧 \\"]
     page = Page(browser, service.url)
     page.compare(*texts)
@@ -333,7 +333,7 @@ def test_the_vectors_can_be_saved(browser, service, oracle, tmp_path):
     assert np.abs(np.array([row["embedding"] for row in rows]) - expected).max() < 1e-5
 
 
-def test_the_map_has_the_two_directions_of_the_largest_differences(browser, service, oracle):
+def test_the_map_shows_the_two_principal_components(browser, service, oracle):
     page = Page(browser, service.url)
     texts = ["a cat", "a kitten", "stock prices", "the market", "a password", "my login"]
     page.compare(*texts)
@@ -403,7 +403,7 @@ def test_the_api_reference_begins_with_embed(service):
     assert next(iter(paths)) == "/embed"
 
 
-def test_the_page_is_asked_for_again_and_its_files_are_kept(scripted):
+def test_the_page_is_revalidated_and_its_files_are_cached(scripted):
     page = requests.get(scripted.url, timeout=10)
     assert page.headers["Cache-Control"] == "no-cache"
     assert "'unsafe" not in page.headers["Content-Security-Policy"]

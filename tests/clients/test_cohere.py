@@ -57,7 +57,7 @@ def test_inputs_and_fewer_dimensions(client, close):
 
 
 @pytest.mark.parametrize(("truncate", "kept"), [("END", "first "), ("START", "last ")])
-def test_long_texts_are_cut_at_the_end_asked_for(client, close, truncate, kept):
+def test_long_texts_are_truncated_at_the_requested_end(client, close, truncate, kept):
     text = "first " * 300 + "last " * 300
     close(embed(client, [text], truncate=truncate).embeddings.float_, [kept * 254])
 
@@ -83,7 +83,7 @@ def test_none_refuses_long_texts(client):
     ],
     ids=str,
 )
-def test_what_is_refused(service, fields, message):
+def test_rejected_fields(service, fields, message):
     answer = requests.post(f"{service.url}/v2/embed", json=fields, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["message"].startswith(message)

@@ -100,7 +100,7 @@ def test_a_bug_is_a_500_without_details(app, path):
     validator(app, path, answer.status_code).validate(answer.json)
 
 
-def test_weaviate_is_told_when_nothing_would_be_served(app, monkeypatch):
+def test_weaviates_probes_fail_if_the_service_cannot_serve(app, monkeypatch):
     client = app.test_client()
     assert client.get("/.well-known/ready").status_code == 204
     loading = Status(state="loading", reason="loading the model")

@@ -55,7 +55,7 @@ def test_list(client, model_name):
 
 
 @pytest.mark.parametrize("name", ["all-minilm", "all-minilm:latest", "any"])
-def test_clients_that_check_a_name_first_find_it(client, name, model_name):
+def test_clients_that_look_up_a_name_first_find_it(client, name, model_name):
     shown = client.show(name)
     assert shown.capabilities == ["embedding"]
     assert shown.modelinfo["bert.embedding_length"] == 384
@@ -70,7 +70,7 @@ def test_truncate_false_refuses_over_long_texts(client):
     assert caught.value.status_code == 400
 
 
-def test_what_it_has_no_answer_to_is_an_error_of_its_form(client):
+def test_an_unknown_route_gets_an_error_in_ollamas_format(client):
     with pytest.raises(ollama.ResponseError, match="not found") as caught:
         client.generate(model="any", prompt="hello")
     assert caught.value.status_code == 404

@@ -72,7 +72,7 @@ def test_2048_inputs_in_one_request(client, close):
     close([answer.data[index].embedding for index in sample], [texts[index] for index in sample])
 
 
-def test_the_models_are_the_one(client, model_name):
+def test_the_list_of_models_has_the_one(client, model_name):
     assert [model.id for model in client.models.list()] == [model_name]
     assert client.models.retrieve(model_name).id == model_name
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5'"):
@@ -80,7 +80,7 @@ def test_the_models_are_the_one(client, model_name):
 
 
 @pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3]]], ids=["one", "many"])
-def test_token_ids_are_refused_with_the_way_out(client, ids):
+def test_token_ids_are_rejected_with_a_remedy(client, ids):
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as caught:
         client.embeddings.create(input=ids, model="any")
     assert caught.value.param == "input"
@@ -98,7 +98,7 @@ def test_token_ids_are_refused_with_the_way_out(client, ids):
     ],
     ids=str,
 )
-def test_what_is_wrong_is_named(client, arguments, param):
+def test_the_invalid_parameter_is_named(client, arguments, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model="any", **arguments)
     assert caught.value.param == param
@@ -121,7 +121,7 @@ def test_langchain(langchain_client, close):
     close([embeddings.embed_query("hello")], ["hello"])
 
 
-def test_langchain_with_token_ids_is_told_the_way_out(langchain_client):
+def test_langchain_with_token_ids_gets_a_remedy(langchain_client):
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
         langchain_client().embed_documents(["hello"])
 

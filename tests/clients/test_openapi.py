@@ -28,7 +28,7 @@ CHECKS = [
 UNDESCRIBED = {"/docs/<name>", "/static/<version>/<path:name>"}
 
 
-def test_no_request_has_an_undocumented_answer(service, tmp_path):
+def test_no_request_gets_an_undocumented_response(service, tmp_path):
     """schemathesis sends what the document allows, and what it does not."""
     run = subprocess.run(
         [
@@ -56,7 +56,7 @@ def test_every_route_is_described():
     assert set(described["/"]) == {"get", "post"}
 
 
-def test_the_document_is_made_of_the_structs(service):
+def test_the_document_is_built_from_the_structs(service):
     from embedding_service.web.protocols.native import EmbedBody
 
     described = requests.get(f"{service.url}/openapi.json", timeout=10).json()
@@ -68,7 +68,7 @@ def test_the_document_is_made_of_the_structs(service):
         jsonschema_rs.meta.validate(body), name
 
 
-def test_swagger_ui_renders_it_with_no_other_host(service, tmp_path):
+def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
     """Chromium, which can resolve no name but ours, and its log of what the page asked for."""
     chromium = require_program("chromium", "chromium")
     log = tmp_path / "net.json"

@@ -40,7 +40,7 @@ def test_an_unknown_prompt_is_refused(prompted):
     assert "document, query, title" in answer.json()["error"]
 
 
-def test_info_tells_the_prompts(prompted):
+def test_info_lists_the_prompts(prompted):
     assert requests.get(f"{prompted.url}/info", timeout=10).json()["prompts"] == PROMPTS
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_as_free_text(service, oracle, close, path, field, vectors):
     close(vectors(answer.json()), TEXTS, oracle, prompt="find this: ")
 
 
-def test_a_free_prompt_beside_a_name_is_refused(service):
+def test_a_free_prompt_with_a_prompt_name_is_rejected(service):
     answer = ask(service, prompt="a", prompt_name="query")
     assert (answer.status_code, answer.json()["error"]) == (
         400,

@@ -38,7 +38,7 @@ def test_huggingface_hub_asynchronously(service, close):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_over_long_texts_lose_the_end_that_is_asked_for(client, close, model_folder, side):
+def test_over_long_texts_are_truncated_at_the_requested_end(client, close, model_folder, side):
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(model_folder), device="cpu")
@@ -146,7 +146,7 @@ def test_surrogates_in_tokenize_are_refused(service):
     assert answer.status_code == 422
 
 
-def test_info_has_both_vocabularies(service, model_name):
+def test_info_has_teis_names_as_well(service, model_name):
     import requests
 
     info = requests.get(f"{service.url}/info", timeout=10).json()

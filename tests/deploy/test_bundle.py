@@ -61,7 +61,7 @@ def test_a_bundle_installs_and_serves_without_a_network(tmp_path, oracle):
 
 
 @pytest.mark.deploy
-def test_a_bundle_for_another_python_is_complete(tmp_path):
+def test_a_bundle_for_another_python_version_is_complete(tmp_path):
     """pip's own resolver finds everything in the bundle, torch aside."""
     bundle = build(tmp_path / "bundle", "--python", "3.12", "--without", "torch")
     wheels = tmp_path / "wheels"

@@ -35,7 +35,7 @@ def test_is_valid() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_one_profile_has_a_gpu_and_the_other_needs_none(services: dict[str, Any]) -> None:
+def test_one_profile_has_a_gpu_and_the_other_does_not_need_one(services: dict[str, Any]) -> None:
     gpu, cpu = services["embedding-gpu"], services["embedding-cpu"]
     assert (gpu["profiles"], cpu["profiles"]) == (["gpu"], ["cpu"])
     [device] = gpu["deploy"]["resources"]["reservations"]["devices"]
@@ -44,7 +44,7 @@ def test_one_profile_has_a_gpu_and_the_other_needs_none(services: dict[str, Any]
 
 
 @pytest.mark.parametrize("name", ["embedding-gpu", "embedding-cpu"])
-def test_instances_are_tight_and_have_time_to_drain(services: dict[str, Any], name: str) -> None:
+def test_instances_have_few_rights_and_time_to_drain(services: dict[str, Any], name: str) -> None:
     instance = services[name]
     assert instance["read_only"] is True and instance["cap_drop"] == ["ALL"]
     settings = config.load(instance["environment"])
@@ -52,7 +52,7 @@ def test_instances_are_tight_and_have_time_to_drain(services: dict[str, Any], na
     assert settings.device == {"gpu": "cuda", "cpu": "cpu"}[name.removeprefix("embedding-")]
 
 
-def test_nginx_and_prometheus_ask_the_instances(services: dict[str, Any]) -> None:
+def test_nginx_and_prometheus_reach_the_instances(services: dict[str, Any]) -> None:
     for name in ("embedding-gpu", "embedding-cpu"):
         assert services[name]["networks"]["inside"]["aliases"] == ["embedding"]
         assert "ports" not in services[name], "only nginx is reached from outside"
@@ -68,7 +68,7 @@ def test_prometheus_accepts_its_configuration() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_everything_mounted_is_there(compose: dict[str, Any], services: dict[str, Any]) -> None:
+def test_everything_mounted_exists(compose: dict[str, Any], services: dict[str, Any]) -> None:
     mounts = [mount for service in services.values() for mount in service.get("volumes", [])]
     sources = {mount.split(":")[0] for mount in mounts}
     files = {source for source in sources if source.startswith("./")}
@@ -77,7 +77,7 @@ def test_everything_mounted_is_there(compose: dict[str, Any], services: dict[str
     assert missing == {"./tls"}, "the certificate is the user's"
 
 
-def test_networks_and_dependencies_are_there(compose: dict[str, Any], services: dict[str, Any]) -> None:
+def test_networks_and_dependencies_exist(compose: dict[str, Any], services: dict[str, Any]) -> None:
     assert {name for service in services.values() for name in service["networks"]} == set(compose["networks"])
     assert {name for service in services.values() for name in service.get("depends_on", [])} <= set(services)
 
@@ -99,7 +99,7 @@ def test_prometheus_reads_the_file_that_was_checked(services: dict[str, Any]) ->
     assert "--config.file=/etc/prometheus/compose.yml" in prometheus["command"]
 
 
-def test_grafana_is_given_the_source_that_the_dashboard_names() -> None:
+def test_grafana_has_the_data_source_of_the_dashboard() -> None:
     provisioning = DEPLOY / "grafana" / "provisioning"
     [source] = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"

@@ -15,7 +15,7 @@ from tests.service import ROOT
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
-def test_the_dockerfile_names_nothing_of_where_it_is_built() -> None:
+def test_the_dockerfile_names_no_other_host() -> None:
     assert re.findall(r"https?://([^:/{]+)", DOCKERFILE) == ["127.0.0.1"]
     assert DOCKERFILE.rstrip().endswith('CMD ["python", "app.py"]')
 
@@ -48,7 +48,7 @@ def container(builder: Builder, root: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.deploy
 class TestImage:
-    def test_says_how_it_is_run(self, builder: Builder) -> None:
+    def test_declares_user_command_healthcheck_and_labels(self, builder: Builder) -> None:
         image = builder.configuration()
         assert image["User"] == "10001:10001"
         assert image["Cmd"] == ["python", "app.py"]
@@ -75,12 +75,12 @@ class TestImage:
         inside = {path.name for path in (root / "app").iterdir()} - {"__pycache__", "LICENSE"}
         assert inside == {"app.py", "config.py", "gunicorn.conf.py", "embedding_service"}
 
-    def test_nothing_the_user_could_change_but_the_models_folder(self, root: Path) -> None:
+    def test_the_user_can_write_only_to_the_model_folder(self, root: Path) -> None:
         owned = [path for folder in ("app", "opt", "models") for path in (root / folder).rglob("*")]
         assert {path.stat().st_uid for path in owned} == {0}
         assert (root / "models").stat().st_uid == 10001
 
-    def test_answers_as_non_root_on_a_read_only_root(self, container: Container, oracle) -> None:
+    def test_serves_as_non_root_on_a_read_only_root(self, container: Container, oracle) -> None:
         response = container.post("/embed", {"texts": ["one", "two"]})
         assert response.status_code == 200, container.log()
         wanted = oracle.encode(["one", "two"], normalize_embeddings=True)
@@ -93,7 +93,7 @@ class TestImage:
         assert re.search(r"^CapEff:\s0+$", status, re.M)
         assert re.search(r"^NSpid:\s\d+\s1$", status, re.M), "the command is process 1"
 
-    def test_healthcheck_tells_health(self, builder: Builder, container: Container) -> None:
+    def test_healthcheck_reports_health(self, builder: Builder, container: Container) -> None:
         check = builder.configuration()["Healthcheck"]["Test"][1:]
         assert container.execute(*check).returncode == 0
         sick = [part.replace("/health", "/nowhere") for part in check]

@@ -70,7 +70,7 @@ def test_pods_have_no_rights(overlay: str) -> None:
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/dev/shm", "/models"}
 
 
-def test_a_pod_of_the_gpu_overlay_has_one_gpu_or_none_at_all() -> None:
+def test_a_pod_of_the_gpu_overlay_has_a_gpu_and_no_fallback() -> None:
     resources = render("gpu")
     _, container = pod(resources)
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -78,7 +78,7 @@ def test_a_pod_of_the_gpu_overlay_has_one_gpu_or_none_at_all() -> None:
 
 
 @overlays
-def test_the_grace_covers_the_hook_and_the_requests_in_flight(overlay: str) -> None:
+def test_the_grace_period_covers_the_hook_and_the_requests_in_flight(overlay: str) -> None:
     resources = render(overlay)
     spec, container = pod(resources)
     settings = config.load(find(resources, "ConfigMap")["data"])

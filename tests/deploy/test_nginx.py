@@ -65,7 +65,7 @@ def test_sends_plain_http_to_https(front: Nginx) -> None:
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/metrics/", "//metrics", "/%6Detrics", "/x/../metrics"])
-def test_keeps_metrics_inside(front: Nginx, path: str) -> None:
+def test_metrics_are_not_public(front: Nginx, path: str) -> None:
     with requests.Session() as session:
         request = requests.Request("GET", front.url).prepare()
         request.url = front.url + path
@@ -105,7 +105,7 @@ def test_says_in_json_that_no_instance_answers(start_nginx) -> None:
     assert '"' not in response.json()["request_id"]
 
 
-def test_two_hundred_slow_clients_hold_up_nobody(front: Nginx) -> None:
+def test_two_hundred_slow_clients_delay_nobody(front: Nginx) -> None:
     head = b"POST /embed HTTP/1.1\r\nHost: localhost\r\n"
     beginnings = [head, head + b"Content-Length: 10000\r\n\r\n" + b'{"texts": '] * 100
     context = ssl.create_default_context(cafile=front.certificate)

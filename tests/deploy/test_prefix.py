@@ -67,7 +67,7 @@ def test_the_address_in_the_document_serves(front: Nginx, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("case", SENT_THROUGH)
-def test_what_is_answered_below_flask_is_answered_through_nginx(front: Nginx, case: str) -> None:
+def test_errors_from_below_flask_pass_through_nginx(front: Nginx, case: str) -> None:
     """nginx refuses the first two itself; the others reach the service."""
     rest, status = SENT_THROUGH[case]
     context = ssl.create_default_context(cafile=front.certificate)

@@ -18,7 +18,7 @@ TEXTS = [f"sentence number {index} of a corpus, " + "and more words of it " * 8 
 
 
 @pytest.mark.deploy
-def test_goes_on_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -> None:
+def test_resumes_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -> None:
     corpus, vectors = tmp_path / "corpus", tmp_path / "vectors"
     corpus.mkdir()
     pq.write_table(pa.table({"id": range(ROWS), "text": TEXTS}), corpus / "corpus.parquet")

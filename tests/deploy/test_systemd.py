@@ -48,7 +48,7 @@ def test_is_hardly_exposed(unit: Path) -> None:
     assert done.returncode == 0, done.stdout[-300:]
 
 
-def test_its_command_says_when_it_listens_and_ends_in_time(
+def test_its_command_reports_readiness_and_stops_in_time(
     section: configparser.SectionProxy, tmp_path: Path, start
 ) -> None:
     assert section["Type"] == "notify"
@@ -62,7 +62,7 @@ def test_its_command_says_when_it_listens_and_ends_in_time(
     assert service.stop(seconds=float(section["TimeoutStopSec"])) == 0
 
 
-def test_a_setting_that_cannot_be_is_not_tried_again(section: configparser.SectionProxy, start) -> None:
+def test_an_invalid_setting_is_not_retried(section: configparser.SectionProxy, start) -> None:
     service: Service = start(shlex.split(section["ExecStart"]), BATCH_SIZE="none")
     assert service.process.wait(30) == int(section["RestartPreventExitStatus"])
 

@@ -35,7 +35,7 @@ MALFORMED = {
 }
 
 
-def test_malformed_bodies_harm_nobody(service, oracle):
+def test_malformed_bodies_do_not_affect_other_requests(service, oracle):
     """While good requests ride along, each gets a 400 that says where."""
     expected = oracle.encode(["a neighbour"], normalize_embeddings=True)
     stop = threading.Event()
@@ -70,7 +70,7 @@ def test_malformed_bodies_harm_nobody(service, oracle):
     )
 
 
-def test_a_text_of_a_million_characters_is_refused_before_it_costs_anything(service):
+def test_a_text_of_a_million_characters_is_rejected_cheaply(service):
     response = service.post("/embed", {"texts": ["short", "a" * 1_000_000]})
     assert response.status_code == 413
     assert "texts[1] has 1000000 characters" in response.json()["error"]

@@ -65,7 +65,7 @@ def test_ten_times_too_much(loaded, seconds, share):
     )
 
 
-def test_more_callers_than_may_wait_get_429_and_health_answers(start):
+def test_callers_over_the_limit_get_429_and_health_still_answers(start):
     """Single texts, all at once, from more connections than a worker may have requests with the model."""
     loaded = start(MAX_CONCURRENT_REQUESTS="100").wait_ready()
     seen = []
@@ -83,7 +83,7 @@ def test_more_callers_than_may_wait_get_429_and_health_answers(start):
 
 # The bar is 3; a shared machine, on which every run in short must pass, measures its neighbours too.
 @pytest.mark.parametrize("bar", [6, pytest.param(3, marks=pytest.mark.long)])
-def test_a_bulk_client_does_not_hold_up_an_interactive_one(loaded, bar):
+def test_a_bulk_client_does_not_delay_an_interactive_one(loaded, bar):
     def interactive() -> float:
         seen = closed_loop(loaded.port, 1, 60, lambda c, n: body(f"a question, number {n}"), 150)
         return seen.percentile(0.5)
@@ -137,7 +137,7 @@ def test_memory_and_descriptors_stay_flat(loaded, count):
     )
 
 
-def test_a_service_has_no_threads_too_many(loaded):
+def test_a_service_has_few_threads(loaded):
     """A worker waits in greenlets, whatever it has seen before."""
     assert all(process.num_threads() < 10 for process in loaded.web_workers())
     assert psutil.Process(loaded.process.pid).num_threads() < 10

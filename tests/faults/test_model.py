@@ -57,7 +57,7 @@ def test_one_poisoned_text_among_a_hundred_concurrent_requests(faulty, oracle):
 
 
 @pytest.mark.parametrize("overflow", ["truncate", "mean"])
-def test_on_error_null_keeps_the_neighbours_of_texts_that_the_model_fails_on(faulty, oracle, overflow):
+def test_on_error_null_returns_the_other_vectors_if_texts_fail(faulty, oracle, overflow):
     texts = ["before", "@@poison@@", "between", "@@nan-always@@", "after"]
     response = faulty.post("/embed", {"texts": texts, "overflow": overflow, "on_error": "null"})
     body = response.json()
@@ -86,7 +86,7 @@ def test_out_of_memory_is_halved_away(faulty, oracle):
     )
 
 
-def test_a_vector_that_is_not_finite_is_computed_again(faulty, oracle):
+def test_a_nonfinite_vector_is_recomputed(faulty, oracle):
     texts = ["before", "@@nan@@", "after"]
     response = faulty.post("/embed", {"texts": texts})
     assert response.status_code == 200

@@ -132,7 +132,7 @@ def test_sighup_replaces_the_workers_and_loses_nothing(two_workers):
     )
 
 
-def test_sigterm_with_fifty_in_flight_loses_none(two_workers):
+def test_sigterm_with_fifty_requests_in_flight_loses_none(two_workers):
     """Runs last. The model process stands still until the signal has come, so that all fifty wait."""
     processes = two_workers.processes()
     model = two_workers.model_process()
@@ -299,7 +299,9 @@ def pickled(model_folder: Path, tmp_path: Path) -> str:
     [(corrupt, "cannot be loaded"), (pickled, "safetensors")],
     ids=["corrupt weights", "pickle only"],
 )
-def test_a_model_that_cannot_load_is_one_line_and_an_exit_code(start, tmp_path, model_folder, model, reason):
+def test_a_model_that_cannot_be_loaded_gets_one_line_and_an_exit_code(
+    start, tmp_path, model_folder, model, reason
+):
     running = start(EMBEDDING_MODEL=model(model_folder, tmp_path), BACKEND="torch")
     code = running.process.wait(60)
     log = running.log()
@@ -312,14 +314,14 @@ def test_a_model_that_cannot_load_is_one_line_and_an_exit_code(start, tmp_path, 
     )
 
 
-def test_a_full_disk_under_the_log_file_is_seen_at_the_start(start):
+def test_a_full_disk_for_the_log_file_is_detected_at_the_start(start):
     running = start(LOG_FILE="/dev/full")
     assert running.process.wait(30) == 78
     assert running.log().splitlines() == ["LOG_FILE='/dev/full' cannot be written: No space left on device"]
     record("LOG_FILE on a full disk", "at the start", 1, "one line, exit 78")
 
 
-def test_an_unwritable_log_file_is_seen_at_the_start(start):
+def test_an_unwritable_log_file_is_detected_at_the_start(start):
     running = start(LOG_FILE="/proc/no/such/file")
     assert running.process.wait(30) == 78
     assert len(running.log().splitlines()) == 1

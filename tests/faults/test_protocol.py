@@ -119,7 +119,7 @@ def test_floods_of_headers_are_refused(service):
     record("floods of headers", "; ".join(FLOODS), len(FLOODS), "each refused with 431, 414 or 400")
 
 
-def test_200_half_sent_requests_are_cut_off_within_ten_seconds(service):
+def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
     """Half of them stall in the headers, half in the body; each drips a byte a second."""
     stalled = []
     began = time.monotonic()
@@ -178,7 +178,7 @@ def test_silent_connections_hold_no_thread(service):
     )
 
 
-def test_clients_that_never_close_hold_nobody_up(service):
+def test_clients_that_never_close_delay_nobody(service):
     """They ask for the connection's end and then stay; the thread that accepts must not wait for them."""
     request = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     stay = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(20)]
@@ -206,7 +206,7 @@ def test_a_slow_but_honest_upload_is_served(service):
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
-def test_a_body_over_the_limit_is_refused_whole(service, chunked):
+def test_a_client_that_sends_an_oversized_body_still_gets_its_error(service, chunked):
     body = b'{"texts": "' + b"a" * (32 << 20) + b'"}'
     pieces = (body[start : start + (1 << 20)] for start in range(0, len(body), 1 << 20))
     response = requests.post(f"{service.url}/embed", data=pieces if chunked else body, timeout=60)
@@ -220,7 +220,7 @@ def test_a_body_over_the_limit_is_refused_whole(service, chunked):
     )
 
 
-def test_an_answer_says_so_where_the_connection_ends_after_it(service):
+def test_a_response_announces_that_the_connection_will_close(service):
     """A body that was refused unread ends the connection if it is large; a promise to keep it holds."""
     large, small = b"x" * 500_000, b"x" * 1000
     compressed = {"Content-Encoding": "br"}
@@ -255,7 +255,7 @@ def test_a_web_worker_without_descriptors_waits_and_serves_again(start):
     assert worker.is_running()
 
 
-def test_a_worker_that_has_had_its_requests_is_replaced_and_none_is_lost(start):
+def test_a_worker_that_reaches_max_requests_is_replaced_without_loss(start):
     command = [sys.executable, "-m", "gunicorn", "--max-requests", "40", "-b", "127.0.0.1:{port}", "app:app"]
     service = start(command).wait_ready()
     [first] = service.web_workers()

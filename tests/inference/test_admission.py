@@ -15,7 +15,7 @@ def measured(rate: float, limit: int = 4000) -> Admission:
     return admission
 
 
-def test_a_full_queue_refuses_and_says_how_long_to_wait():
+def test_a_full_queue_rejects_requests_and_says_how_long_to_wait():
     admission = measured(100_000)
     for _ in range(4):
         admission.admit(1000, 60.0, 1.0)
@@ -35,7 +35,7 @@ def test_the_wait_follows_the_rate():
     assert refused.value.retry_after_seconds == pytest.approx(2.0)
 
 
-def test_a_request_that_would_miss_its_deadline_is_refused_at_once():
+def test_a_request_that_would_miss_its_deadline_is_rejected_at_once():
     admission = measured(1000, limit=1_000_000)
     admission.admit(900, 60.0, 1.0)
     with pytest.raises(Overloaded):
@@ -43,7 +43,7 @@ def test_a_request_that_would_miss_its_deadline_is_refused_at_once():
     admission.admit(100, 1.0 + 1.01 / ADMITTED_SHARE, 1.0)
 
 
-def test_an_idle_service_takes_a_request_larger_than_the_queue():
+def test_an_idle_service_accepts_a_request_larger_than_the_queue():
     Admission(1024).admit(5000, 1.0, 0.0)
 
 
@@ -52,7 +52,7 @@ def test_a_deadline_that_passed_already_is_refused():
         Admission(1024).admit(5, 1.0, 1.0)
 
 
-def test_the_background_keeps_nobody_out():
+def test_background_requests_keep_nobody_out():
     admission = measured(1000)
     admission.admit(4000, 600.0, 1.0, background=True)
     admission.admit(1000, 11.0, 1.0)
@@ -65,7 +65,7 @@ def test_the_background_keeps_nobody_out():
         admission.admit(1, 600.0, 1.0)
 
 
-def test_a_request_that_costs_nothing_is_taken_by_a_full_queue():
+def test_a_full_queue_accepts_a_request_without_cost():
     admission = measured(1.0)
     admission.admit(4000, 1e9, 0.0)
     admission.admit(0, 1.0, 0.0)

@@ -20,7 +20,7 @@ needs_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="this CPU has neith
 
 
 @needs_bfloat16
-def test_bfloat16_in_openvino_is_near_float32_on_real_sentences(model_folder, oracle):
+def test_bfloat16_in_openvino_is_close_to_float32_on_real_sentences(model_folder, oracle):
     model = load(model_folder, dtype="bfloat16")
     assert (model.info.dtype, model.info.backend) == ("bfloat16", "openvino")
     (answer,) = embed(model, [request(SENTENCES)])
@@ -48,7 +48,7 @@ def test_a_cpu_without_bfloat16_runs_it_in_torch_and_says_so(tiny, without_bfloa
 
 
 @needs_bfloat16
-def test_a_model_that_bfloat16_spoils_runs_in_torch(tiny, monkeypatch):
+def test_a_model_that_bfloat16_distorts_runs_in_torch(tiny, monkeypatch):
     monkeypatch.setitem(choice.CONVERSION_TOLERANCE, "bfloat16", 0.0)
     model = load(tiny("bert"), dtype="bfloat16")
     assert (model.info.dtype, model.info.backend) == ("bfloat16", "torch")
@@ -56,7 +56,7 @@ def test_a_model_that_bfloat16_spoils_runs_in_torch(tiny, monkeypatch):
         load(tiny("bert"), dtype="bfloat16", backend="openvino")
 
 
-def test_only_openvino_on_a_cpu_is_asked():
+def test_only_openvino_on_a_cpu_computes_in_bfloat16():
     assert not computes_bfloat16("cuda", "auto")
     assert not computes_bfloat16("cpu", "torch")
 
@@ -71,9 +71,7 @@ def test_only_openvino_on_a_cpu_is_asked():
         ("bfloat16", 1.0, None),
     ],
 )
-def test_the_log_says_which_format_is_faster_here(
-    tiny, tmp_path, monkeypatch, caplog, dtype, other_seconds, line
-):
+def test_the_log_says_which_format_is_faster(tiny, tmp_path, monkeypatch, caplog, dtype, other_seconds, line):
     """The other format's cost is measured at the first start; here it is known from an earlier one."""
     own = "float32" if dtype == "auto" else "bfloat16"
     keys = loading._costs

@@ -34,7 +34,7 @@ def rate(cost: tuple[float, float], tokens: float) -> float:
 
 @each_machine
 @pytest.mark.parametrize("length", [16, 256, 4096])
-def test_the_budget_is_the_smallest_that_is_nearly_the_fastest_within_the_wait(machine, length):
+def test_the_budget_is_the_smallest_that_is_nearly_as_fast_as_the_best(machine, length):
     found = budget(machine, length)
     wait = max(UNNOTICED_SECONDS, LONGEST_TEXTS * BatchCost(*machine).seconds(length))
 
@@ -54,7 +54,7 @@ def test_no_budget_exceeds_the_memory(machine, most):
 
 
 @each_machine
-def test_the_overhead_of_a_batch_is_told_in_tokens(machine):
+def test_the_overhead_of_a_batch_is_expressed_in_tokens(machine):
     assert budget(machine).overhead_tokens == round(machine[0] / machine[1])
 
 
@@ -75,7 +75,7 @@ def test_the_cost_is_found_from_noisy_measurements(machine):
 
 
 @pytest.mark.parametrize("seconds_per_token", [1e-7, 1e-4, 1e-2, 1.0])
-def test_measuring_keeps_to_its_time_or_to_three_batches(seconds_per_token):
+def test_measuring_stops_at_its_time_limit_or_after_three_batches(seconds_per_token):
     spent: list[float] = []
 
     def run(tokens: int) -> float:
@@ -87,13 +87,13 @@ def test_measuring_keeps_to_its_time_or_to_three_batches(seconds_per_token):
     assert sum(spent) <= max(0.5, 3 * 16 * seconds_per_token) * 1.1
 
 
-def test_one_size_is_enough_for_a_cost():
+def test_one_batch_size_is_enough_to_estimate_the_cost():
     cost = fit({16: 0.002})
     assert cost.batch_seconds > 0
     assert cost.token_seconds > 0
 
 
-def test_a_device_whose_time_hardly_grows_gets_wide_batches():
+def test_a_device_whose_time_hardly_grows_with_tokens_gets_large_batches():
     assert budget(_parts(fit({16: 0.005, 1024: 0.005, 8192: 0.0049}))).tokens > 4096
 
 
@@ -127,7 +127,7 @@ def test_a_steady_machine_keeps_its_budget():
     assert found.tokens == before
 
 
-def test_interrupted_batches_do_not_ruin_it():
+def test_interrupted_batches_do_not_distort_it():
     found = budget(MACHINES["slow CPU"])
     before = found.tokens
     source = random.Random(2)
@@ -138,7 +138,7 @@ def test_interrupted_batches_do_not_ruin_it():
     assert found.tokens == pytest.approx(before, rel=0.35)
 
 
-def test_small_batches_alone_leave_the_cost_of_a_token_known():
+def test_small_batches_alone_do_not_distort_the_cost_of_a_token():
     """A quiet hour of lone texts must not make the next busy one start from nonsense."""
     found = budget(MACHINES["slow CPU"])
     before = found.tokens

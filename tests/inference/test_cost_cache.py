@@ -8,13 +8,13 @@ from embedding_service.inference.cost_cache import CostCache, cpu_model
 from tests.inference.running import load
 
 
-def test_a_cost_comes_back_for_the_same_facts_alone(tmp_path):
+def test_a_cost_is_found_only_for_the_same_model_and_machine(tmp_path):
     CostCache(str(tmp_path), ["model", 2]).save(BatchCost(0.1, 0.2))
     assert CostCache(str(tmp_path), ["model", 2]).load() == BatchCost(0.1, 0.2)
     assert CostCache(str(tmp_path), ["model", 3]).load() is None
 
 
-def test_another_cpu_is_another_entry(tmp_path, monkeypatch):
+def test_another_cpu_has_another_entry(tmp_path, monkeypatch):
     CostCache(str(tmp_path), []).save(BatchCost(0.1, 0.2))
     monkeypatch.setattr(cost_cache, "cpu_model", lambda: "another")
     assert CostCache(str(tmp_path), []).load() is None
@@ -30,7 +30,7 @@ def test_another_cpu_is_another_entry(tmp_path, monkeypatch):
         '{"batch_seconds": NaN, "token_seconds": 1}',
     ],
 )
-def test_a_damaged_entry_counts_as_none(tmp_path, kept):
+def test_a_damaged_entry_counts_as_missing(tmp_path, kept):
     cache = CostCache(str(tmp_path), [])
     cache.save(BatchCost(0.1, 0.2))
     (file,) = tmp_path.rglob("*.json")
@@ -38,14 +38,14 @@ def test_a_damaged_entry_counts_as_none(tmp_path, kept):
     assert cache.load() is None
 
 
-def test_a_folder_that_cannot_be_written_fails_nothing(tmp_path):
+def test_an_unwritable_folder_causes_no_failure(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     CostCache(str(blocked), []).save(BatchCost(0.1, 0.2))
     assert CostCache(str(blocked), []).load() is None
 
 
-def test_a_cpu_is_known_by_its_name_and_flags(tmp_path):
+def test_a_cpu_is_identified_by_its_name_and_flags(tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text("model name : X\ncpu MHz : 1\nflags : avx512_bf16\nmodel name : X\n")
     assert cpu_model(info) == "flags : avx512_bf16\nmodel name : X"

@@ -168,13 +168,13 @@ def test_the_budget_is_halved_until_the_batches_of_both_lanes_fit_together(tiny,
     assert not any(device.live.values())
 
 
-def test_a_memory_too_small_for_anything_is_a_failed_start(tiny, device):
+def test_too_little_memory_for_any_batch_fails_the_start(tiny, device):
     device.total = 100
     with pytest.raises(StartupError, match=r"^The device's memory does not hold one text .*lower it$"):
         loaded(tiny)
 
 
-def test_a_batch_beyond_the_memory_is_halved_while_the_other_lane_runs(tiny, device):
+def test_a_batch_that_does_not_fit_is_halved_while_the_other_lane_runs(tiny, device):
     one, *many = long_texts(BATCH_SIZE + 1)
     expected = device.expected
     model = loaded(tiny)

@@ -218,7 +218,7 @@ def test_a_weight_left_on_the_host_is_found(model_folder, cuda, monkeypatch):
         CudaSession(model).run(inputs)
 
 
-def test_the_only_value_that_the_host_waits_for_is_whether_there_is_padding(model_folder):
+def test_the_host_waits_for_a_single_value_whether_there_is_padding(model_folder):
     """transformers asks `padding_mask.all()`, though not of fake tensors: docs/decisions/0002-cuda.md."""
     model = SentenceTransformer(str(model_folder), device="cpu").eval()
     inputs = {name: torch.from_numpy(one) for name, one in features(model, ["a", "a b c d e"]).items()}

@@ -112,7 +112,7 @@ def test_padding_of_a_log_normal_mix_under_load_is_small(budget, overhead, separ
     assert computed - asked <= 0.10 * computed
 
 
-def test_short_texts_ride_in_wide_batches():
+def test_short_texts_fill_the_budget():
     driven = Driven(256)
     for _ in range(320):
         driven.add(8)
@@ -182,7 +182,7 @@ def test_the_densest_range_is_the_best_there_is(seed):
 
 
 @pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
-def test_a_single_text_passes_a_bulk_request_after_the_batch_in_flight(separate_bulk):
+def test_a_single_text_overtakes_a_bulk_request_after_the_batch_in_flight(separate_bulk):
     """At whatever moment it comes: during each third of a bulk request's batches one is sent."""
     driven = Driven(separate_bulk=separate_bulk)
     driven.add(*lengths(7, 2048))
@@ -250,7 +250,7 @@ def test_pieces_of_a_request_queue_one_after_another():
 # What leaves
 
 
-def test_what_is_late_is_given_back_and_never_in_a_batch():
+def test_late_texts_are_returned_and_never_in_a_batch():
     driven = Driven()
     late, late_bulk = driven.add(9, deadline=1.0), driven.add(*[9] * 300, deadline=1.0)
     fine = driven.add(9, deadline=9.0)
@@ -259,7 +259,7 @@ def test_what_is_late_is_given_back_and_never_in_a_batch():
     assert set(driven.expired) == {late, late_bulk}
 
 
-def test_what_is_removed_is_never_in_a_batch():
+def test_removed_texts_are_never_in_a_batch():
     driven = Driven()
     gone, fine = driven.add(9, 9), driven.add(9)
     driven.queue.remove(gone)

@@ -49,7 +49,7 @@ def test_a_text_that_a_request_repeats_is_computed_once(build):
     assert computed(runtime) == {text(5): 1, text(30): 1, text(7): 1}
 
 
-def test_a_text_that_several_wait_for_is_computed_once(build):
+def test_a_text_that_several_requests_wait_for_is_computed_once(build):
     runtime = FakeRuntime()
     batcher, gate = held(build, runtime)
     own = [[text(5), text(6)], [text(6)], [text(6, "other"), text(5)], [text(n % 7 + 3) for n in range(40)]]
@@ -61,7 +61,7 @@ def test_a_text_that_several_wait_for_is_computed_once(build):
     assert len(batcher._schedule._identical) == 0
 
 
-def test_a_text_that_runs_is_not_computed_again(build):
+def test_a_text_that_is_being_computed_is_not_computed_again(build):
     runtime = FakeRuntime(lanes=2)
     batcher = build(runtime)
     gate = Gate()
@@ -111,7 +111,7 @@ def test_a_small_request_does_not_wait_for_the_bulk_that_has_its_text(build):
 
 
 @pytest.mark.parametrize("how", ["cancelled", "late", "poisoned"])
-def test_the_end_of_the_first_who_asked_does_not_harm_the_others(build, how):
+def test_the_end_of_the_first_request_does_not_affect_the_others(build, how):
     runtime = FakeRuntime()
     batcher, gate = held(build, runtime)
 
@@ -135,7 +135,7 @@ def test_the_end_of_the_first_who_asked_does_not_harm_the_others(build, how):
     wait_until(lambda: len(batcher._schedule._identical) == 0)
 
 
-def test_the_first_may_go_while_its_batch_runs(build):
+def test_the_first_request_may_end_while_its_batch_runs(build):
     runtime = FakeRuntime()
     batcher = build(runtime)
     gate = Gate()
@@ -151,7 +151,7 @@ def test_the_first_may_go_while_its_batch_runs(build):
     assert len(runtime.batches) == 1
 
 
-def test_a_poisoned_text_fails_all_who_wait_for_it_by_their_own_index(build):
+def test_a_poisoned_text_fails_every_waiting_request_with_its_own_index(build):
     def poison(batch) -> None:
         if any("poison" in one.text for one in batch):
             raise RuntimeError("injected")
@@ -190,7 +190,7 @@ def test_the_cache_answers_what_was_computed_before(build):
     assert batcher.queued_tokens == 0
 
 
-def test_a_cached_text_that_would_be_cut_is_refused_where_cutting_is_off(build):
+def test_a_cached_text_that_was_truncated_is_rejected_if_truncation_is_off(build):
     batcher = build(FakeRuntime(max_seq_length=20), cache_bytes=1 << 20)
     submit(batcher, [text(5), text(30)]).wait()
     with pytest.raises(InvalidRequest) as refused:
@@ -198,7 +198,7 @@ def test_a_cached_text_that_would_be_cut_is_refused_where_cutting_is_off(build):
     assert refused.value.index == 1
 
 
-def test_without_a_cache_nobody_is_told_of_hits(build):
+def test_without_a_cache_no_hits_are_reported(build):
     assert submit(build(FakeRuntime()), [text(5), text(5)]).wait().cache_hits is None
 
 
@@ -207,7 +207,7 @@ def test_without_a_cache_nobody_is_told_of_hits(build):
 
 @pytest.mark.parametrize("cache_bytes", [0, 6_000, 1 << 20], ids=["no cache", "small cache", "cache"])
 @pytest.mark.parametrize("seed", range(6))
-def test_never_a_wrong_vector_whatever_is_shared_and_whatever_fails(build, seed, cache_bytes):
+def test_vectors_are_right_whatever_is_shared_and_whatever_fails(build, seed, cache_bytes):
     """Few texts, many requests: all share, while texts fail, run out of memory, are late or cancelled."""
     chance, lock = random.Random(seed), threading.Lock()
 

@@ -41,7 +41,7 @@ def test_listing_ends_at_the_deadline(engine):
         engine.tokenize(TokenizeRequest(texts=["x"], deadline=0.0))
 
 
-def test_a_bug_of_the_tokenizer_fails_the_request_alone(engine):
+def test_a_tokenizer_bug_fails_only_its_request(engine):
     with pytest.raises(ModelFailure):
         engine.tokenize(TokenizeRequest(texts=["broken"], deadline=float("inf")))
     assert len(engine.tokenize(TokenizeRequest(texts=["fine"], deadline=float("inf")))) == 1

@@ -20,7 +20,7 @@ CASES += [(kind, "openvino") for kind in tiny_models.KINDS if kind not in TORCH_
 
 
 @pytest.mark.parametrize(("kind", "backend"), CASES, ids=[f"{kind}-{backend}" for kind, backend in CASES])
-def test_equal_to_encode_for_any_mixture(tiny, kind, backend):
+def test_vectors_equal_encode_for_any_mixture(tiny, kind, backend):
     folder = tiny(kind)
     oracle = SentenceTransformer(str(folder), device="cpu")
     model = load(folder, backend=backend)
@@ -65,7 +65,7 @@ def test_the_default_model_equals_encode(model_folder, oracle, backend):
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "left-padding"])
-def test_max_seq_length_lowers_the_models_own(tiny, kind):
+def test_max_seq_length_can_lower_the_models_own(tiny, kind):
     oracle = SentenceTransformer(str(tiny(kind)), device="cpu")
     oracle.max_seq_length = 12
     model = load(tiny(kind), max_seq_length=12)
@@ -76,7 +76,7 @@ def test_max_seq_length_lowers_the_models_own(tiny, kind):
     assert len(some) - 1 in answer.truncated
 
 
-def test_max_seq_length_is_never_more_than_the_positions_allow(tiny):
+def test_max_seq_length_never_exceeds_the_models_positions(tiny):
     # Saved with 40 positions, two of them taken by padding, under a tokenizer that says 48.
     assert load(tiny("roberta-cls"), max_seq_length=256).info.max_seq_length == 38
 
@@ -92,13 +92,13 @@ def test_a_static_model_reads_the_whole_text(tiny):
     assert not load(tiny("bert")).info.reads_whole_texts
 
 
-def test_an_unknown_prompt_is_refused_with_those_there_are(tiny):
+def test_an_unknown_prompt_is_rejected_with_the_known_ones(tiny):
     with pytest.raises(InvalidRequest, match="long, passage, query"):
         load(tiny("left-padding")).prompt(EmbedRequest(texts=["a"], deadline=0, prompt_name="nope"))
 
 
 @pytest.mark.parametrize("kind", TORCH_ONLY)
-def test_openvino_that_was_asked_for_and_cannot_be_is_a_failed_start(tiny, kind):
+def test_requested_openvino_that_cannot_run_fails_the_start(tiny, kind):
     level = logging.getLogger().level
     with pytest.raises(StartupError, match=r"BACKEND=openvino|OpenVINO cannot run"):
         load(tiny(kind), backend="openvino")

@@ -44,21 +44,21 @@ def conversions(monkeypatch) -> list[str]:
     return made
 
 
-def test_the_second_start_converts_nothing_and_answers_the_same(tiny, tmp_path, conversions):
+def test_the_second_start_converts_nothing_and_gives_the_same_vectors(tiny, tmp_path, conversions):
     first = vectors(load(tiny("bert"), tmp_path))
     second = vectors(load(tiny("bert"), tmp_path))
     assert conversions == ["conversion"]
     assert np.abs(first - second).max() < 1e-6
 
 
-def test_other_weights_are_another_entry(tiny, tmp_path, conversions):
+def test_other_weights_have_another_entry(tiny, tmp_path, conversions):
     load(tiny("bert"), tmp_path)
     load(tiny("dense"), tmp_path)
     assert len(conversions) == 2
 
 
 @pytest.mark.parametrize("file", ["model.xml", "model.bin"])
-def test_a_damaged_entry_is_made_again(tiny, tmp_path, conversions, file):
+def test_a_damaged_entry_is_rebuilt(tiny, tmp_path, conversions, file):
     expected = vectors(load(tiny("bert"), tmp_path))
     (damaged,) = tmp_path.rglob(file)
     whole = damaged.read_bytes()
@@ -68,7 +68,7 @@ def test_a_damaged_entry_is_made_again(tiny, tmp_path, conversions, file):
     assert len(conversions) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_one_warning(tiny, tmp_path, caplog):
+def test_an_unwritable_cache_causes_one_warning(tiny, tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     assert load(tiny("bert"), blocked / "below").info.backend == "openvino"
@@ -102,7 +102,7 @@ def test_only_the_last_used_are_kept(tiny, tmp_path):
     assert "old-0" not in names
 
 
-def test_a_conversion_that_answers_otherwise_is_not_used(tiny, tmp_path, monkeypatch, caplog):
+def test_a_conversion_with_other_vectors_is_not_used(tiny, tmp_path, monkeypatch, caplog):
     convert = backend._convert
 
     def wrong(model, inputs, int8):
@@ -127,7 +127,7 @@ def test_a_conversion_that_answers_otherwise_is_not_used(tiny, tmp_path, monkeyp
 # int8
 
 
-def test_int8_without_nncf_is_one_line_with_the_way_out(tiny, tmp_path, monkeypatch):
+def test_int8_without_nncf_gets_one_line_with_a_remedy(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(StartupError, match=r"pip install -r requirements-int8\.txt"):
         load(tiny("bert"), tmp_path, dtype="int8")
@@ -140,12 +140,12 @@ def test_int8_without_nncf_is_one_line_with_the_way_out(tiny, tmp_path, monkeypa
         pytest.param("static", {}, id="no transformer"),
     ],
 )
-def test_int8_where_it_cannot_be_is_a_failed_start(tiny, tmp_path, kind, settings):
+def test_int8_that_is_not_supported_fails_the_start(tiny, tmp_path, kind, settings):
     with pytest.raises(StartupError, match="DTYPE=int8 needs"):
         load(tiny(kind), tmp_path, dtype="int8", **settings)
 
 
-def test_int8_is_near_float32_on_real_sentences(model_folder, oracle, tmp_path):
+def test_int8_is_close_to_float32_on_real_sentences(model_folder, oracle, tmp_path):
     model = load(model_folder, tmp_path, dtype="int8")
     assert (model.info.dtype, model.info.backend) == ("int8", "openvino")
     batches = [SENTENCES[first : first + 32] for first in range(0, len(SENTENCES), 32)]

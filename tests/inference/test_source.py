@@ -15,7 +15,7 @@ def test_the_default_model_comes_from_the_package(name):
     assert source.sha256_of_weights(found.folder) == source.PACKAGED_SHA256
 
 
-def test_a_folder_is_used_as_it_is(tmp_path):
+def test_a_folder_is_used_as_is(tmp_path):
     (tmp_path / "config.json").touch()
     (tmp_path / "model.safetensors").touch()
     assert source.resolve(str(tmp_path), None).folder == tmp_path
@@ -40,12 +40,12 @@ def test_a_packaged_file_that_is_not_the_published_one_is_not_used(tmp_path, mon
         pytest.param("a b/c", "neither a folder nor a model name", id="not a name"),
     ],
 )
-def test_names_that_cannot_be(name, words):
+def test_invalid_names(name, words):
     with pytest.raises(StartupError, match=words):
         source.resolve(name, None)
 
 
-def test_without_a_hub_the_line_names_the_three_ways_out(monkeypatch, tmp_path):
+def test_without_a_hub_the_error_names_three_remedies(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -12,7 +12,7 @@ LONG = ["the quick brown fox of the river " * 20 + "end", "fox"]
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["bert", "left-padding", "prompts"])
-def test_over_long_texts_lose_the_end_that_is_asked_for(tiny, kind, side):
+def test_over_long_texts_are_truncated_at_the_requested_end(tiny, kind, side):
     oracle = SentenceTransformer(str(tiny(kind)), device="cpu")
     model = load(tiny(kind), backend="torch")
     oracle.tokenizer.truncation_side = side
@@ -22,7 +22,7 @@ def test_over_long_texts_lose_the_end_that_is_asked_for(tiny, kind, side):
     assert np.allclose(cut.vectors, plain.vectors, atol=1e-5) == (side == "right")
 
 
-def test_a_model_that_cuts_for_itself_refuses_the_other_end(tiny):
+def test_a_model_that_truncates_by_itself_rejects_the_other_end(tiny):
     with pytest.raises(InvalidRequest, match="cuts its texts itself"):
         load(tiny("static"), backend="torch").prepare(["fox"], None, None, "left")
 

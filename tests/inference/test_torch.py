@@ -30,7 +30,7 @@ def cosines(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_near_and_exact_on_request(model_folder, oracle, dtype):
+def test_half_precision_is_close_and_exact_on_request(model_folder, oracle, dtype):
     model = load(model_folder, dtype=dtype, backend="torch")
     assert (model.info.dtype, model.info.backend) == (dtype, "torch")
     some = texts(random.Random(1), 12)
@@ -87,13 +87,13 @@ class Failing(torch.nn.Module):
         pytest.param(ValueError("not the device's"), ValueError, id="not of torch"),
     ],
 )
-def test_errors_of_the_device_are_told_apart(error, meaning):
+def test_device_errors_are_distinguished(error, meaning):
     with pytest.raises(meaning) as caught:
         TorchSession(Failing(error)).run({})
     assert type(caught.value) is meaning
 
 
-def test_an_out_of_memory_holds_no_tensors():
+def test_an_out_of_memory_error_keeps_no_tensors_alive():
     class Holding(Failing):
         def forward(self, _features):
             held = torch.zeros(8)
@@ -213,7 +213,7 @@ def test_cuda_multiplies_float32_in_tf32(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-def test_auto_is_cuda_where_there_is_one(monkeypatch):
+def test_auto_is_cuda_if_there_is_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", True) == "cuda"
@@ -239,11 +239,11 @@ def texts_of(tokens: int) -> Prepared:
 
 
 @pytest.mark.parametrize(("most", "budget"), [(10_000, 1536), (3072, 1536), (2000, 768), (200, 96), (96, 48)])
-def test_a_batch_size_beyond_the_memory_of_all_lanes_is_halved_at_the_start(most, budget):
+def test_a_batch_size_that_does_not_fit_all_lanes_is_halved_at_the_start(most, budget):
     assert fit_memory([Lane(most)] * 2, texts_of(4), texts_of(48), 32 * 48, 48) == budget
 
 
-def test_a_device_too_small_for_one_text_is_a_failed_start():
+def test_a_device_too_small_for_one_text_fails_the_start():
     with pytest.raises(StartupError, match="MAX_SEQ_LENGTH"):
         fit_memory([Lane(80)] * 2, texts_of(4), texts_of(48), 32 * 48, 48)
 

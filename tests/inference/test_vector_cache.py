@@ -14,7 +14,7 @@ def vector(seed: int, dimension: int = 384) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(dimension).astype(np.float32)
 
 
-def test_it_gives_back_what_was_put():
+def test_it_returns_what_was_stored():
     cache = VectorCache(1 << 20)
     row = np.stack([vector(1), vector(2)])
     cache.put(("model", None), "text", row[1], 7, True)
@@ -24,7 +24,7 @@ def test_it_gives_back_what_was_put():
     assert (found.tokens, found.truncated) == (7, True)
 
 
-def test_all_of_the_context_counts():
+def test_every_part_of_the_context_counts():
     cache = VectorCache(1 << 20)
     contexts = [("m", None, None, None), ("n", None, None, None), ("m", "query: ", None, None)]
     contexts += [("m", None, "query", None), ("m", None, None, "left")]
@@ -48,7 +48,7 @@ def test_the_least_recently_used_goes_first():
     assert cache.get("c", str(number - 1)) is not None
 
 
-def test_its_size_is_never_over_the_limit_and_what_python_says():
+def test_its_size_is_within_the_limit_and_what_python_measures():
     chance = random.Random(1)
     cache = VectorCache(100_000)
     for number in range(2000):
@@ -81,7 +81,7 @@ def test_its_size_is_that_of_the_memory_it_takes():
     assert 0.9 < taken / cache.bytes < 1.1
 
 
-def test_what_is_larger_than_the_cache_is_not_kept():
+def test_an_entry_larger_than_the_cache_is_not_kept():
     cache = VectorCache(1000)
     cache.put("c", "text", vector(1), 1, False)
     assert len(cache) == 0

@@ -57,7 +57,7 @@ def test_the_env_file_of_the_working_folder_counts(start, tmp_path):
     assert len(service.web_workers()) == 1
 
 
-def test_an_env_file_that_is_not_understood_stops_the_start(start, tmp_path):
+def test_an_invalid_env_file_stops_the_start(start, tmp_path):
     (tmp_path / ".env").write_text("PORT=1\nAPI_KEYS: secret\n")
     service = start(APP, cwd=tmp_path)
     assert service.process.wait(30) == 78
@@ -74,7 +74,7 @@ def test_arguments_win_over_settings(start):
 
 
 @pytest.mark.parametrize("command", [APP, [*MODULE, "serve"], MODULE], ids=["app.py", "serve", "-m"])
-def test_help_and_version_are_answered(command):
+def test_help_and_version(command):
     asked = run(*command, "--help")
     assert (asked.returncode, asked.stderr) == (0, "")
     assert "usage:" in asked.stdout
@@ -97,13 +97,13 @@ def test_each_command_describes_itself(command):
         pytest.param(["8002"], "unrecognized arguments: 8002", id="a port alone"),
     ],
 )
-def test_unknown_arguments_are_refused(arguments, words):
+def test_unknown_arguments_are_rejected(arguments, words):
     refused = run(*APP, *arguments)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == f"app.py: error: {words}"
 
 
-def test_a_bad_argument_is_refused_as_its_setting_is():
+def test_a_bad_argument_is_rejected_like_its_setting():
     refused = run(*APP, "--port", "many")
     assert refused.returncode == 78
     assert refused.stderr.startswith("PORT='many' is not allowed: it must be a whole number from 1 up to")

@@ -30,7 +30,7 @@ def ask(service: Service, texts: list[str]) -> np.ndarray:
     return np.array(response.json()["embeddings"])
 
 
-def test_requests_go_to_both_and_all_are_right(pair, oracle):
+def test_requests_go_to_both_and_all_vectors_are_right(pair, oracle):
     first, second = model_processes(pair)
     before = [process.cpu_times().user for process in (first, second)]
     batches = [[f"text {number} of request {turn}" for number in range(16)] for turn in range(24)]
@@ -50,7 +50,7 @@ def test_the_cores_are_divided(pair):
     assert all(f"threads: {each}," in line for line in lines)
 
 
-def test_the_other_goes_on_when_one_is_killed(pair):
+def test_one_serves_on_if_the_other_is_killed(pair):
     model_processes(pair)[0].kill()
     wait_until(lambda: "The model process was lost" in pair.log(), 10, "the loss noticed")
     with ThreadPoolExecutor(8) as clients:

@@ -49,7 +49,7 @@ def test_refused_before_it_listens(start, settings, words, form):
 @pytest.mark.parametrize(
     "command", [None, [GUNICORN, "-b", "127.0.0.1:{port}", "app:app"]], ids=["app.py", "gunicorn"]
 )
-def test_a_port_in_use_is_one_line_at_once(start, command):
+def test_a_port_in_use_gets_one_line_at_once(start, command):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -84,7 +84,7 @@ def test_a_folder_without_safetensors(tmp_path):
         source.check(str(tmp_path))
 
 
-def test_what_only_the_model_process_finds_is_said_at_the_end(start, tmp_path):
+def test_an_error_of_the_model_process_is_the_last_line(start, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     service = start(EMBEDDING_MODEL=str(tmp_path))
@@ -110,7 +110,7 @@ def test_a_unix_socket_by_gunicorns_own_option(start, tmp_path):
     assert answer.startswith(b"HTTP/1.1 200")
 
 
-def test_a_refusal_has_the_form_that_the_env_file_asks_for(start, tmp_path):
+def test_a_startup_error_has_the_log_format_of_the_env_file(start, tmp_path):
     (tmp_path / ".env").write_text("LOG_FORMAT=json\nBATCH_SIZE=none\n")
     service = start([sys.executable, str(ROOT / "app.py")], cwd=tmp_path)
     assert service.process.wait(30) == 78
@@ -127,6 +127,6 @@ os.execv(sys.executable, [sys.executable, "app.py"])
 """
 
 
-def test_a_socket_from_systemd_is_no_port_in_use(start):
+def test_a_socket_from_systemd_is_not_a_port_in_use(start):
     service = start([sys.executable, "-c", LAUNCH.replace("{", "{{").replace("}", "}}"), "{port}"])
     assert service.wait_ready().post("/embed", {"texts": "hello"}).ok

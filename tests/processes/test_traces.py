@@ -58,7 +58,7 @@ def collector() -> Iterator[Collector]:
     running.close()
 
 
-def test_a_request_is_a_span_of_the_callers_trace(start, collector):
+def test_a_request_becomes_a_span_of_the_callers_trace(start, collector):
     service = start(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100").wait_ready()
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
     assert service.post("/embed", {"texts": ["one", "two"]}, headers=headers).status_code == 200
@@ -76,7 +76,7 @@ def test_a_request_is_a_span_of_the_callers_trace(start, collector):
     assert names["service.name"] == "embedding-service"
 
 
-def test_a_collector_that_is_away_delays_nobody(start):
+def test_an_unreachable_collector_delays_nobody(start):
     service = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9").wait_ready()
     assert service.post("/embed", {"texts": "hello"}).status_code == 200
 
@@ -98,7 +98,7 @@ def test_a_missing_package_stops_the_start(monkeypatch):
     ],
     ids=["none", "for everything", "for traces", "turned off"],
 )
-def test_the_variables_of_opentelemetry_decide(monkeypatch, tmp_path, variables, wanted):
+def test_opentelemetrys_variables_turn_traces_on(monkeypatch, tmp_path, variables, wanted):
     monkeypatch.chdir(tmp_path)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

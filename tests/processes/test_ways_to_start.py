@@ -93,21 +93,21 @@ def test_health_says_loading_before_it_says_healthy(start):
         pytest.param({"LOG_FILE": "/nowhere/log"}, "LOG_FILE='/nowhere/log' cannot be written", id="no log"),
     ],
 )
-def test_what_cannot_start_says_why_and_ends(start, settings, words):
+def test_a_service_that_cannot_start_says_why_and_exits(start, settings, words):
     running = start(**settings)
     assert running.process.wait(30) == 78
     assert words in running.log()
     assert "Traceback" not in running.log()
 
 
-def test_the_old_name_of_a_setting_is_accepted_with_a_line_in_the_log(start):
+def test_the_old_name_of_a_setting_is_accepted_with_a_warning(start):
     running = start(WEB_THREADS="7").wait_ready()
     info = requests.get(f"{running.url}/info", timeout=5).json()
     assert info["max_concurrent_requests"] == 7
     assert "WEB_THREADS is now called MAX_CONCURRENT_REQUESTS" in running.log()
 
 
-def test_cuda_asked_for_and_missing_falls_back_loudly(start):
+def test_missing_cuda_falls_back_to_the_cpu_with_a_warning(start):
     running = start(DEVICE="cuda", CUDA_VISIBLE_DEVICES="").wait_ready()
     assert running.health()[1]["device"] == "cpu"
     assert requests.get(f"{running.url}/info", timeout=5).json()["device"] == "cpu"

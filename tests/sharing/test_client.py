@@ -106,7 +106,7 @@ def test_requests_in_flight_fail_with_the_connection(connection, process):
     assert isinstance(asked.wait(), Unavailable)
 
 
-def test_an_overdue_request_is_failed_and_forgotten(connection, process):
+def test_an_overdue_request_fails_and_is_forgotten(connection, process):
     asked = Asked(connection, "text", seconds=0.1)
     assert isinstance(asked.wait(), DeadlineExceeded)
     assert connection.load == 0

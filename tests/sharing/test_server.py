@@ -40,7 +40,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_process_without_free_descriptors_accepts_workers_once_it_has_some(tmp_path):
+def test_a_process_out_of_descriptors_accepts_workers_once_it_has_some_again(tmp_path):
     import socket
 
     (tmp_path / "metrics").mkdir()

@@ -32,7 +32,7 @@ def result(seed: int, texts: int, dimension: int, cache_hits: int | None = None)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_calls_arrive_as_they_were_sent_however_the_bytes_are_cut(ends, seed):
+def test_calls_arrive_unchanged_however_the_bytes_are_split(ends, seed):
     chance = random.Random(seed)
     sent = [
         call(n, *["é" * chance.choice([0, 3, 200, 70_000]) for _ in range(chance.randint(1, 3))])
@@ -56,7 +56,7 @@ def test_calls_arrive_as_they_were_sent_however_the_bytes_are_cut(ends, seed):
     assert received == sent
 
 
-def test_calls_that_came_together_are_received_together(ends):
+def test_calls_that_arrive_together_are_received_together(ends):
     sent = [call(n, "text") for n in range(20)]
     wire.Channel(ends[0]).send(*sent)
     assert wire.Channel(ends[1]).receive_all() == sent
@@ -78,7 +78,7 @@ def test_answers_arrive_with_their_own_vectors(ends):
     assert channel.receive()[0] == notice
 
 
-def test_all_outcomes_of_a_batch_leave_in_one_system_call():
+def test_all_outcomes_of_a_batch_are_sent_in_one_system_call():
     class Counted:
         """As much of a socket as sending needs."""
 
@@ -116,7 +116,7 @@ def test_all_outcomes_of_a_batch_leave_in_one_system_call():
 @pytest.mark.parametrize(
     "error", [InvalidRequest("is bad", index=3), Overloaded("full", retry_after_seconds=2)]
 )
-def test_errors_arrive_whole(ends, error):
+def test_errors_arrive_unchanged(ends, error):
     wire.Channel(ends[0]).send(wire.Failure.of(7, error))
     message, _ = wire.Channel(ends[1]).receive()
     got = message.error()

@@ -51,7 +51,7 @@ def test_a_preflight_needs_no_key():
     }
 
 
-def test_options_without_a_preflight_is_answered_as_ever():
+def test_options_without_a_preflight_is_answered_as_usual():
     answer = client(HERE, api_keys="secret").options("/embed", headers={"Origin": HERE})
     assert answer.status_code == 401
 

@@ -30,7 +30,7 @@ TEXT_AT_FAULT = [
 
 
 @pytest.mark.parametrize(("path", "body", "name"), TEXT_AT_FAULT, ids=str)
-def test_a_text_at_fault_has_the_name_that_the_caller_gave_it(client, engine, path, body, name):
+def test_a_bad_text_has_the_callers_name_for_it(client, engine, path, body, name):
     engine.error = ModelFailure("could not be embedded", index=1)
     assert message(client.post(path, json=body)) == f"{name} could not be embedded"
 
@@ -51,7 +51,7 @@ def test_the_source_sentence_is_the_first_text_of_a_comparison(client, engine):
         ("/", {"inputs": "a"}, "prompt_name", "prompt_name"),
     ],
 )
-def test_so_has_a_field(client, engine, path, body, field, name):
+def test_a_bad_field_has_the_callers_name_for_it(client, engine, path, body, field, name):
     engine.error = InvalidRequest("is wrong", field=field)
     assert message(client.post(path, json=body)) == f"{name} is wrong"
 
@@ -65,7 +65,7 @@ def test_openais_param_is_the_field(client, engine):
 
 
 @pytest.mark.parametrize("kind", list(BY_NAME.values()), ids=lambda kind: kind.__name__)
-def test_the_wire_carries_an_error_whole(kind):
+def test_the_wire_carries_all_parts_of_an_error(kind):
     sent = kind("is wrong", index=3, field="texts", retry_after_seconds=0.5)
     packed = msgspec.msgpack.encode(wire.Failure.of(7, sent))
     got = msgspec.msgpack.decode(packed, type=wire.Failure)
@@ -74,7 +74,7 @@ def test_the_wire_carries_an_error_whole(kind):
     assert vars(got.error()) == vars(sent)
 
 
-def test_an_error_that_another_version_knows_is_still_an_error():
+def test_an_error_of_another_version_is_still_an_error():
     assert isinstance(wire.Failure(1, "Unheard", "of", None, None, None).error(), errors.ServiceError)
 
 
@@ -95,7 +95,7 @@ BODIES = [
 
 
 @pytest.mark.parametrize(("body", "words"), BODIES, ids=str)
-def test_a_body_that_does_not_fit_is_explained_without_python(client, body, words):
+def test_an_invalid_body_is_explained_in_terms_of_json(client, body, words):
     answer = client.post("/embed", json=body)
     assert (answer.status_code, answer.json["error"]) == (400, words)
 
@@ -113,7 +113,7 @@ def test_a_number_out_of_range_is_explained(client):
     assert "out of range" in answer.json["error"]
 
 
-def test_lines_have_the_id_of_their_request_and_none_outside_of_one(app):
+def test_log_lines_have_the_id_of_the_request_if_there_is_one(app):
     from embedding_service.logs import TextFormatter
 
     log = logging.getLogger("embedding_service.test")

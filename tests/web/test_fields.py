@@ -37,7 +37,7 @@ def message(response) -> str:
         ("truncat", "truncate"),
     ],
 )
-def test_a_misspelt_field_of_embed_is_refused_and_corrected(client, engine, name, meant):
+def test_a_misspelt_field_of_embed_is_rejected_with_the_right_name(client, engine, name, meant):
     response = client.post("/embed", json={"texts": ["a"], name: False})
     assert (response.status_code, response.json["error"]) == (400, f"{name} is not a field here; use {meant}")
     assert not engine.requests
@@ -72,7 +72,7 @@ HONOURED = {("/embed", "precision")} | {
     ("path", "name"),
     [(path, name) for path in BODIES for name in CHANGES_VECTORS if (path, name) not in HONOURED],
 )
-def test_what_would_change_the_vectors_is_refused_on_every_protocol(client, engine, path, name):
+def test_fields_that_change_the_vectors_are_rejected_in_every_protocol(client, engine, path, name):
     response = client.post(path, json={**BODIES[path], name: CHANGES_VECTORS[name]})
     assert response.status_code == (422 if path in ("/", "/v1") else 400)
     assert message(response).startswith(f"{name} is not")
@@ -91,7 +91,7 @@ def test_what_would_change_the_vectors_is_refused_on_every_protocol(client, engi
     ],
     ids=str,
 )
-def test_what_changes_nothing_is_ignored(client, path, other):
+def test_fields_that_change_nothing_are_ignored(client, path, other):
     assert client.post(path, json=BODIES[path] | other).status_code == 200
 
 
@@ -101,7 +101,7 @@ def test_voyages_names_are_honoured_by_openais_route(client, engine):
     assert (engine.requests[0].dimensions, engine.requests[0].truncate) == (2, False)
 
 
-def test_nested_fields_are_judged_too(client):
+def test_nested_fields_are_checked_too(client):
     assert message(client.post("/api/embed", json={"input": "a", "options": {"dimensions": 2}})).startswith(
         "options.dimensions is not supported"
     )
@@ -129,7 +129,7 @@ def test_nested_fields_are_judged_too(client):
     ],
     ids=str,
 )
-def test_length_1_is_what_was_asked_for_or_refused(client, engine, path, sent, normalized):
+def test_normalization_is_as_requested_or_rejected(client, engine, path, sent, normalized):
     response = client.post(path, json=BODIES[path] | sent)
     assert response.status_code == (400 if normalized is None else 200), response.text
     assert [request.normalize for request in engine.requests] == ([] if normalized is None else [normalized])
@@ -137,7 +137,7 @@ def test_length_1_is_what_was_asked_for_or_refused(client, engine, path, sent, n
 
 @pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings"])
 @pytest.mark.parametrize(("window", "status"), [(15, 400), (16, 200), (8192, 200), (0, 200), (None, 200)])
-def test_a_window_shorter_than_the_models_is_refused(client, path, window, status):
+def test_a_window_shorter_than_the_models_is_rejected(client, path, window, status):
     response = client.post(path, json=BODIES[path] | {"options": {"num_ctx": window}})
     assert response.status_code == status
     if status == 400:
@@ -147,14 +147,14 @@ def test_a_window_shorter_than_the_models_is_refused(client, path, window, statu
 @pytest.mark.parametrize(
     ("strategy", "status"), [("masked_mean", 200), ("mean", 200), ("", 200), ("cls", 400), ("nonsense", 400)]
 )
-def test_another_pooling_than_the_models_is_refused(client, strategy, status):
+def test_another_pooling_than_the_models_is_rejected(client, strategy, status):
     response = client.post("/vectors", json={"text": "a", "config": {"pooling_strategy": strategy}})
     assert response.status_code == status
     if status == 400:
         assert message(response).startswith(f"config.pooling_strategy is {strategy!r}")
 
 
-def test_v1_answers_inputs_and_names_them(client):
+def test_v1_accepts_inputs_and_names_them_in_errors(client):
     assert client.post("/v1", json={"inputs": ["a", "bb"]}).json == [[1.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
     assert client.post("/v1", json={"input": "a"}).json["error"] == "inputs is missing"
 
@@ -168,7 +168,7 @@ def optional_fields(app):
                     yield rule.rule, field.name
 
 
-def test_null_means_left_out_on_every_route(app, client):
+def test_null_means_not_set_on_every_route(app, client):
     fields = list(optional_fields(app))
     assert len(fields) > 25
     for path, name in fields:
@@ -186,7 +186,7 @@ def test_a_byte_order_mark_and_any_label_are_accepted(client, path, content_type
     assert client.post(path, data=raw, headers={"Content-Type": content_type}).status_code == 200
 
 
-def test_the_pipelines_shapes_are_answered_at_the_root(client, engine):
+def test_the_bodies_of_pipelines_are_accepted_at_the_root(client, engine):
     inputs = {"source_sentence": "a", "sentences": ["b", "cc"]}
     answer = client.post("/", json={"inputs": inputs, "parameters": {}})
     assert answer.status_code == 200
@@ -211,12 +211,12 @@ def test_the_pages_links_are_relative(client, page):
     assert client.get("/openapi.json").json["servers"] == [{"url": "."}]
 
 
-def test_info_says_no_batch_below_one_text(client):
+def test_max_batch_tokens_covers_a_batch_of_the_longest_texts(client):
     info = client.get("/info").json
     assert info["max_batch_tokens"] >= info["batch_size"] * info["max_input_length"]
 
 
-def test_where_nothing_is_cut_the_limit_is_that_of_characters(client, engine):
+def test_without_truncation_the_limit_is_the_number_of_characters(client, engine):
     info = msgspec.structs.replace(INFO, reads_whole_texts=True)
     engine.current = Status(state="healthy", info=info)
     body = client.get("/info").json
@@ -226,7 +226,7 @@ def test_where_nothing_is_cut_the_limit_is_that_of_characters(client, engine):
     assert client.post("/api/show", json={}).json["model_info"]["bert.context_length"] == 100
 
 
-def test_an_error_names_field_item_and_reason_apart(client):
+def test_an_error_has_field_index_and_reason_separately(client):
     body = client.post("/embed", json={"texts": ["a", "b" * 101]}).json
     assert (body["field"], body["index"]) == ("texts", 1)
     assert body["error"] == f"texts[1] {body['reason']}"

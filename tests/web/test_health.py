@@ -42,7 +42,7 @@ def test_live_is_independent_of_readiness(client, engine):
     assert client.get("/health/live").status_code == 503
 
 
-def test_info_has_the_users_names_and_teis(client):
+def test_info_has_our_names_and_teis(client):
     body = client.get("/info").json
     users = ("model_name", "embedding_dimension", "max_seq_length", "device", "batch_size")
     assert [body[name] for name in users] == ["fake/model", 3, 16, "cpu", 32]
@@ -52,18 +52,18 @@ def test_info_has_the_users_names_and_teis(client):
     assert (body["backend"], body["fingerprint"]) == (INFO.backend, INFO.fingerprint)
 
 
-def test_info_before_the_model_is_there_is_a_503(client, engine):
+def test_info_before_the_model_is_loaded_is_a_503(client, engine):
     engine.current = Status(state="loading", reason="loading fake/model")
     response = client.get("/info")
     assert (response.status_code, response.json["error_type"]) == (503, "unavailable")
 
 
-def test_a_sane_request_id_comes_back(client):
+def test_a_valid_request_id_is_returned(client):
     assert client.get("/health", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "<script>"])
-def test_any_other_is_replaced(client, given):
+def test_an_invalid_request_id_is_replaced(client, given):
     got = client.get("/health", headers={"X-Request-ID": given}).headers["X-Request-ID"]
     assert got != given
     assert len(got) == 32

@@ -88,19 +88,19 @@ FORMS = ["application/x-www-form-urlencoded", "multipart/form-data"]
 
 
 @pytest.mark.parametrize("content_type", FORMS)
-def test_json_labelled_as_a_form_is_read_as_curl_sends_it(client, content_type):
+def test_json_that_curl_labels_as_a_form_is_read(client, content_type):
     assert client.post("/embed", data=b'{"texts":"a"}', content_type=content_type).status_code == 200
 
 
 @pytest.mark.parametrize("content_type", FORMS)
-def test_forms_get_a_415_with_the_way_out(client, content_type):
+def test_forms_get_a_415_with_a_remedy(client, content_type):
     response = client.post("/embed", data=b"texts=a", content_type=content_type)
     assert response.status_code == 415
     assert "-H 'Content-Type: application/json'" in response.json["error"]
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "deflate", "gzip, gzip"])
-def test_bodies_compressed_in_another_way_than_gzip_get_a_415(client, encoding):
+def test_other_content_encodings_than_gzip_get_a_415(client, encoding):
     response = client.post("/embed", data=b"\x1f\x8b", headers={"Content-Encoding": encoding})
     assert (response.status_code, response.json["error_type"]) == (415, "unsupported_media_type")
     assert response.json["error"] == f"the content encoding {encoding} is not supported; send gzip or none"
@@ -132,13 +132,13 @@ WHOLE = gzip.compress(b'{"texts": "a"}')
         "empty members",
     ],
 )
-def test_a_gzip_body_counts_as_what_it_holds(client, sent, status, error):
+def test_the_limit_applies_to_the_decompressed_body(client, sent, status, error):
     response = client.post("/embed", data=sent, headers={"Content-Encoding": "gzip"})
     assert response.status_code == status
     assert error is None or response.json["error"].startswith(error)
 
 
-def test_gzip_members_are_counted(client, monkeypatch):
+def test_the_number_of_gzip_members_is_limited(client, monkeypatch):
     """Each takes time, even if it is empty, so their number has a limit of its own."""
     monkeypatch.setattr(bodies, "MAX_MEMBERS", 3)
     empty = gzip.compress(b"")
@@ -157,7 +157,7 @@ def test_a_gzip_body_is_read_in_blocks(client, monkeypatch, size):
     assert cut.json["error"] == "the gzip body is incomplete"
 
 
-def test_a_bomb_is_not_inflated(client):
+def test_a_gzip_bomb_is_not_decompressed(client):
     """A body of 1 MB would become 1 GB; memory must not notice."""
     bomb = gzip.compress(bytes(1 << 20)) * 2
     tracemalloc.start()
@@ -177,7 +177,7 @@ def test_a_bomb_is_not_inflated(client):
         pytest.param("d" * 3000, id="a body too large"),
     ],
 )
-def test_too_much_gets_a_413(client, engine, texts):
+def test_requests_over_a_limit_get_a_413(client, engine, texts):
     response = client.post("/embed", json={"texts": texts})
     assert (response.status_code, response.json["error_type"]) == (413, "too_large")
     assert not engine.requests
@@ -208,7 +208,7 @@ def test_a_bug_is_a_generic_500_and_the_log_has_the_details(client, engine, capl
     assert "secret detail" in caplog.text
 
 
-def test_when_all_threads_wait_the_answer_is_429_and_health_still_answers(app, engine, client):
+def test_requests_over_the_limit_get_429_and_health_still_answers(app, engine, client):
     app.extensions["embedding_service"]._places.clear()
     assert client.post("/embed", json={"texts": "a"}).status_code == 429
     assert client.get("/health").status_code == 200

@@ -19,14 +19,14 @@ def pair(monkeypatch):
         yield patient, client
 
 
-def test_what_has_come_is_read(pair):
+def test_received_data_is_read(pair):
     patient, client = pair
     client.sendall(b"all of it")
     assert patient.recv(100) == b"all of it"
     assert patient.begun
 
 
-def test_a_client_that_sends_nothing_is_not_waited_for(pair):
+def test_a_client_that_sends_nothing_times_out(pair):
     patient, _client = pair
     with pytest.raises(TimeoutError):
         patient.recv(100)
@@ -42,14 +42,14 @@ def test_a_client_that_sends_nothing_more_is_cut_off(pair):
     assert patient.begun
 
 
-def test_what_lay_there_before_the_time_was_up_is_still_read(pair):
+def test_data_that_arrived_in_time_is_read_after_the_time_is_up(pair):
     patient, client = pair
     patient.expect(-1.0)
     client.sendall(b"complete, but had to wait for its turn")
     assert patient.recv(100).startswith(b"complete")
 
 
-def test_bytes_that_came_buy_time_for_more(pair):
+def test_received_bytes_extend_the_time_limit(pair):
     patient, client = pair
     client.sendall(b"a" * 100_000)
     patient.recv(1)
@@ -58,7 +58,7 @@ def test_bytes_that_came_buy_time_for_more(pair):
     assert patient._read_by == pytest.approx(before + received / worker.MIN_BYTES_PER_SECOND)
 
 
-def test_a_client_that_takes_nothing_of_an_answer_is_cut_off(pair, monkeypatch):
+def test_a_client_that_does_not_read_its_response_is_cut_off(pair, monkeypatch):
     patient, _client = pair
     monkeypatch.setattr(worker, "MIN_BYTES_PER_SECOND", 1e12)
     with pytest.raises(TimeoutError):

@@ -35,7 +35,7 @@ class Words:
         return found
 
 
-def spoil(runtime):
+def inject(runtime):
     """Make a runtime do what the words in its texts say."""
     words = Words()
     prepare, exact = runtime.prepare, runtime.forward_exact
@@ -45,22 +45,22 @@ def spoil(runtime):
         words.remember(prepared, texts)
         return prepared
 
-    def spoiled_exact(one):
+    def faulty_exact(one):
         words.of_thread.texts = []
         vectors = exact(one)
         return vectors * float("nan") if "@@nan-always@@" in words.of([one])[0] else vectors
 
-    runtime.prepare, runtime.forward_exact = prepare_and_remember, spoiled_exact
+    runtime.prepare, runtime.forward_exact = prepare_and_remember, faulty_exact
     for lane in [*runtime.lanes, *([runtime.whole] if runtime.whole else [])]:
-        spoil_lane(lane, words)
-    spoil_model(words)
+        inject_into_lane(lane, words)
+    inject_into_model(words)
     return runtime
 
 
-def spoil_lane(lane, words):
+def inject_into_lane(lane, words):
     forward = lane.forward
 
-    def spoiled_forward(batch):
+    def faulty_forward(batch):
         texts = words.of_thread.texts = words.of(batch)
         note([text for text in texts if text])
         vectors = forward(batch)
@@ -70,17 +70,17 @@ def spoil_lane(lane, words):
                 vectors[row, 0] = float("nan")
         return vectors
 
-    lane.forward = spoiled_forward
+    lane.forward = faulty_forward
 
 
-def spoil_model(words):
+def inject_into_model(words):
     """Raise inside the model those faults that its backend must handle."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     forward = SentenceTransformer.forward
 
-    def spoiled_forward(self, *arguments, **named):
+    def faulty_forward(self, *arguments, **named):
         texts = getattr(words.of_thread, "texts", [])
         every = " ".join(texts)
         if "@@oom@@" in every and len(texts) > 1:
@@ -97,7 +97,7 @@ def spoil_model(words):
             ctypes.PyDLL(None).sleep(3600)
         return forward(self, *arguments, **named)
 
-    SentenceTransformer.forward = spoiled_forward
+    SentenceTransformer.forward = faulty_forward
 
 
 def note(texts):
@@ -110,4 +110,4 @@ if "embedding_service.sharing.server" in sys.orig_argv:
     from embedding_service.inference import local
 
     load = local._load_model
-    local._load_model = lambda settings: spoil(load(settings))
+    local._load_model = lambda settings: inject(load(settings))
