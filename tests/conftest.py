@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the real service once for the session, and the oracle for its vectors."""
+"""Fixtures for all tests: the real service, started once, and the oracle for its vectors."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def oracle(model_folder: Path):
-    """SentenceTransformer itself, on the CPU in float32: what every vector is compared with."""
+    """SentenceTransformer itself, on the CPU in float32, whose vectors are the expected ones."""
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(model_folder), device="cpu")
@@ -48,7 +48,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator:
-    """Start services that end with the test: `start(BATCH_SIZE="8")`, `start(command=[...])`."""
+    """Start services that are stopped after the test: `start(BATCH_SIZE="8")`, `start(command=[...])`."""
     running: list[Service] = []
 
     def begin(command: list[str] | None = None, cwd: Path = ROOT, **settings: str) -> Service:
@@ -62,7 +62,7 @@ def start(tmp_path: Path) -> Iterator:
 
 
 def require_program(name: str, package: str) -> str:
-    """The path of a system program. Without it a test skips with a hint, and fails where CI is set."""
+    """The path of a system program. If it is missing, the test is skipped with a hint, or fails in CI."""
     path = shutil.which(name)
     if path is None:
         message = f"{name} is not installed (Debian: apt-get install {package})"

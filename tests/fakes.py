@@ -1,4 +1,4 @@
-"""An engine without a model, for tests of the HTTP half alone."""
+"""An engine without a model, for tests of the HTTP half only."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the fault tests measured: each records a line, and `python -m tests.reliability` makes the table."""
+"""The fault tests record their results here, and `python -m tests.reliability` makes a table of them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ everything and writes this table. "Lost" counts requests that got neither an ans
 
 
 def record(fault: str, done: str, times: int, measured: str, lost: str | int = "nothing") -> None:
-    """Note what a test did and saw; it does so after its last assertion."""
+    """Record what a test did and measured; call this after its last assertion."""
     RECORDS.parent.mkdir(exist_ok=True)
     line = {"fault": fault, "done": done, "times": times, "measured": measured, "lost": str(lost)}
     with RECORDS.open("a", encoding="utf-8") as file:
@@ -30,7 +30,7 @@ def record(fault: str, done: str, times: int, measured: str, lost: str | int = "
 
 
 def render() -> str:
-    """The table, with the last record of each fault, in the order in which faults first came."""
+    """The table, with the last record of each fault, in the order of the first ones."""
     latest: dict[str, dict[str, str]] = {}
     for line in RECORDS.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)

@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 def wait_until(condition, seconds: float = 10.0, what: str = "the condition") -> Any:
-    """Ask until the answer is truthy, and return it."""
+    """Call the condition until its result is truthy, and return that."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():
@@ -35,7 +35,7 @@ def wait_until(condition, seconds: float = 10.0, what: str = "the condition") ->
 
 
 class Service:
-    """One running service; its log is in `log()`, its processes in `processes()`.
+    """A running service, with its log in `log()` and its processes in `processes()`.
 
     `command` defaults to `python app.py`; "{port}" in it is replaced. Settings are passed in
     capitals, as `Service(tmp_path, BATCH_SIZE="8")`; a developer's own environment does not leak in.
@@ -68,11 +68,11 @@ class Service:
             )
 
     def log(self) -> str:
-        """Everything that the service has printed so far."""
+        """All that the service has printed so far."""
         return self._log_path.read_text(errors="replace")
 
     def health(self) -> tuple[int, dict[str, Any]] | None:
-        """Status and body of GET /health, or None if nothing answers."""
+        """Status and body of GET /health, or None if there is no response."""
         try:
             response = requests.get(f"{self.url}/health", timeout=5)
         except requests.RequestException:
@@ -108,7 +108,7 @@ class Service:
         return self._running("embedding_service.sharing.server")
 
     def supervisor(self) -> psutil.Process:
-        """The process that keeps the model process."""
+        """The process that keeps the model process running."""
         return self._running("embedding_service.sharing.supervisor")
 
     def web_workers(self) -> list[psutil.Process]:
@@ -134,7 +134,7 @@ class Service:
 
 
 def _command(process: psutil.Process) -> list[str]:
-    """Its command line; for one that has just ended, a name that is none of ours."""
+    """The command line of a process, or a name that is not ours if it has just ended."""
     try:
         return process.cmdline()
     except psutil.Error:

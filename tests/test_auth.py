@@ -1,4 +1,4 @@
-"""Keys: who is asked for one, how it may be sent, how it is rotated, and that no log ever holds one."""
+"""Keys: which routes require one, how it is sent and rotated, and that it is never logged."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ BODY = {"texts": "hello"}
 
 
 class OneVector:
-    """An engine without a model, for what happens before one is asked."""
+    """An engine without a model, for checks that come before it."""
 
     def embed(self, request):
         vectors = np.ones((len(request.texts), 3), np.float32)
@@ -272,12 +272,12 @@ def test_the_real_service_requires_keys_rotates_them_and_never_logs_them(start, 
     assert [status(key, "/nothing") for key in (OURS, ROTATED)] == [404, 401]
     assert requests.get(f"{running.url}/metrics", timeout=10).status_code == 401
     replace(file, ROTATED)
-    # New connections, so that both workers are asked.
+    # New connections, so that both workers get requests.
     assert {status(ROTATED) for _ in range(20)} == {200}
     assert {status(FILED) for _ in range(20)} == {401}
     assert status(OURS) == 200
 
-    with requests.Session() as session:  # a refused body must not be taken for the next request
+    with requests.Session() as session:  # a rejected body must not be read as the next request
         for _ in range(3):
             refused = session.post(f"{running.url}/embed", json={"texts": ["x" * 5000] * 100}, timeout=10)
             assert refused.status_code == 401

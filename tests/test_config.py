@@ -1,4 +1,4 @@
-"""The settings: what is read, what is refused and in which words, and that they are documented."""
+"""The settings: how they are read, the messages for invalid ones, and their documentation."""
 
 import re
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_names_that_other_software_uses_are_accepted(name, value, meant):
 def env_file(tmp_path, monkeypatch) -> Path:
     """The `.env` of the working folder."""
     monkeypatch.chdir(tmp_path)
-    # What a test exports is gone after it.
+    # Variables that a test exports are removed after it.
     monkeypatch.setattr(config.os, "environ", {"HOME": "/"})
     return tmp_path / ".env"
 

@@ -1,4 +1,4 @@
-"""embed_file: every row once, whatever happens on the way; over the real service and in one process."""
+"""embed_file writes every row once, whatever happens: against the real service and in one process."""
 
 import base64
 import csv
@@ -51,7 +51,7 @@ DIMENSION = 384
 
 
 class Run:
-    """One `python -m embedding_service.embed_file`, and how much memory it took."""
+    """A `python -m embedding_service.embed_file` process, and its peak memory."""
 
     def __init__(
         self, *arguments: object, stdin: int | IO[bytes] = subprocess.DEVNULL, **settings: str
@@ -64,14 +64,14 @@ class Run:
             stdin=stdin,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start.
+            # In a background job, the shell makes the tests and their children ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         )
         self.peak_mib = 0.0
         self.said = ""
 
     def is_over(self) -> bool:
-        """Look at its memory, and whether it has ended."""
+        """Sample its memory; returns whether it has ended."""
         try:
             status = Path(f"/proc/{self.process.pid}/status").read_text()
             peak = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
@@ -81,7 +81,7 @@ class Run:
         return self.process.poll() is not None
 
     def wait(self, seconds: float = 300.0) -> int:
-        """Its exit code; what it has said is in `said`."""
+        """Wait for the exit code; its output is then in `said`."""
         try:
             wait_until(self.is_over, seconds, "the end of embed_file")
         finally:
@@ -92,7 +92,7 @@ class Run:
 
 
 def write_corpus(path: Path, count: int) -> list[str]:
-    """Short texts, no two alike, as JSON objects."""
+    """Write distinct short texts as JSON objects."""
     subjects = ["cats", "the sea", "tax law", "red wine", "old trains", "rain", "chess"]
     texts = [f"Note {i * 7919 % 1_000_003} about {subjects[i % 7]}." for i in range(count)]
     path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
@@ -100,13 +100,13 @@ def write_corpus(path: Path, count: int) -> list[str]:
 
 
 def rows_in(output: Path, dimension: int = DIMENSION) -> int:
-    """How many rows an unfinished output has."""
+    """The number of rows in an unfinished output."""
     path = paths.part_path(output)
     return (path.stat().st_size - HEADER_BYTES) // (4 * dimension) if path.exists() else 0
 
 
 def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: signal.Signals) -> Run:
-    """Kill a run in the middle, start it again, and check every row of what comes out."""
+    """Interrupt a run in the middle, resume it, and check the rows of the output."""
     corpus, output = folder / "corpus.jsonl", folder / "vectors.npy"
     texts = write_corpus(corpus, count)
     command = (corpus, "-o", output, "--url", url, "--batch", 32 if count < 10_000 else 256)
@@ -123,11 +123,11 @@ def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: sig
     vectors = np.load(output, mmap_mode="r")
     assert vectors.shape == (count, DIMENSION) and vectors.dtype == np.float32
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
-    # No row is there twice, and those around the seam and all along are the rows of their lines.
+    # No row occurs twice, and the sampled rows, some of them around the interruption, match their lines.
     assert len(np.unique(np.round(vectors, 4), axis=0)) == count
-    looked_at = sorted({*range(0, count, count // 150), *range(done - 70, done + 70)})
-    expected = oracle.encode([texts[i] for i in looked_at], normalize_embeddings=True)
-    assert np.abs(vectors[looked_at] - expected).max() < 1e-5
+    sampled = sorted({*range(0, count, count // 150), *range(done - 70, done + 70)})
+    expected = oracle.encode([texts[i] for i in sampled], normalize_embeddings=True)
+    assert np.abs(vectors[sampled] - expected).max() < 1e-5
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.jsonl", "vectors.npy"]
     second.peak_mib = max(first.peak_mib, second.peak_mib)
     return second
@@ -150,7 +150,7 @@ def test_100_000_lines_with_a_kill_in_the_middle(service, oracle, tmp_path, reco
 
 
 class Numbers(FakeEngine):
-    """Embeds a number as itself."""
+    """Embeds the text of a number as that number."""
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         vectors = np.array([[int(text) if text.isdigit() else 0, 0, 1] for text in request.texts], np.float32)
@@ -158,7 +158,7 @@ class Numbers(FakeEngine):
 
 
 def test_all_of_100_000_rows_are_written_once_despite_two_kills(tmp_path):
-    """Over HTTP with a model that takes no time, so that each row's vector can be looked at."""
+    """Over HTTP, with a model that takes no time, so that every row can be checked."""
     count, corpus, output = 100_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
     corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
     served = Served(Numbers())
@@ -290,7 +290,7 @@ def test_a_command_that_cannot_start_says_why_in_one_line(tmp_path, monkeypatch,
 
 
 def main(monkeypatch, *arguments: object) -> int:
-    """`embed_file` in this process, for what ends before a model is needed."""
+    """`embed_file` in this process, for runs that end before they need a model."""
     monkeypatch.setattr(sys, "argv", ["embed_file", *map(str, arguments)])
     return embed_file.main()
 
@@ -394,7 +394,7 @@ def test_restart_spares_hard_links_to_its_part_and_a_run_in_progress(tmp_path):
 
 
 def test_an_unwritable_folder_stops_the_run_at_the_start(tmp_path, monkeypatch, capsys):
-    """Root may write everywhere but to /proc, and learns it later than others."""
+    """Root can write anywhere but in /proc, and finds that out later than other users."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('"text"\n')
     served = Served(Numbers())
@@ -470,7 +470,7 @@ def test_quoting_faults_are_bad_rows_and_the_rows_after_them_are_kept(tmp_path, 
 
 
 class Strict(msgspec.Struct):
-    """What the csv module reads before a fault: records with their lines, and the fault's place."""
+    """What the csv module reads: the records before a fault with their lines, and where the fault is."""
 
     records: list[tuple[int, int, list[str]]]
     fault_lines: range
@@ -509,7 +509,7 @@ class Strict(msgspec.Struct):
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_damaged_csv_against_the_csv_module_in_strict_mode(tmp_path, table, quoting, end, damages):
-    """Characters are deleted, and quotes and line ends inserted; three sound records come after."""
+    """Characters are deleted, and quotes and line ends inserted, before three intact records."""
     written = io.StringIO(newline="")
     csv.writer(written, quoting=quoting, lineterminator=end).writerows(table)
     damaged = written.getvalue()
@@ -524,7 +524,7 @@ def test_damaged_csv_against_the_csv_module_in_strict_mode(tmp_path, table, quot
 
     strict = Strict.read(content)
     before = strict.records[1:]
-    # A record over several lines with too many or too few fields has taken in others.
+    # A record over several lines with too many or too few fields has swallowed others.
     swallowed = [i for i, (first, last, record) in enumerate(before) if first != last and len(record) != 2]
     before = before[: swallowed[0]] if swallowed else before
     assert [(row.line, row.text) for row in found[: len(before)]] == [
@@ -568,7 +568,7 @@ TEXTS = ["plain", 'a "quoted", one', "two\nlines", "Ünïcode 中文 🙂", "x" 
 
 
 def written(kind: str) -> bytes:
-    """The same texts in each format, beside another field."""
+    """The same texts in each format, next to another field."""
     if kind == "txt":
         return "\n".join(text.replace("\n", " ") for text in TEXTS).encode()
     if kind in ("csv", "tsv"):
@@ -1129,7 +1129,7 @@ def test_a_run_without_chunks_removes_the_list_of_an_earlier_one(tmp_path, monke
 
 
 class Instant:
-    """Embeds in no time."""
+    """Embeds without taking any time."""
 
     def describe(self) -> Description:
         return Description(model="m", fingerprint="f", most_texts=256)

@@ -1,4 +1,4 @@
-"""Every line that any process writes is of the form asked for."""
+"""Every line of every process has the configured format."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Metrics: complete from the first scrape, right across processes and their deaths, cheap, documented."""
+"""Metrics: complete from the first scrape, correct across processes and their deaths, cheap, documented."""
 
 import re
 import signal
@@ -27,7 +27,7 @@ from tests.service import Service, wait_until
 
 ALL = {value._name: value for name, value in vars(metrics).items() if name.isupper() and name[0] != "_"}
 
-# What nobody can know before a model is loaded, and what only a machine with a GPU has.
+# Metrics that need a loaded model or a GPU.
 LATER = {"embedding_model_info", *(name for name in ALL if "_gpu_" in name)}
 
 
@@ -56,13 +56,13 @@ def embedded(scraped: Scraped) -> float:
 
 
 def metrics_folder(service: Service) -> Path:
-    """The folder that the service's processes share, as the supervisor was told."""
+    """The folder that the service's processes share, from the supervisor's arguments."""
     return Path(service.supervisor().cmdline()[3]) / "metrics"
 
 
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
-    """A service with two web workers, and what its first scrape said."""
+    """A service with two web workers, and its first scrape."""
     running = Service(tmp_path_factory.mktemp("metrics"), WEB_CONCURRENCY="2")
     try:
 
@@ -111,7 +111,7 @@ def test_every_request_of_every_worker_is_counted_once(two_workers):
     for _ in range(3):
         service.post("/embed", {"texts": []})
 
-    # Each scrape is a new connection, so both workers are asked; both must say the same.
+    # Each scrape is a new connection, so both workers answer some, and must agree.
     scrapes = [scrape(service) for _ in range(10)]
     assert {embedded(s) - embedded(before) for s in scrapes} == {requests_sent + 1}
     after = scrapes[-1]
@@ -201,7 +201,7 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
         scraped = scrape(service)
         return scraped if scraped.value("embedding_model_ready") == 0 else None
 
-    # Not at once: a dying process closes its sockets before it lets go of its slot.
+    # Not at once: a dying process closes its sockets before it releases its slot.
     lost = wait_until(without_model, 2, "a scrape without the model")
     assert lost.value("embedding_queued_tokens") == 0
     assert not lost.samples("embedding_model_info")
@@ -215,8 +215,8 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     assert after.value("embedding_batch_texts_count") > before.value("embedding_batch_texts_count")
     assert after.value("embedding_model_ready") == 1
     assert after.value("embedding_requests_total", route="/embed", status="503") == 1
-    # Seven processes have come and gone, and at most six have lived at a time, around the reload. Without
-    # slots there would be the four files of each.
+    # Seven processes have run, at most six of them at the same time, around the reload. Without
+    # slots there would be four files for each.
     assert len(list(folder.iterdir())) <= files * 6 // 4
 
 
@@ -295,7 +295,7 @@ def test_without_a_folder_one_process_counts_for_itself(two_workers):
 
 
 def run(texts, on_forward=lambda _batch: None):
-    """Embed the texts with a batcher over this forward; returns the outcome, and what each metric gained."""
+    """Embed the texts with a batcher and this forward; returns the outcome and how much each metric grew."""
     outcomes = []
     before = Scraped(metrics.exposition("")[0].decode())
     batcher = Batcher(FakeRuntime(on_forward=on_forward), max_queued_tokens=10_000)
@@ -333,7 +333,7 @@ def test_recomputed_vectors_are_counted():
 
 @pytest.fixture
 def driver(monkeypatch):
-    """The NVIDIA driver and its GPU, which this machine may not have."""
+    """A fake NVIDIA driver and GPU, which this machine may not have."""
     import pynvml
     import torch
 
@@ -407,7 +407,7 @@ for hot in (request, batch):
 
 
 def test_counting_costs_little(tmp_path):
-    """Microseconds, the best of 30 runs: 40 for a request in a web worker, 30 for a batch of the model."""
+    """At most 40 µs for a request in a web worker and 30 µs for a batch, in the best of 30 runs."""
     command = [sys.executable, "-c", COSTS, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert list(tmp_path.glob("counter_*.db"))

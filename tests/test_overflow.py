@@ -1,4 +1,4 @@
-"""Texts that are longer than the model reads: cut, refused, as the mean of their pieces, or in pieces."""
+"""Texts that are too long for the model: truncated, rejected, or embedded in pieces."""
 
 import itertools
 
@@ -106,7 +106,7 @@ def test_a_prompt_that_fills_the_window_is_named_in_the_error(splitter):
 
 
 class CuttingEngine:
-    """Cuts "a b" and "c" into their letters, and cannot read a "b" whole."""
+    """Splits "a b" and "c" into letters, and truncates "b"."""
 
     def split(self, request: SplitRequest) -> list[list[Chunk]]:
         return [[Chunk(i, i + 1, 1) for i in range(0, len(text), 2)] for text in request.texts]
@@ -208,7 +208,7 @@ def test_too_many_pieces_are_rejected(start):
     assert response.json()["reason"].endswith(
         "pieces of the length that the model reads; at most 5 are allowed"
     )
-    # The default is mean now, unless a request says otherwise.
+    # The default is now mean, unless a request says otherwise.
     assert ask(service, texts=[LONG[:2000]]).json()["usage"]["chunks"] == 2
     assert ask(service, texts=[LONG], overflow="truncate").json()["usage"] == {
         "tokens": 256,

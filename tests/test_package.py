@@ -1,4 +1,4 @@
-"""`pip install .` makes a command that serves from any folder, with all the files that it needs."""
+"""`pip install .` installs a command that serves from any folder, with all the files that it needs."""
 
 import os
 import re

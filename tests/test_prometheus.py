@@ -1,4 +1,4 @@
-"""The shipped Prometheus configuration, alerts and dashboard: a real Prometheus over the real service."""
+"""The shipped Prometheus configuration, alerts and dashboard, in a real Prometheus with the real service."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def test_promtool_accepts_the_configuration_and_the_rules():
 POST = 'job="embedding-service",instance="a",method="POST",route="/embed"'
 ME = 'job="embedding-service",instance="a"'
 
-# What the service would say in a fault, from minute to minute, and which alert answers.
+# The metrics that the service would have during a fault, per minute, and the alert that fires.
 FAULTS = {
     "EmbeddingServiceDown": {f"up{{{ME}}}": "1 1 0x60"},
     "EmbeddingModelNotReady": {f"embedding_model_ready{{{ME}}}": "0x60"},
@@ -151,7 +151,7 @@ def rule_test(
 
 
 def firing(minutes: int, **matches: str) -> dict:
-    """Of the alerts that match, how many fire at this minute: 1 or none."""
+    """How many of the matching alerts fire at this minute: 1 or none."""
     selector = ",".join(f'{name}="{value}"' for name, value in ({"alertstate": "firing"} | matches).items())
     return {"expr": f"count(ALERTS{{{selector}}})", "eval_time": f"{minutes}m", "exp_samples": []}
 
@@ -222,7 +222,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory):
-    """A service with a key that has served for a while, and a Prometheus that has scraped it meanwhile."""
+    """A service with a key that has served requests for a while, and a Prometheus that has scraped it."""
     require_program("prometheus", "prometheus")
     service = Service(tmp_path_factory.mktemp("service"), API_KEYS=KEY)
     prometheus = None
@@ -238,7 +238,7 @@ def scraped(tmp_path_factory):
 
 
 def serve_for(service: Service, seconds: float) -> None:
-    """Answer a little of everything for as long as Prometheus needs to see rates."""
+    """Send a few requests of each kind for as long as Prometheus needs to see rates."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         answer = service.post(
@@ -288,7 +288,7 @@ def test_prometheus_evaluates_every_alert_and_none_fires(scraped):
 
 
 def test_the_series_of_every_alert_exist(scraped):
-    """A rule over a metric or a label that the service lacks would be silent for ever."""
+    """A rule for a metric or a label that the service does not have would never fire."""
     _, prometheus = scraped
     for rule in alerts():
         selectors = re.findall(r"\b(embedding_\w+(?:\{[^}]*\})?)", rule["expr"])

@@ -1,4 +1,4 @@
-"""`precision`, .npy answers and calibrated ranges, against sentence_transformers' quantize_embeddings."""
+"""`precision`, .npy and calibrated ranges, compared with sentence_transformers' quantize_embeddings."""
 
 import base64
 import gzip

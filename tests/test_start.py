@@ -1,4 +1,4 @@
-"""The commands of the README start the service, and it ends cleanly."""
+"""The commands in the README start the service, and it stops cleanly."""
 
 import signal
 

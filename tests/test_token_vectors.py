@@ -1,4 +1,4 @@
-"""Vectors of tokens, against `SentenceTransformer.encode(output_value="token_embeddings")`."""
+"""Vectors of tokens, compared with `SentenceTransformer.encode(output_value="token_embeddings")`."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A real Chromium, and a service whose engine does what a test asks of it."""
+"""A real Chromium, and services whose engine is scripted by the test."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from selenium.webdriver.chrome.service import Service as Driver
 from tests.conftest import require_program
 from tests.fakes import FakeEngine, Served
 
-# Not even Latin-1, as no header may be: it travels as UTF-8.
+# Not even Latin-1, which headers allow: it is sent as UTF-8.
 KEY = "schlüssel 鍵"
 
 FLAGS = [
@@ -29,7 +29,7 @@ FLAGS = [
 
 @pytest.fixture
 def scripted() -> Iterator[Served]:
-    """The app over an engine that does what the test asks of it."""
+    """The app with an engine that is scripted by the test."""
     running = Served(FakeEngine())
     yield running
     running.stop()
@@ -37,7 +37,7 @@ def scripted() -> Iterator[Served]:
 
 @pytest.fixture
 def guarded() -> Iterator[Served]:
-    """The same, asking for a key."""
+    """The same, but it requires a key."""
     running = Served(FakeEngine(), api_keys=KEY)
     yield running
     running.stop()
@@ -52,7 +52,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     for flag in [*FLAGS, f"--user-data-dir={profile}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # The driver is named, so that selenium never looks for one elsewhere.
+    # The driver is given, so that selenium never looks for one elsewhere.
     driver = webdriver.Chrome(options, Driver(require_program("chromedriver", "chromium-driver")))
     yield driver
     driver.quit()
@@ -60,7 +60,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture
 def browser(chromium: Chrome) -> Iterator[Chrome]:
-    """The Chromium with nothing left of the test before, in the light, 1280 pixels wide."""
+    """The Chromium without traces of earlier tests, with light colours and 1280 pixels wide."""
     chromium.get("about:blank")
     for kind in ("browser", "performance"):
         chromium.get_log(kind)

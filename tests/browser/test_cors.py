@@ -1,4 +1,4 @@
-"""A page of another origin in a real Chromium: it may read answers only if CORS_ORIGINS names it."""
+"""A page from another origin in a real Chromium can read responses only if CORS_ORIGINS names it."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The page at / in a real Chromium: over the real service, and over one that fails as it is told."""
+"""The page at / in a real Chromium, with the real service and with one that fails on request."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from tests.service import wait_until
 
 
 class Page:
-    """What a person sees and does."""
+    """The page as a user sees it."""
 
     def __init__(self, browser: Chrome, url: str) -> None:
         self.browser = browser
@@ -41,13 +41,13 @@ class Page:
         wait_until(lambda: words in self.text(name), 15, f"{words!r} in #{name}")
 
     def type(self, *texts: str) -> None:
-        """Replace what stands in the box, as an input method would: every character is possible."""
+        """Replace the content of the box as an input method would, so that every character works."""
         self["texts"].clear()
         self["texts"].click()
         self.browser.execute_cdp_cmd("Input.insertText", {"text": "\n".join(texts)})
 
     def compare(self, *texts: str) -> None:
-        """Type texts, press Compare, wait for the answer."""
+        """Type texts, press Compare and wait for the response."""
         self.type(*texts)
         before = self.text("curl") if self["curl"].is_displayed() else ""
         self["compare"].click()
@@ -60,12 +60,12 @@ class Page:
         return np.array(cells, dtype=float)
 
     def resize(self, width: int, height: int = 900) -> None:
-        """A screen of this size."""
+        """Set the size of the screen."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def go_dark(self) -> None:
-        """A reader who prefers dark pages."""
+        """Prefer a dark colour scheme."""
         features = [{"name": "prefers-color-scheme", "value": "dark"}]
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
@@ -74,17 +74,17 @@ class Page:
         return self.browser.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
 
     def console(self) -> list[str]:
-        """What the browser complained of; a blocked style or script would be here."""
+        """The browser's console, which would show a blocked style or script."""
         return [entry["message"] for entry in self.browser.get_log("browser")]
 
     def hosts(self) -> set[str]:
-        """Every host that the browser sent a request to."""
+        """All hosts that the browser has sent requests to."""
         events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
         urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
         return {urlsplit(url).netloc for url in urls if url.startswith(("http", "ws"))}
 
     def accessibility_violations(self) -> list[str]:
-        """What axe-core finds wrong."""
+        """The violations that axe-core finds."""
         self.browser.execute_script(AXE_SCRIPT)
         found = self.browser.execute_async_script("axe.run().then(arguments[0])")
         return [f"{v['id']}: {[n['html'][:120] for n in v['nodes']]}" for v in found["violations"]]
@@ -217,7 +217,7 @@ def test_overload_and_a_service_that_is_gone(browser, scripted):
 def test_the_api_key_is_requested_kept_in_the_tab_and_never_shown(browser, guarded):
     page = Page(browser, guarded.url)
     wait_until(page["key-form"].is_displayed, what="the question for a key")
-    assert page.text("model") == "fake/model"  # /health says it to everybody
+    assert page.text("model") == "fake/model"  # /health shows it without a key
 
     page["key"].send_keys("wrong", Keys.ENTER)
     page.wait("key-error", "The service does not accept this key.")
@@ -227,7 +227,7 @@ def test_the_api_key_is_requested_kept_in_the_tab_and_never_shown(browser, guard
     page["key"].send_keys(KEY, Keys.ENTER)
     page.wait("backend", "torch, float32")
     assert not page["key-form"].is_displayed()
-    assert not page["links"].is_displayed()  # a browser would follow them without the key
+    assert not page["links"].is_displayed()  # a browser would follow these without sending the key
     page.compare("one", "two")
     assert '-H "Authorization: Bearer $API_KEY"' in page.text("curl")
     assert KEY not in page.browser.page_source
@@ -346,7 +346,7 @@ def test_the_map_shows_the_two_principal_components(browser, service, oracle):
 
 
 def search(page: Page, query: str) -> list[str]:
-    """What is found for a query, best first."""
+    """The results of a query, best first."""
     page["query"].clear()
     page["query"].send_keys(query)
     page.wait("search-status", "Top")

@@ -1,4 +1,4 @@
-"""What the conformance tests share: texts of every kind, and a service whose model has prompts."""
+"""Fixtures of the conformance tests: texts of all kinds, and a service whose model has prompts."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def close(oracle):
-    """Asserts that vectors are the oracle's for the texts, within 1e-5."""
+    """Assert that vectors equal the oracle's for the texts, within 1e-5."""
 
     def check(vectors, texts, model=oracle, **arguments) -> None:
         expected = model.encode(texts, **{"normalize_embeddings": True} | arguments)

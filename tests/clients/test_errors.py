@@ -1,4 +1,4 @@
-"""Every error of the engine in the form that each protocol's clients expect; the engine is a fake."""
+"""Every error of a fake engine has the format that the clients of each protocol expect."""
 
 from contextlib import contextmanager
 
@@ -33,12 +33,12 @@ BODIES = {
     "/invocations": {"inputs": "x"},
     "/predict": {"instances": [{"inputs": "x"}]},
 }
-# They answer with the statuses of Text Embeddings Inference.
+# They use the statuses of Text Embeddings Inference.
 AS_TEI = ("/", "/v1", "/tokenize", "/similarity", "/embed_all", "/invocations", "/predict")
 
 
 class FailingEngine:
-    """Raises `error` whatever is asked."""
+    """Raises `error` in every call."""
 
     error: Exception = RuntimeError("secret detail")
 
@@ -71,7 +71,7 @@ def validator(app, path: str, status: int) -> jsonschema_rs.Validator:
     return jsonschema_rs.validator_for({**schema, "components": described["components"]})
 
 
-# POST routes that ask the engine for nothing.
+# POST routes that do not use the engine.
 DESCRIBING = {"/api/show", "/api/pull"}
 
 
@@ -140,6 +140,6 @@ def test_the_openai_sdk_raises_its_own_exception_without_a_key():
 
 @contextmanager
 def sdk(app):
-    """The official SDK, straight into the app."""
+    """The official SDK, connected directly to the app."""
     with httpx2.Client(transport=httpx2.WSGITransport(app=app)) as http:
         yield openai.OpenAI(base_url="http://service/v1", api_key="x", http_client=http, max_retries=0)

@@ -23,7 +23,7 @@ def client(service):
 
 @pytest.fixture
 def langchain_client(service, monkeypatch):
-    """Makes LangChain's client; its tokenizer is a byte for a token, since OpenAI's must be downloaded."""
+    """LangChain's client. Its tokenizer makes a token of each byte, since OpenAI's must be downloaded."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     encoding = tiktoken.Encoding("cl100k_base", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "cl100k_base", encoding)

@@ -1,4 +1,4 @@
-"""The OpenAPI document: complete, true to the service under fuzzing, and shown without another host."""
+"""The OpenAPI document is complete, holds under fuzzing, and is shown without another host."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ UNDESCRIBED = {"/docs/<name>", "/static/<version>/<path:name>"}
 
 
 def test_no_request_gets_an_undocumented_response(service, tmp_path):
-    """schemathesis sends what the document allows, and what it does not."""
+    """schemathesis sends requests that the document allows, and others."""
     run = subprocess.run(
         [
             Path(sys.executable).with_name("schemathesis"),
@@ -69,10 +69,10 @@ def test_the_document_is_built_from_the_structs(service):
 
 
 def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
-    """Chromium, which can resolve no name but ours, and its log of what the page asked for."""
+    """Chromium, which can resolve only our name, logs what the page requests."""
     chromium = require_program("chromium", "chromium")
     log = tmp_path / "net.json"
-    # A name, since Swagger UI does less for an address of this machine.
+    # A host name, since Swagger UI behaves differently for localhost.
     origin = service.url.replace("127.0.0.1", "service.example")
     page = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Prompts, on every protocol that has a word for them, with a model that has them."""
+"""Prompts, in every protocol that has a field for them, with a model that has some."""
 
 import openai
 import pytest
@@ -12,7 +12,7 @@ TEXTS = ["what is the capital of France", "word " * 400]
 
 @pytest.fixture
 def check(prompted_oracle, close):
-    """Asserts that vectors are those of TEXTS with the prompt."""
+    """Assert that vectors are those of TEXTS with the prompt."""
 
     def check(vectors, prompt_name) -> None:
         close(vectors, TEXTS, prompted_oracle, prompt_name=prompt_name)

@@ -1,4 +1,4 @@
-"""Weaviate's text2vec-transformers: the requests as its Go client writes them."""
+"""Weaviate's text2vec-transformers, with the requests that its Go client sends."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.clients.conftest import TEXTS
 
 
 def post(service, body: dict) -> requests.Response:
-    """Bytes, so that there is no Content-Type, as Go's http.NewRequest sends them."""
+    """Send bytes without a Content-Type, like Go's http.NewRequest."""
     answer = requests.post(f"{service.url}/vectors", data=json.dumps(body).encode(), timeout=60)
     assert "Content-Type" not in answer.request.headers
     return answer
@@ -17,7 +17,7 @@ def post(service, body: dict) -> requests.Response:
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_one_object(service, close, text):
-    # Go writes every field of its request and answer struct.
+    # Go sends every field of its struct for requests and responses.
     config = {"pooling_strategy": "masked_mean", "task_type": "passage"}
     sent = {"text": text, "dims": 0, "vector": None, "error": "", "config": config}
     answer = post(service, sent)

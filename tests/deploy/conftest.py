@@ -1,4 +1,4 @@
-"""Fixtures for what stands around the service: instances on ports of their own, and nginx before them."""
+"""Fixtures for deployments: instances on their own ports, and nginx in front of them."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tests.service import Service, free_port
 
 
 class Instance(Service):
-    """A service that can be started again on the port it had."""
+    """A service that can be restarted on the same port."""
 
     def __init__(self, folder: Path, port: int | None = None, **settings: str) -> None:
         fixed = port or free_port()
@@ -21,14 +21,14 @@ class Instance(Service):
         self.url = f"http://127.0.0.1:{fixed}"
 
     def kill(self) -> None:
-        """`kill -9` for every process of it at once, as when a machine is lost."""
+        """Send `kill -9` to all its processes at once, as if its machine were lost."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 @pytest.fixture
 def start_instance(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
-    """`start_instance(port)`; all end with the test."""
+    """`start_instance(port)`; all are stopped after the test."""
     running: list[Instance] = []
 
     def begin(port: int | None = None, **settings: str) -> Instance:
@@ -43,7 +43,7 @@ def start_instance(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
 
 @pytest.fixture
 def start_nginx(tmp_path: Path) -> Iterator[Callable[..., Nginx]]:
-    """`start_nginx(ports)`: the shipped configuration before these ports."""
+    """`start_nginx(ports)`: nginx with the shipped configuration in front of these ports."""
     running: list[Nginx] = []
 
     def begin(ports: list[int], **replacements: str) -> Nginx:

@@ -1,4 +1,4 @@
-"""Builds the image where no container engine runs, and runs its command as a runtime would.
+"""Builds the image without a container engine, and runs its command like a container runtime.
 
 buildah with chroot isolation builds over a base made by debootstrap; `unshare` and `chroot` are the
 runtime: own process and mount namespaces, a read-only root, /tmp and /dev/shm in memory, the image's
@@ -25,7 +25,7 @@ CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def require_root() -> None:
-    """Mounts need it."""
+    """Mounts need root."""
     if os.geteuid() != 0:
         message = "building the image without an engine needs root"
         if os.environ.get("CI"):
@@ -34,7 +34,7 @@ def require_root() -> None:
 
 
 class Builder:
-    """A store of images in a folder of its own; nothing of it stays on the machine."""
+    """A store of images in a folder, which leaves nothing else on the machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -51,7 +51,7 @@ class Builder:
         run(["rm", "-rf", str(root)])
 
     def build(self) -> None:
-        """The image, as IMAGE; pip inside is configured as it is outside."""
+        """The image, as IMAGE; pip has the same configuration inside as outside."""
         configuration, volumes = self._pip_configuration()
         arguments = [
             "--isolation=chroot",
@@ -64,7 +64,7 @@ class Builder:
         self.buildah("build", *arguments, str(ROOT))
 
     def configuration(self) -> dict[str, Any]:
-        """What the image says of how it is to be run."""
+        """The image's configuration."""
         inspected = json.loads(self.buildah("inspect", "--type=image", IMAGE))
         found: dict[str, Any] = inspected["Docker"]["config"]
         return found
@@ -80,7 +80,7 @@ class Builder:
         return run([self._buildah, *store, *arguments])
 
     def _pip_configuration(self) -> tuple[Path, list[str]]:
-        """A pip.conf with what pip knows here, and the folders and files on this machine that it names."""
+        """A pip.conf with this machine's pip settings, and the local files and folders that it names."""
         command = [sys.executable, "-m", "pip", "config", "list"]
         options: dict[str, str] = {}
         volumes = [CERTIFICATES] if Path(CERTIFICATES).exists() else []
@@ -126,32 +126,32 @@ class Container(Service):
         self.url = f"http://127.0.0.1:{port}"
 
     def first_process(self) -> psutil.Process:
-        """The one that is process 1 inside."""
+        """The process that has id 1 in the container."""
         [child] = wait_until(lambda: psutil.Process(self.process.pid).children(), 10)
         return child
 
     def execute(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """As `docker exec`."""
+        """Like `docker exec`."""
         enter = ["nsenter", f"--target={self.first_process().pid}", "--mount", "--pid", "--ipc"]
         return subprocess.run(
             [*enter, *self._as_user, *self._enter, *command], capture_output=True, text=True, check=False
         )
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 40.0) -> int:
-        """As `docker stop`; returns the exit code."""
+        """Like `docker stop`; returns the exit code."""
         if self.process.poll() is None:
             self.first_process().send_signal(number)
         return self.process.wait(seconds)
 
 
 def run(command: list[str], stderr: int | None = subprocess.STDOUT) -> str:
-    """Run a program; fails with what it printed. Returns its output."""
+    """Run a program and return its output; if it fails, the error shows the output."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-6000:]}"
     return done.stdout
 
 
 def _beside(path: str) -> str:
-    """A local index keeps its files beside its pages."""
+    """The files of a local index, which are next to its pages."""
     parent = Path(path).parent
     return str(parent) if Path(path).name == "simple" else path

@@ -1,4 +1,4 @@
-"""Clients that keep asking while something happens to the instances, and remember what they got."""
+"""Clients that keep sending requests while something happens to the instances, and record the results."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ TEXTS = [f"sentence number {index} about the weather" for index in range(20)]
 
 
 class Load:
-    """`clients` threads that each send a request every `interval_seconds`, over connections they keep."""
+    """`clients` threads that each send a request every `interval_seconds`, over persistent connections."""
 
     def __init__(self, url: str, certificate: str, clients: int = 8, interval_seconds: float = 0.25) -> None:
         self._url = f"{url}/embed"
@@ -28,7 +28,7 @@ class Load:
             thread.start()
 
     def end(self) -> None:
-        """Stop asking and wait for the last answers."""
+        """Stop, and wait for the last responses."""
         self._ended.set()
         for thread in self._threads:
             thread.join()

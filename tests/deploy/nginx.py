@@ -1,4 +1,4 @@
-"""Runs the real nginx with the shipped deploy/nginx.conf, in which only places and ports are replaced."""
+"""Runs the real nginx with the shipped deploy/nginx.conf, in which only paths and ports are replaced."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ SHIPPED = ROOT / "deploy" / "nginx.conf"
 
 
 class Nginx:
-    """nginx before instances on these ports; `url` is https, `certificate` what verifies it."""
+    """nginx in front of instances on these ports; `url` is https, and `certificate` verifies it."""
 
     def __init__(self, folder: Path, ports: list[int], **replacements: str) -> None:
         self._program = require_program("nginx", "nginx-light")
@@ -40,23 +40,23 @@ class Nginx:
         return self._folder / "nginx.log"
 
     def log(self) -> str:
-        """What nginx printed, and its error log."""
+        """nginx's output and error log."""
         error_log = self._folder / "error.log"
         return self._log_path.read_text() + (error_log.read_text() if error_log.exists() else "")
 
     def access_log(self) -> str:
-        """One line a request."""
+        """One line per request."""
         return (self._folder / "access.log").read_text()
 
     def send_to(self, ports: list[int]) -> None:
-        """Put other instances behind it, without losing a request."""
+        """Switch to other instances without losing a request."""
         before = self._workers()
         self._write(ports)
         self.process.send_signal(signal.SIGHUP)
         wait_until(lambda: self._workers() - before, 10, "workers with the new configuration")
 
     def stop(self) -> None:
-        """Finish what is in flight, then end."""
+        """Finish the requests in flight, then stop."""
         self.process.send_signal(signal.SIGQUIT)
         try:
             self.process.wait(5)
@@ -78,7 +78,7 @@ class Nginx:
             "/etc/nginx/tls/": f"{self._folder}/",
             "/run/nginx.pid": f"{self._folder}/nginx.pid",
             "/var/log/nginx/": f"{self._folder}/",
-            # The package's own folders for temporary files belong to the system's nginx.
+            # Only the system's nginx may write to the package's own temporary folders.
             "http {\n": f"http {{\n    client_body_temp_path {self._folder}/body;\n"
             f"    proxy_temp_path {self._folder}/proxy;\n",
         }

@@ -1,4 +1,4 @@
-"""What Kubernetes does with the shipped Deployment's probes, preStop and grace, done to processes here."""
+"""Treats local processes as Kubernetes treats the Deployment's pods: probes, preStop hook, grace period."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from tests.service import ROOT
 
 OVERLAYS = ROOT / "deploy" / "kubernetes" / "overlays"
 
-# How late a proxy may hear that a pod is no more to be asked.
+# How late a proxy may learn that a pod gets no more requests.
 PROPAGATION_SECONDS = 3.0
 
 
@@ -33,7 +33,7 @@ def find(resources: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 
 class Pod:
-    """An instance treated as the pod template says."""
+    """An instance that is run as the pod template says."""
 
     def __init__(self, template: dict[str, Any], instance: Instance) -> None:
         [self._container] = template["spec"]["containers"]
@@ -41,7 +41,7 @@ class Pod:
         self.instance = instance
 
     def wait_ready(self) -> None:
-        """Ask the startup probe until it succeeds, then the readiness probe."""
+        """Call the startup probe until it succeeds, then the readiness probe."""
         self._probe("startupProbe")
         assert self._ask(self._container["livenessProbe"])
         self._probe("readinessProbe")
@@ -60,7 +60,7 @@ class Pod:
         if sleep_seconds < PROPAGATION_SECONDS:
             time.sleep(PROPAGATION_SECONDS - sleep_seconds)
             leave_service()
-        # subprocess.TimeoutExpired here is where Kubernetes would kill it.
+        # If this raises subprocess.TimeoutExpired, Kubernetes would kill the process.
         code = self.instance.process.wait(self._grace_seconds - (time.monotonic() - began))
         assert code == 0, self.instance.log()
 

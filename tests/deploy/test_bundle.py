@@ -1,4 +1,4 @@
-"""`make bundle`: built here, then installed and served without a network."""
+"""`make bundle`: built here, then installed and run without a network."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT, require_program
 
-# What a person would type there. The namespace ends with the script, and the service with both.
+# What a user would type. The namespace ends with the script, and the service with the namespace.
 ON_THE_MACHINE = """
 set -eu
 ip link set lo up
@@ -62,7 +62,7 @@ def test_a_bundle_installs_and_serves_without_a_network(tmp_path, oracle):
 
 @pytest.mark.deploy
 def test_a_bundle_for_another_python_version_is_complete(tmp_path):
-    """pip's own resolver finds everything in the bundle, torch aside."""
+    """pip's own resolver finds everything in the bundle except for torch."""
     bundle = build(tmp_path / "bundle", "--python", "3.12", "--without", "torch")
     wheels = tmp_path / "wheels"
     wheels.mkdir()

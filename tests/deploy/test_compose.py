@@ -1,4 +1,4 @@
-"""The compose file: valid by the specification's schema, and of one mind with what it mounts."""
+"""The compose file is valid by the specification's schema, and consistent with the files that it mounts."""
 
 import re
 import subprocess
@@ -89,7 +89,7 @@ def test_nginx_finds_the_tested_configuration_its_ports_and_its_certificate(serv
     assert {f"{port}:{port}" for port in re.findall(r"listen (\d+)", text)} == set(nginx["ports"])
     for written in re.findall(r"^ *(?:ssl_certificate|ssl_certificate_key) (.*)/.*;", text, re.MULTILINE):
         assert written in sources
-    # Its root is read-only; the image's log files are its standard output and error.
+    # The root is read-only, and the image's log files are standard output and error.
     assert "pid /run/nginx.pid;" in text and {"/run", "/var/cache/nginx"} == set(nginx["tmpfs"])
 
 

@@ -1,4 +1,4 @@
-"""The image, built for real and run as a non-root user over a read-only root."""
+"""The image, really built, and run as a non-root user with a read-only root."""
 
 import json
 import re

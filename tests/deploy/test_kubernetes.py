@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: valid, tight, and a rollout by their own probes and times loses nothing."""
+"""The Kubernetes manifests are valid, grant few rights, and roll out without losing a request."""
 
 from typing import Any
 
@@ -104,7 +104,7 @@ def test_a_rollout_loses_nothing(start_instance, start_nginx) -> None:
         return started
 
     pods = [start_pod(), start_pod()]
-    # A Service's proxy tries nothing twice, so nginx must not do so here either.
+    # The proxy of a Service never retries, so nginx must not do so here either.
     once = {"proxy_next_upstream error non_idempotent http_503;": "proxy_next_upstream off;"}
     front = start_nginx([pod.instance.port for pod in pods], **once)
     load = Load(front.url, front.certificate)

@@ -1,4 +1,4 @@
-"""Below a path that a proxy strips: the pages, their files, the document and what it says of our address."""
+"""The pages, their files and the OpenAPI document work below a path that a proxy strips."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""examples/ray_bulk.py on a local Ray: killed in the middle, it goes on and embeds nothing twice."""
+"""examples/ray_bulk.py on a local Ray resumes after a kill and embeds nothing twice."""
 
 import os
 import subprocess
@@ -56,14 +56,14 @@ def begin(corpus: Path, vectors: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def finished(vectors: Path) -> list[Path]:
-    """The files of vectors that Ray has noted as whole; a kill may leave one half-written beside them."""
+    """The files of vectors that Ray has recorded as complete; a kill may leave a partial one as well."""
     notes = Path(f"{vectors}.done").glob("*.parquet")
     stems = [note.stem for note in notes if not note.stem.endswith(".pending")]
     return sorted(path for stem in stems for path in vectors.glob(f"{stem}*"))
 
 
 def kill_with_children(process: subprocess.Popen[bytes]) -> None:
-    """As when the machine is lost: Ray's own processes go as well."""
+    """Kill Ray's own processes as well, as if the machine were lost."""
     if process.poll() is None:
         family = psutil.Process(process.pid).children(recursive=True)
         for member in [psutil.Process(process.pid), *family]:

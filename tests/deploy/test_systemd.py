@@ -1,4 +1,4 @@
-"""The systemd unit: valid, tight, and true about how the service starts, ends and fails."""
+"""The systemd unit is valid, grants few rights, and matches how the service starts, stops and fails."""
 
 import configparser
 import shlex
@@ -18,7 +18,7 @@ INSTALLED = "/opt/embedding-service"
 
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
-    """The unit as installed where this repository is."""
+    """The unit, installed for this repository's folder."""
     installed = tmp_path / UNIT.name
     text = UNIT.read_text().replace(f"{INSTALLED}/.venv/bin/python", sys.executable)
     installed.write_text(text.replace(INSTALLED, str(ROOT)))

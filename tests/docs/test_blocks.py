@@ -1,4 +1,4 @@
-"""Every code block of README and docs is run, or listed here with the reason why it is not."""
+"""Runs every code block of README and docs, except for those that are listed here with a reason."""
 
 import ast
 import importlib.util
@@ -20,7 +20,7 @@ from tests.service import ROOT, Service
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# The start of a command that is not run here -> why. Its syntax is checked, and its files and modules exist.
+# Start of a command that is not run here -> why. Its syntax is checked, and its files and modules must exist.
 NOT_RUN = {
     "docker ": "needs Docker; tests/deploy builds the image and checks the compose file",
     "kubectl apply": "needs a cluster; tests/deploy renders and validates the files",
@@ -59,7 +59,7 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Where it is."""
+        """The page and line of the block."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
@@ -81,7 +81,7 @@ def of(*languages: str) -> Any:
 
 
 def commands(block: Block) -> list[str]:
-    """The commands of a block, without comments; a backslash joins two lines."""
+    """The commands of a block, without comments; lines that end in a backslash are joined."""
     lines = block.text.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
@@ -141,7 +141,7 @@ def test_bash(block: Block, service: Service, tmp_path: Path) -> None:
 
 
 def as_run_here(command: str, service: Service, folder: Path) -> str:
-    """The command with this service's address, this interpreter and a folder of its own instead of /etc."""
+    """The command, with this service's address, this interpreter, and a temporary folder instead of /etc."""
     command = at(service, command).replace(".venv/bin/python", "python")
     command = command.replace("/etc/nginx", f"{folder}/etc/nginx")
     if command.startswith("curl "):
@@ -152,7 +152,7 @@ def as_run_here(command: str, service: Service, folder: Path) -> str:
 
 
 def prepare(folder: Path) -> None:
-    """What the commands find in their folder: an input file, and nginx.conf with places of its own."""
+    """The files that the commands need: an input file, and nginx.conf with temporary paths."""
     lines = [json.dumps({"text": f"text {number}"}) for number in range(3)]
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "deploy").mkdir()
@@ -164,7 +164,7 @@ def prepare(folder: Path) -> None:
 
 
 def check_without_running(command: str) -> None:
-    """The targets, modules and files that a command names exist."""
+    """Assert that the targets, modules and files in a command exist."""
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         target = [word for word in words[1:] if word not in ("-C", "/opt/embedding-service")]
@@ -182,7 +182,7 @@ def check_without_running(command: str) -> None:
 
 @of("json")
 def test_json(block: Block, service: Service, tmp_path: Path) -> None:
-    """A JSON block is the answer to the command in the block before it."""
+    """A JSON block is the response to the command in the block before it."""
     before = BLOCKS[BLOCKS.index(block) - 1]
     assert before.page == block.page and before.language == "bash"
     result = run(at(service, before.text).replace("curl ", "curl --silent ", 1), tmp_path)
@@ -190,7 +190,7 @@ def test_json(block: Block, service: Service, tmp_path: Path) -> None:
 
 
 def assert_same_shape(shown: Any, real: Any) -> None:
-    """`real` has the form that is shown; "…" stands for anything."""
+    """Assert that `real` has the form that is shown; "…" stands for anything."""
     if isinstance(shown, dict):
         assert list(shown) == list(real)
         for key, value in shown.items():
@@ -232,7 +232,7 @@ def test_python(block: Block, service: Service, tmp_path: Path) -> None:
 
 @of("yaml")
 def test_yaml(block: Block) -> None:
-    """Parts of files for other programs: these are only parsed."""
+    """Parts of other programs' files are only parsed."""
     assert yaml.safe_load(block.text)
 
 

@@ -1,4 +1,4 @@
-"""Services whose model process does what the texts ask for, and a folder per module."""
+"""Services whose texts can inject faults into the model process, with a folder per module."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ class FaultyService(Service):
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyService]:
-    """One such service for a module; a test that kills its model process leaves it ready again."""
+    """One such service per module. A test that kills its model process must leave it ready again."""
     running = FaultyService(tmp_path_factory.mktemp("faulty"))
     try:
         yield running.wait_ready()
@@ -47,7 +47,7 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyServic
 
 
 def end(service: Service) -> None:
-    """Stop a service that a test may have wounded, whatever its exit code."""
+    """Stop a service that a test may have damaged, whatever its exit code."""
     if service.process.poll() is None:
         try:
             service.stop(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Clients for the load tests: as light as can be, since they share the machine's cores with the service."""
+"""Clients for the load tests, as light as possible since they share the machine's cores with the service."""
 
 import http.client
 import threading
@@ -19,7 +19,7 @@ class Client:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
 
     def embed(self, body: bytes, path: str = "/embed") -> Reply:
-        """POST a body; the reply is status, headers in small letters, and body."""
+        """POST a body; returns status, headers with lower-case names, and body."""
         self._connection.request("POST", path, body)
         response = self._connection.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
@@ -31,7 +31,7 @@ class Client:
 
 @dataclass
 class Seen:
-    """What the clients of a load saw; `latencies` are those of the 200s, in seconds."""
+    """The results of a load's clients; `latencies` are those of the 200s, in seconds."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
@@ -60,7 +60,7 @@ def body(texts: Sequence[str] | str) -> bytes:
 def closed_loop(
     port: int, clients: int, seconds: float, make: Callable[[int, int], bytes], limit: int | None = None
 ) -> Seen:
-    """So many clients, each with its next request as soon as it has an answer, for a time or a number."""
+    """Run clients that send their next request once they have a response, up to a time or a number."""
     seen = Seen()
     until = time.monotonic() + seconds
 
@@ -85,7 +85,7 @@ def closed_loop(
 def open_loop(
     port: int, per_second: float, seconds: float, clients: int, make: Callable[[int], bytes]
 ) -> Seen:
-    """Sends requests at a fixed rate, however long the answers take, over a limited number of connections."""
+    """Send requests at a fixed rate, however slow the responses are, over a limited number of connections."""
     seen = Seen()
     began = time.monotonic()
     lock = threading.Lock()

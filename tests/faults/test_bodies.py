@@ -1,4 +1,4 @@
-"""What callers send: malformed, strange, too much, or random; the answer is always JSON and never a 5xx."""
+"""Bodies that are malformed, strange, too large or random: the response is always JSON and never a 5xx."""
 
 import json
 import random
@@ -36,7 +36,7 @@ MALFORMED = {
 
 
 def test_malformed_bodies_do_not_affect_other_requests(service, oracle):
-    """While good requests ride along, each gets a 400 that says where."""
+    """Each gets a 400 that says where the error is, while good requests run beside it."""
     expected = oracle.encode(["a neighbour"], normalize_embeddings=True)
     stop = threading.Event()
     wrong: list[object] = []
@@ -84,7 +84,7 @@ def test_a_text_of_a_million_characters_is_rejected_cheaply(service):
 
 
 def test_strange_texts_are_embedded_as_sentence_transformers_does(service, oracle):
-    """Null bytes, emoji, right-to-left, the empty text, and 10,000 texts that mix all of Unicode."""
+    """Null bytes, emoji, right-to-left text, the empty text, and 10,000 texts of random Unicode."""
     numbers = random.Random(1)
     planes = [(0x20, 0x7F), (0xA0, 0x2FFF), (0x3000, 0xD7FF), (0xE000, 0xFFFD), (0x10000, 0x1FFFF)]
     strange = ["", "\x00", "a\x00b", "👩‍👩‍👧 🏳️‍🌈", "שלום עולם مرحبا"]
@@ -126,7 +126,7 @@ STRANGE = [
 
 
 def fuzzed(numbers: random.Random) -> tuple[str, bytes]:
-    """A route and a body: a valid one with values swapped, then perhaps bytes changed, cut or doubled."""
+    """A route, and a valid body with some values replaced, and perhaps with bytes changed, cut or doubled."""
     path = numbers.choice(list(ROUTES))
     payload = dict(ROUTES[path])
     for _ in range(numbers.randint(0, 3)):

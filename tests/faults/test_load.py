@@ -1,4 +1,4 @@
-"""More than the service can do: it refuses in time, keeps its pace, stays fair, and does not grow."""
+"""Overload: the service rejects requests in time, keeps its throughput, stays fair and does not grow."""
 
 import threading
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def megabytes(service: Service) -> float:
-    """What the service's processes have to themselves."""
+    """The private memory of the service's processes."""
     return sum(process.memory_full_info().uss for process in service.processes()) / 1e6
 
 
@@ -66,7 +66,7 @@ def test_ten_times_too_much(loaded, seconds, share):
 
 
 def test_callers_over_the_limit_get_429_and_health_still_answers(start):
-    """Single texts, all at once, from more connections than a worker may have requests with the model."""
+    """Single texts at the same time, from more connections than a worker may have requests in flight."""
     loaded = start(MAX_CONCURRENT_REQUESTS="100").wait_ready()
     seen = []
 
@@ -81,7 +81,7 @@ def test_callers_over_the_limit_get_429_and_health_still_answers(start):
     assert len(seen[0].waits) == seen[0].statuses["429"]
 
 
-# The bar is 3; a shared machine, on which every run in short must pass, measures its neighbours too.
+# The target is 3. The short form allows more, since it must pass on a shared machine.
 @pytest.mark.parametrize("bar", [6, pytest.param(3, marks=pytest.mark.long)])
 def test_a_bulk_client_does_not_delay_an_interactive_one(loaded, bar):
     def interactive() -> float:
@@ -138,6 +138,6 @@ def test_memory_and_descriptors_stay_flat(loaded, count):
 
 
 def test_a_service_has_few_threads(loaded):
-    """A worker waits in greenlets, whatever it has seen before."""
+    """A worker waits in greenlets, even after heavy load."""
     assert all(process.num_threads() < 10 for process in loaded.web_workers())
     assert psutil.Process(loaded.process.pid).num_threads() < 10

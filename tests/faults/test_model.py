@@ -1,4 +1,4 @@
-"""Faults inside the model process, injected by words in texts: each costs its own request and no other."""
+"""Faults in the model process, injected by words in texts: each fails its own request and no other."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from tests.service import wait_until
 
 
 def parallel(jobs: list[Callable[[], requests.Response]]) -> list[requests.Response]:
-    """Run them all at once; every one must get an answer."""
+    """Run all at the same time; each must get a response."""
     results: list[requests.Response | None] = [None] * len(jobs)
 
     def run(index: int) -> None:
@@ -71,7 +71,7 @@ def test_on_error_null_returns_the_other_vectors_if_texts_fail(faulty, oracle, o
 
 
 def test_out_of_memory_is_halved_away(faulty, oracle):
-    # Short, so that even a small batch holds more than one.
+    # Short, so that even a small batch holds several.
     texts = [f"{n} @@oom@@" for n in range(40)]
     response = faulty.post("/embed", {"texts": texts})
     assert response.status_code == 200
@@ -103,7 +103,7 @@ def test_a_nonfinite_vector_is_recomputed(faulty, oracle):
 
 
 def test_a_deadline_that_passes_in_the_queue(impatient):
-    """Two texts wait for a batch that takes six seconds, with four to go."""
+    """Two texts, due in four seconds, wait for a batch that takes six."""
     assert impatient.post("/embed", {"texts": "so that the rate is known"}).status_code == 200
     slow = threading.Thread(target=embed(impatient, "@@slow@@"))
     slow.start()
@@ -129,7 +129,7 @@ def test_a_deadline_that_passes_in_the_queue(impatient):
 
 @pytest.mark.parametrize("how", ["hang", "freeze"])
 def test_a_forward_pass_that_hangs(impatient, how):
-    """`freeze` keeps the interpreter's lock, so that no thread of the model process runs any more."""
+    """`freeze` keeps the interpreter's lock, so that no other thread of the model process can run."""
     before = impatient.model_process()
     began = time.monotonic()
     response = impatient.post("/embed", {"texts": f"@@{how}@@"})
@@ -199,7 +199,7 @@ def test_a_sticky_device_error(faulty, oracle):
 
 
 def test_the_log_holds_no_text(faulty):
-    """After all of the above: whatever failed, the words that were sent are not in the log."""
+    """Runs after all tests above: none of their texts may be in the log."""
     secret = "zebra-in-the-vestibule"
     faulty.post("/embed", {"texts": [secret, f"{secret} @@poison@@"]})
     faulty.post("/embed", {"texts": [f"{secret} @@nan-always@@"]})

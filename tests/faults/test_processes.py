@@ -1,4 +1,4 @@
-"""Deaths and endings of every process, under load: nothing hangs, nothing stays, nothing is lost."""
+"""Every process is killed or stopped under load: nothing hangs, nothing is left behind, nothing is lost."""
 
 import shutil
 import signal
@@ -33,7 +33,7 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @contextmanager
 def load(service: Service) -> Iterator[list[Seen]]:
-    """Clients that ask all the while; the list has what they saw once the block is left."""
+    """Clients that send requests during the block; the list is complete when it ends."""
     seen: list[Seen] = []
     stop = threading.Event()
 
@@ -133,7 +133,7 @@ def test_sighup_replaces_the_workers_and_loses_nothing(two_workers):
 
 
 def test_sigterm_with_fifty_requests_in_flight_loses_none(two_workers):
-    """Runs last. The model process stands still until the signal has come, so that all fifty wait."""
+    """Runs last. The model process is paused until the signal has arrived, so that all fifty wait."""
     processes = two_workers.processes()
     model = two_workers.model_process()
     model.suspend()
@@ -202,7 +202,7 @@ def test_the_supervisor_is_killed(start, command):
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["as usual", "preloaded"])
 def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start, preload):
-    """The new master has a supervisor and a folder of its own, and the old one takes all of its own along."""
+    """The new master has its own supervisor and folder, and the old one removes all that it had."""
     command = [GUNICORN, *preload, "-b", "127.0.0.1:{port}", "app:app"]
     running = start(command).wait_ready()
     old = running.processes()
@@ -234,14 +234,14 @@ SUPERVISOR = "embedding_service.sharing.supervisor"
 def _new_master(service: Service, old: list[psutil.Process]) -> psutil.Process | None:
     """The old master's new child, once it has a supervisor of its own."""
     for child in psutil.Process(service.process.pid).children():
-        with suppress(psutil.Error):  # a process may end while it is looked at
+        with suppress(psutil.Error):  # a process may end in between
             if child not in old and any(SUPERVISOR in p.cmdline() for p in child.children()):
                 return child
     return None
 
 
 def _loaded_below(master: psutil.Process) -> bool:
-    """Whether the model process below this master shows that it lives, which it does once it has loaded."""
+    """Whether the model process of this master has a heartbeat, which begins once the model is loaded."""
     (supervisor,) = (p for p in master.children() if SUPERVISOR in p.cmdline())
     return Path(supervisor.cmdline()[3], "model-0.heartbeat").exists()
 
@@ -252,7 +252,7 @@ def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start
     for _ in range(5):
         process = wait_until(lambda: _model_process(running), 30, "a model process")
         process.kill()
-        process.wait(10)  # else the next turn may find it once more, dying
+        process.wait(10)  # otherwise the next iteration may find it again while it dies
     code = running.process.wait(30)
     assert code == 70
     assert "ended 5 times in 60 s, most recently by signal 9" in running.log()
@@ -285,7 +285,7 @@ def corrupt(model_folder: Path, tmp_path: Path) -> str:
 
 
 def pickled(model_folder: Path, tmp_path: Path) -> str:
-    """Weights as a pickle, which could run code: here they would leave a file behind."""
+    """Weights as a pickle, which can run code: this one would create a file."""
     import torch
 
     folder = copied(model_folder, tmp_path / "pickled")

@@ -1,4 +1,4 @@
-"""Hostile clients on the bare port: smuggling, floods of headers, the slow, and those that never leave."""
+"""Hostile clients, without nginx: smuggling, floods of headers, slow clients and clients that never close."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ FLOODS = {
 
 
 def exchange(port: int, request: bytes, seconds: float = 10.0) -> bytes:
-    """Send bytes and read until the other side closes, which it must do."""
+    """Send bytes and read until the service closes the connection, which it must do."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(request)
@@ -64,7 +64,7 @@ def exchange(port: int, request: bytes, seconds: float = 10.0) -> bytes:
 
 
 def answered_in_json(received: bytes, name: str) -> None:
-    """The caller's fault is never a 5xx, and the error has the native form with its id."""
+    """Assert that the response is a 4xx in the native format, with its request id."""
     head, _, body = received.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 4"), (name, received[:200])
     assert b"\r\nContent-Type: application/json" in head, (name, head)
@@ -75,7 +75,7 @@ def answered_in_json(received: bytes, name: str) -> None:
 
 @pytest.mark.parametrize("header", [b"SCRIPT_NAME", b"Script-Name", b"PATH_INFO", b"Path-Info"])
 def test_no_header_moves_the_path(service, header):
-    """Also from an address that gunicorn trusts, as this one is."""
+    """Not even from an address that gunicorn trusts, such as this one."""
     request = HOST + header + b": /emb\r\nConnection: close\r\nContent-Length: 18\r\n\r\n" + BODY
     assert exchange(service.port, request).startswith(b"HTTP/1.1 200")
 
@@ -120,7 +120,7 @@ def test_floods_of_headers_are_refused(service):
 
 
 def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
-    """Half of them stall in the headers, half in the body; each drips a byte a second."""
+    """Half of them stall in the headers and half in the body; each sends a byte per second."""
     stalled = []
     began = time.monotonic()
     for number in range(200):
@@ -165,7 +165,7 @@ def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
 
 
 def test_silent_connections_hold_no_thread(service):
-    """More connections than threads that never send anything: everyone else is served meanwhile."""
+    """Many connections never send anything, while other clients are served."""
     silent = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(300)]
     began = time.monotonic()
     assert service.post("/embed", {"texts": "hello"}).status_code == 200
@@ -179,7 +179,7 @@ def test_silent_connections_hold_no_thread(service):
 
 
 def test_clients_that_never_close_delay_nobody(service):
-    """They ask for the connection's end and then stay; the thread that accepts must not wait for them."""
+    """They request that the connection is closed but keep it open; accepting must not wait for them."""
     request = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     stay = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(20)]
     for sock in stay:
@@ -194,7 +194,7 @@ def test_clients_that_never_close_delay_nobody(service):
 
 
 def test_a_slow_but_honest_upload_is_served(service):
-    """2 MB at 250 kB/s takes longer than a half-sent request may."""
+    """2 MB at 250 kB/s take longer than a stalled request may."""
     body = b'{"texts": "hello"' + b" " * 2_000_000 + b"}"
     head = HOST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as sock:
@@ -221,7 +221,7 @@ def test_a_client_that_sends_an_oversized_body_still_gets_its_error(service, chu
 
 
 def test_a_response_announces_that_the_connection_will_close(service):
-    """A body that was refused unread ends the connection if it is large; a promise to keep it holds."""
+    """A large body that was rejected unread ends the connection; after keep-alive it stays open."""
     large, small = b"x" * 500_000, b"x" * 1000
     compressed = {"Content-Encoding": "br"}
     with requests.Session() as session:

@@ -1,4 +1,4 @@
-"""Tiny models, each built once, and batchers that end with their test."""
+"""Tiny models, each built once, and batchers that are closed after their test."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

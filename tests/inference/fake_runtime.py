@@ -1,4 +1,4 @@
-"""A runtime without a model, which does what hardware will not do on request, for tests of the batcher."""
+"""A runtime without a model, for tests of the batcher, which fails and waits on request."""
 
 import random
 import threading
@@ -15,7 +15,7 @@ from embedding_service.inference.budget import BatchBudget
 from embedding_service.inference.runtime import Batch, Prepared, Slice
 
 DIMENSION = 8
-LOG_NORMAL = (3.2, 0.8)  # of tokens a text: median 25, one text in a hundred over 150
+LOG_NORMAL = (3.2, 0.8)  # tokens per text: median 25, one text in a hundred over 150
 
 
 class Text(NamedTuple):
@@ -27,7 +27,7 @@ class Text(NamedTuple):
 
 
 class FixedBudget(BatchBudget):
-    """A budget that does not change, and remembers what it was told."""
+    """A fixed budget that records what it is told."""
 
     def __init__(self, tokens: int, overhead_tokens: int) -> None:
         self.tokens, self.overhead_tokens = tokens, overhead_tokens
@@ -38,7 +38,7 @@ class FixedBudget(BatchBudget):
 
 
 class FakeLane:
-    """Hands its batches to the runtime."""
+    """Passes its batches to the runtime."""
 
     def __init__(self, runtime: "FakeRuntime", name: object) -> None:
         self.runtime, self.name = runtime, name
@@ -139,7 +139,7 @@ class FakeRuntime:
 
 
 def texts_of(batch: Batch) -> list[Text]:
-    """The texts of a batch, in its order."""
+    """The texts of a batch, in order."""
     return [
         Text(one.texts.content[0][row], int(one.texts.lengths[row]), one.texts.group)
         for one in batch
@@ -148,7 +148,7 @@ def texts_of(batch: Batch) -> list[Text]:
 
 
 def vectors_of(batch: Batch) -> Vectors:
-    """The vectors of a batch: of each text, task and side its own."""
+    """The vectors of a batch, which differ for each text, task and side."""
     return np.stack(
         [
             vector_of(one.texts.content[0][row], one.texts.group, one.texts.content[1])
@@ -159,13 +159,13 @@ def vectors_of(batch: Batch) -> Vectors:
 
 
 def vector_of(text: str, task: Hashable = None, side: str | None = None) -> Vectors:
-    """The vector that belongs to a text and to no other."""
+    """The vector of a text, which no other text has."""
     seed = list(f"{text}|{task}|{side}".encode())
     return np.random.default_rng(seed).standard_normal(DIMENSION).astype(np.float32)
 
 
 def padded(batch: Sequence[Text]) -> int:
-    """Tokens that a batch makes the model compute, padding included."""
+    """Tokens that the model computes for a batch, including padding."""
     return max(text.length for text in batch) * len(batch)
 
 
@@ -175,7 +175,7 @@ def text(tokens: int, name: object = "") -> str:
 
 
 def lengths(seed: int, count: int, most: int = 256) -> list[int]:
-    """Log-normal lengths, as sentences and paragraphs in the wild have them."""
+    """Log-normal lengths, like those of real sentences and paragraphs."""
     random_numbers = random.Random(seed)
     return [min(most, max(3, round(random_numbers.lognormvariate(*LOG_NORMAL)))) for _ in range(count)]
 
@@ -186,7 +186,7 @@ def request(texts: Sequence[str], seconds: float = 30.0, **fields) -> EmbedReque
 
 
 class Answer:
-    """The outcome of one submitted request, when it comes."""
+    """The outcome of a submitted request, once there is one."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -210,7 +210,7 @@ class Answer:
 
 
 def submit(batcher: Batcher, texts: Sequence[str], seconds: float = 30.0, **fields: Any) -> Answer:
-    """Submit a request for the texts, to be done within this many seconds."""
+    """Submit a request for the texts, with a deadline in this many seconds."""
     answer = Answer()
     answer.job = batcher.submit(request(texts, seconds, **fields), answer)
     return answer

@@ -1,4 +1,4 @@
-"""Loads a model as the service does and runs requests on it, in mixed batches and without a queue."""
+"""Loads a model like the service and runs requests on it in mixed batches, without a queue."""
 
 import itertools
 import random
@@ -19,7 +19,7 @@ TEXTS_IN_A_BATCH = 9
 
 @dataclass
 class Answer:
-    """What a request got."""
+    """The result of a request."""
 
     vectors: Vectors
     tokens: int
@@ -27,7 +27,7 @@ class Answer:
 
 
 def load(folder, **settings) -> Model:
-    """With one thread, since tiny models gain nothing by more."""
+    """With one thread, since tiny models are no faster with more."""
     given = {"embedding_model": str(folder), "device": "cpu", "model_processes": 64}
     return load_runtime(ModelSettings(**given | settings))
 
@@ -38,7 +38,7 @@ def request(texts: Sequence[str], **fields) -> EmbedRequest:
 
 
 def texts(source: random.Random, count: int) -> list[str]:
-    """From the empty text to some far beyond what the model reads, with words it does not know."""
+    """Texts from empty to far too long for the model, with words that it does not know."""
     words = [*tiny_models.WORDS, "unbelievable", "東京", "x1!", "👩‍👩‍👧"]
     made = [" ".join(source.choices(words, k=int(source.lognormvariate(1.5, 1.0)))) for _ in range(count)]
     return ["", *made]
@@ -65,7 +65,7 @@ def embed(model: Model, requests: list[EmbedRequest]) -> list[Answer]:
 
 
 def prepare(model: Model, one: EmbedRequest) -> Prepared:
-    """As the batcher does it."""
+    """Like the batcher."""
     return model.prepare(one.texts, model.prompt(one), one.input_type, one.truncation_side)
 
 
@@ -80,7 +80,7 @@ def unit(vectors: Vectors) -> Vectors:
 
 
 def _mixed(prepared: list[Prepared]) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of several requests' texts, with the number of the request of each slice."""
+    """Batches with texts of several requests, and the number of the request of each slice."""
     places = [(number, row) for number, one in enumerate(prepared) for row in range(len(one.lengths))]
     random.Random(0).shuffle(places)
     places.sort(key=lambda place: repr(prepared[place[0]].group))

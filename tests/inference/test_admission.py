@@ -1,4 +1,4 @@
-"""Who is let in: by the limit, by the measured rate, and by the time that is left. No threads here."""
+"""Which requests are admitted, by limit, measured rate and remaining time. No threads here."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from embedding_service.inference.admission import ADMITTED_SHARE, Admission
 
 
 def measured(rate: float, limit: int = 4000) -> Admission:
-    """One that has seen batches at this rate, in tokens a second."""
+    """An Admission that has measured this rate, in tokens per second."""
     admission = Admission(limit)
     admission.begin(0.0)
     for number in range(1, 21):

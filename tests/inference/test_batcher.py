@@ -268,7 +268,7 @@ def test_a_deadline_that_passed_already_is_refused(build):
 
 
 @pytest.mark.parametrize("texts_a_request", [1, 64])
-def test_a_full_queue_rejects_requests_and_says_how_long_to_wait(build, texts_a_request):
+def test_a_full_queue_refuses_and_says_how_long_to_wait(build, texts_a_request):
     runtime = FakeRuntime(seconds_per_token=1e-5)
     batcher = build(runtime, max_queued_tokens=4000)
     for name in range(20):  # a rate to compute with: 100,000 tokens a second

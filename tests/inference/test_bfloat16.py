@@ -1,4 +1,4 @@
-"""bfloat16 on CPUs: in OpenVINO if the CPU computes in it, else in torch, and what the log says of it."""
+"""bfloat16 on CPUs: in OpenVINO if the CPU computes in it, else in torch, and what the log says about it."""
 
 import logging
 
@@ -72,7 +72,7 @@ def test_only_openvino_on_a_cpu_computes_in_bfloat16():
     ],
 )
 def test_the_log_says_which_format_is_faster(tiny, tmp_path, monkeypatch, caplog, dtype, other_seconds, line):
-    """The other format's cost is measured at the first start; here it is known from an earlier one."""
+    """The cost of the other format is measured at the first start; here it is kept from an earlier one."""
     own = "float32" if dtype == "auto" else "bfloat16"
     keys = loading._costs
 

@@ -1,4 +1,4 @@
-"""The token budget from synthetic costs (fast CPU, slow CPU, GPU), and what running batches teach."""
+"""The token budget from synthetic costs (fast CPU, slow CPU, GPU), and its correction by running batches."""
 
 import random
 
@@ -14,7 +14,7 @@ from embedding_service.inference.budget import (
     measure,
 )
 
-# Seconds a batch and a token.
+# Seconds per batch and per token.
 MACHINES = {
     "fast CPU": (0.001, 20e-6),
     "slow CPU": (0.020, 500e-6),
@@ -139,7 +139,7 @@ def test_interrupted_batches_do_not_distort_it():
 
 
 def test_small_batches_alone_do_not_distort_the_cost_of_a_token():
-    """A quiet hour of lone texts must not make the next busy one start from nonsense."""
+    """After a quiet hour of single texts, the next busy hour must not start with a useless estimate."""
     found = budget(MACHINES["slow CPU"])
     before = found.tokens
     for _ in range(5000):

@@ -1,4 +1,4 @@
-"""The cores that the engine uses are those that a container or a service manager leaves it."""
+"""The engine uses as many cores as the container or service manager allows."""
 
 from pathlib import Path
 

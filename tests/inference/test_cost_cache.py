@@ -1,4 +1,4 @@
-"""What batches cost is kept for the next start, for this machine and this model alone."""
+"""The cost of batches is kept for the next start, for the same machine and model only."""
 
 import pytest
 

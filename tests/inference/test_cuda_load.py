@@ -16,7 +16,7 @@ from tests.inference.test_cuda_path import CUDA, Watch, WithoutGuards, cuda  # n
 
 
 class Moving(WithoutGuards):
-    """Also moves real tensors to a device that is not there."""
+    """Also moves real tensors to a device that does not exist."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Moving(WithoutGuards):
 
 
 def apply(module: torch.nn.Module, function, recurse=True) -> torch.nn.Module:
-    """As Module._apply, which cannot replace tensors without content."""
+    """Like Module._apply, but for tensors without content."""
     for child in module.children() if recurse else []:
         child._apply(function)
     for tensors in (module._parameters, module._buffers):
@@ -46,7 +46,7 @@ def apply(module: torch.nn.Module, function, recurse=True) -> torch.nn.Module:
 
 
 class Machine:
-    """A machine with one CUDA device; notes what each forward pass on it did."""
+    """A machine with one CUDA device, which records what each forward pass did."""
 
     def __init__(self, monkeypatch, streams: list[str]) -> None:
         self.mode = FakeTensorMode()
@@ -58,13 +58,13 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a device")
-        # Functions, since a bound method would not be given the object that it is called on.
+        # Functions, since a bound method would not receive the object that it is called on.
         monkeypatch.setattr(CudaSession, "run", lambda session, inputs: self._watched(session, inputs))  # noqa: PLW0108
         monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: self._read(tensor))  # noqa: PLW0108
         monkeypatch.setattr(torch.nn.Module, "_apply", apply)
 
     def _watched(self, session, inputs):
-        # Modes are of a thread, and a FakeTensorMode is entered by one thread at a time.
+        # Modes are per thread, and only one thread at a time may enter a FakeTensorMode.
         with self._one_at_a_time:
             self.sessions.append(session)
             inputs = {name: self._without_content(value) for name, value in inputs.items()}
@@ -114,6 +114,6 @@ def test_a_model_is_loaded_and_warmed_up_on_the_device(tiny, cuda, monkeypatch, 
     assert set(watch.copies) == {("cuda", torch.int64), ("cpu", torch.float32)}
     assert {(one.device.type, one.dtype) for one in machine.answers} == {("cpu", torch.float32)}
     if dtype != torch.float32:
-        # Computed on the CPU, from the weights as the files have them.
+        # Computed on the CPU, from the weights in the files.
         vectors = normalize(model.forward_exact(alone(model, "the fox")))
         assert np.abs(vectors - normalize(exact)).max() < 1e-5

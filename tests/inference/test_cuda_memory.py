@@ -72,7 +72,7 @@ class Device:
 
 
 class Counting(TorchDispatchMode):
-    """Counts each tensor with memory of its own that is made on a stream."""
+    """Counts each tensor with its own memory that is made on a stream."""
 
     def __init__(self, device: Device, stream: object) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def device(tiny, monkeypatch):
 
 
 def long_texts(count: int) -> list[str]:
-    """Different texts, each of more tokens than the model reads."""
+    """Distinct texts, each with more tokens than the model reads."""
     return [f"{WORDS[i % 20]} {WORDS[i // 20]} {'fox ' * LONGEST}" for i in range(count)]
 
 
@@ -198,9 +198,9 @@ def test_a_batch_that_does_not_fit_is_halved_while_the_other_lane_runs(tiny, dev
     device.on_allocation = hold_first
     lone = submit([one])
     assert held.wait(60)
-    # Beside what the held lane has, room for a quarter of a batch.
+    # Next to the batch of the held lane there is room for a quarter of a batch.
     device.total = device.live[first[0]] + 400 * token
-    # Once whole, and once for each half; then the budget is lower.
+    # Once for the batch and once for each half; then the budget is lower.
     for refused in (3, 3):
         assert np.abs(submit(many).get(timeout=60).vectors - expected[1:]).max() < 1e-5
         assert device.emptied == device.refused == refused

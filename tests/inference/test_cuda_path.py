@@ -80,7 +80,7 @@ class WithoutGuards(TorchFunctionMode):
 
 
 class Watch(TorchDispatchMode):
-    """Notes every operation: on which stream, which copies between host and device, and which waits."""
+    """Records every operation with its stream, and which ones copy between host and device or wait."""
 
     def __init__(self, streams: list[str]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Stream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Streams, events and pinned memory that do nothing but say when; returns those told so far."""
+    """Streams, events and pinned memory that only record their use; returns the record."""
     said: list[str] = []
     streams: list[str] = []
 
@@ -157,7 +157,7 @@ def cuda(monkeypatch):
 
 
 def fake_on_cuda(model: SentenceTransformer, mode: FakeTensorMode) -> None:
-    """Put every parameter and buffer on a device that is not there."""
+    """Put every parameter and buffer on a device that does not exist."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -199,7 +199,7 @@ def test_a_batch_stays_on_the_device_and_waits_once(model_folder, cuda, monkeypa
     assert watch.outside == []
     assert watch.waits == []
     assert watch.copies == [*[("cuda", torch.int64)] * len(inputs), ("cpu", torch.float32)]
-    # The inputs, and the memory for the vectors: a copy from or to other memory makes the host wait.
+    # For the inputs and the vectors: the host has to wait for copies from or to other memory.
     assert said == [*["pin"] * (len(inputs) + 1), "record", "synchronize"]
 
 
@@ -219,7 +219,7 @@ def test_a_weight_left_on_the_host_is_found(model_folder, cuda, monkeypatch):
 
 
 def test_the_host_waits_for_a_single_value_whether_there_is_padding(model_folder):
-    """transformers asks `padding_mask.all()`, though not of fake tensors: docs/decisions/0002-cuda.md."""
+    """transformers calls `padding_mask.all()`, but not for fake tensors: docs/decisions/0002-cuda.md."""
     model = SentenceTransformer(str(model_folder), device="cpu").eval()
     inputs = {name: torch.from_numpy(one) for name, one in features(model, ["a", "a b c d e"]).items()}
     seen = Watch(["own"])

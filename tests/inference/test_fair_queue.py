@@ -1,4 +1,4 @@
-"""The queue's properties: what a batch holds, whose turn it is, and what padding costs. No threads here."""
+"""The queue: what a batch holds, whose turn it is, and what padding costs. No threads here."""
 
 import random
 from collections import Counter
@@ -22,7 +22,7 @@ Batch = list[tuple[Flow, list[int]]]
 
 
 class Driven:
-    """A queue with a clock that the test sets, which knows the length of every text."""
+    """A queue with a clock that the test sets, and the length of every text."""
 
     kind: type[FairQueue] | type[PriorityQueue] = FairQueue
 
@@ -183,7 +183,7 @@ def test_the_densest_range_is_the_best_there_is(seed):
 
 @pytest.mark.parametrize("separate_bulk", [False, True], ids=["mixed", "bulk apart"])
 def test_a_single_text_overtakes_a_bulk_request_after_the_batch_in_flight(separate_bulk):
-    """At whatever moment it comes: during each third of a bulk request's batches one is sent."""
+    """Whenever it arrives: one is sent during every third batch of a bulk request."""
     driven = Driven(separate_bulk=separate_bulk)
     driven.add(*lengths(7, 2048))
     number, sent, waits = 0, {}, []
@@ -199,7 +199,7 @@ def test_a_single_text_overtakes_a_bulk_request_after_the_batch_in_flight(separa
 
 
 def share_of_bulk(driven: Driven, bulk: Flow, singles: int, length: int = 32) -> float:
-    """Of the tokens served until a bulk request is done, beside clients with the next text at once."""
+    """The bulk request's share of tokens until it is done, against clients that always send another text."""
     for _ in range(singles):
         driven.add(length)
     served = Counter()
@@ -226,7 +226,7 @@ def test_bulk_requests_share_the_model_evenly():
     while all(flow.tokens for flow in flows):
         for flow, rows in driven.batch():
             served[flow] += sum(driven.lengths[flow][row] for row in rows)
-        # However they take turns, none is ahead by more than three batches.
+        # In whatever order they take turns, none is more than three batches ahead.
         assert max(served[flow] for flow in flows) - min(served[flow] for flow in flows) <= 3 * 256
 
 
@@ -247,7 +247,7 @@ def test_pieces_of_a_request_queue_one_after_another():
     assert sorted(rows) == list(range(300))
 
 
-# What leaves
+# Texts that leave
 
 
 def test_late_texts_are_returned_and_never_in_a_batch():

@@ -1,4 +1,4 @@
-"""Texts laid end to end without padding, as flash attention reads them: equal to encode() all the same.
+"""Texts packed without padding, as for flash attention, still get the vectors of encode().
 
 Flash attention needs a GPU; what stands in for it here is attention in plain torch that keeps the texts
 apart by the same boundaries. All the rest is what runs on CUDA: the packing, the positions, the pooling.
@@ -37,7 +37,7 @@ def attend(module, query, key, value, _mask, cu_seq_lens_q=None, scaling=None, *
 
 @pytest.fixture
 def flattening(monkeypatch) -> None:
-    """Every model loaded by the service thinks that it has flash attention."""
+    """Make every model that is loaded believe that it has flash attention."""
     transformers.AttentionInterface.register(NAME, attend)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda _name: ((None, attend), None))
     load_model = checkpoint.load_model

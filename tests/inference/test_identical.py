@@ -202,13 +202,13 @@ def test_without_a_cache_no_hits_are_reported(build):
     assert submit(build(FakeRuntime()), [text(5), text(5)]).wait().cache_hits is None
 
 
-# Never a wrong vector
+# Random requests
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 6_000, 1 << 20], ids=["no cache", "small cache", "cache"])
 @pytest.mark.parametrize("seed", range(6))
 def test_vectors_are_right_whatever_is_shared_and_whatever_fails(build, seed, cache_bytes):
-    """Few texts, many requests: all share, while texts fail, run out of memory, are late or cancelled."""
+    """Many requests share few texts, some of which fail, run out of memory, are late or are cancelled."""
     chance, lock = random.Random(seed), threading.Lock()
 
     def fail(batch) -> np.ndarray | None:

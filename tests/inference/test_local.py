@@ -1,4 +1,4 @@
-"""The engine in this process: listing tokens, within the deadline, whatever the tokenizer does."""
+"""The engine in this process lists tokens within the deadline, whatever the tokenizer does."""
 
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from embedding_service.inference.settings import ModelSettings
 
 
 class Lister:
-    """A loaded model as far as listing tokens needs one."""
+    """The part of a loaded model that listing tokens needs."""
 
     info = None
     max_batch_tokens = 1

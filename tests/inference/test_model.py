@@ -1,4 +1,4 @@
-"""Every kind of SentenceTransformer answers as its encode() does, whatever shares its batches."""
+"""Every kind of SentenceTransformer gives the vectors of encode(), whatever else is in the batch."""
 
 import logging
 import random
@@ -12,7 +12,7 @@ from embedding_service.errors import InvalidRequest, StartupError
 from tests.inference import tiny_models
 from tests.inference.running import embed, load, request, texts
 
-# OpenVINO gives NaN for a row of attention that is masked entirely, as padding on the left makes them, and
+# OpenVINO gives NaN for a row of attention that is masked completely, as with padding on the left, and it
 # cannot trace Gemma's masks.
 TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled", "gemma"]
 CASES = [(kind, "torch") for kind in tiny_models.KINDS]
@@ -77,7 +77,7 @@ def test_max_seq_length_can_lower_the_models_own(tiny, kind):
 
 
 def test_max_seq_length_never_exceeds_the_models_positions(tiny):
-    # Saved with 40 positions, two of them taken by padding, under a tokenizer that says 48.
+    # Saved with 40 positions, two of them for padding, and a tokenizer with a limit of 48.
     assert load(tiny("roberta-cls"), max_seq_length=256).info.max_seq_length == 38
 
 

@@ -1,4 +1,4 @@
-"""Loading and converting a model starts no process and looks up no other host."""
+"""Loading and converting a model starts no process and contacts no other host."""
 
 import subprocess
 import sys

@@ -32,7 +32,7 @@ def vectors(model: Model) -> np.ndarray:
 
 @pytest.fixture
 def conversions(monkeypatch) -> list[str]:
-    """Grows by one for each conversion."""
+    """A list that grows by one item with each conversion."""
     made: list[str] = []
     convert = backend._convert
 
@@ -62,7 +62,7 @@ def test_a_damaged_entry_is_rebuilt(tiny, tmp_path, conversions, file):
     expected = vectors(load(tiny("bert"), tmp_path))
     (damaged,) = tmp_path.rglob(file)
     whole = damaged.read_bytes()
-    # Of the weights every bit is turned, which no reader can notice; of the graph the end is missing.
+    # Every bit of the weights is flipped, which no reader can detect; the graph is truncated.
     damaged.write_bytes(bytes(255 - byte for byte in whole) if file == "model.bin" else whole[:2000])
     assert np.array_equal(vectors(load(tiny("bert"), tmp_path)), expected)
     assert len(conversions) == 2

@@ -1,4 +1,4 @@
-"""Requests in the background: all others pass them, and they get a small share. No threads here."""
+"""Background requests: all others overtake them, and they get a small share. No threads here."""
 
 import pytest
 
@@ -12,7 +12,7 @@ SHARE = 1 / (NORMAL_PER_BACKGROUND + 1)
 
 
 class Driven(test_fair_queue.Driven):
-    """A queue of both kinds of requests."""
+    """A queue with both kinds of requests."""
 
     kind = PriorityQueue
 

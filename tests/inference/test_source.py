@@ -1,4 +1,4 @@
-"""A model's name becomes a folder, or one line that says what to do."""
+"""A model's name leads to a folder, or to one line that says what to do."""
 
 import shutil
 

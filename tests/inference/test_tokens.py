@@ -1,4 +1,4 @@
-"""Which end an over-long text loses, and the list of a text's tokens."""
+"""At which end over-long texts are truncated, and the list of a text's tokens."""
 
 import numpy as np
 import pytest

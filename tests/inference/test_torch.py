@@ -107,11 +107,11 @@ def test_an_out_of_memory_error_keeps_no_tensors_alive():
     assert model.held() is None
 
 
-# CUDA, as far as it can be seen without one
+# CUDA, as far as it can be tested without a device
 
 
 class Recorder:
-    """CUDA as it is used, in the order of its calls, with tensors that stay on the CPU."""
+    """Records the calls to CUDA, in order; the tensors stay on the CPU."""
 
     def __init__(self, monkeypatch) -> None:
         self.calls: list = []
@@ -223,7 +223,7 @@ def test_auto_is_cuda_if_there_is_a_device(monkeypatch):
 
 
 class Lane:
-    """Has all of the device's memory for this many tokens, since the other lane happens to wait."""
+    """Has the whole memory of the device, enough for this many tokens, since the other lane is waiting."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -1,4 +1,4 @@
-"""The cache: what it gives back is what was put, the oldest goes first, and its size is what it says."""
+"""The cache returns what was stored, drops the least recently used entry, and knows its size."""
 
 import gc
 import random

@@ -1,4 +1,4 @@
-"""Tiny SentenceTransformers of every kind, with random weights: what they answer is what encode() answers."""
+"""Tiny SentenceTransformers of every kind, with random weights; encode() gives the expected vectors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ SIZES = {
 
 
 def tokenizer(special: dict[str, str], template: str, **arguments) -> transformers.PreTrainedTokenizerFast:
-    """A WordPiece tokenizer whose special tokens have the first ids, in the order given."""
+    """A WordPiece tokenizer whose special tokens have the first ids, in the given order."""
     tokens = [*dict.fromkeys(special.values()), *WORDS, *CHARACTERS, *(f"##{one}" for one in CHARACTERS)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
@@ -48,9 +48,9 @@ QWEN = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
 def transformer(folder: Path, model: transformers.PreTrainedModel, words) -> Transformer:
-    """The first module, made as a published model is: through files."""
+    """The first module, loaded from files like that of a published model."""
     folder.mkdir()
-    # Random layers are nearly the identity at the scale they start from; these mix their tokens.
+    # With the default initial scale, random layers are nearly the identity; these mix their tokens.
     with torch.no_grad():
         for weights in model.parameters():
             if weights.ndim == 2:
@@ -95,7 +95,7 @@ def qwen(folder: Path) -> Transformer:
 
 
 def gemma(folder: Path) -> Transformer:
-    """As EmbeddingGemma: every token sees those on both sides, in some layers only the near ones."""
+    """Like EmbeddingGemma: tokens attend to both sides, in some layers only to near ones."""
     words = tokenizer(GEMMA, "<bos> $A <eos>")
     words.model_input_names = ["input_ids", "attention_mask"]
     config = transformers.Gemma3TextConfig(
@@ -183,7 +183,7 @@ KINDS: dict[str, Build] = {
 
 
 def build(kind: str, folder: Path) -> Path:
-    """Make the model of a kind and return the folder it is saved in."""
+    """Make a model of this kind; returns the folder in which it is saved."""
     torch.manual_seed(sum(map(ord, kind)))
     saved = folder / "model"
     KINDS[kind](folder / "transformer").save(str(saved))

@@ -1,4 +1,4 @@
-"""The commands work from any folder, answer --help and --version, and refuse what they do not know."""
+"""The commands work from any folder, have --help and --version, and reject unknown arguments."""
 
 import hashlib
 import signal
@@ -38,7 +38,7 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_serves_from_any_folder(start, tmp_path, command):
-    # Modules of other projects, which must not be taken for ours.
+    # Modules of another project, which must not be imported instead of ours.
     (tmp_path / "config.py").write_text("raise SystemExit('the wrong config')")
     (tmp_path / "logs.py").write_text("raise SystemExit('the wrong logs')")
     service = start(command, cwd=tmp_path).wait_ready()
@@ -126,7 +126,7 @@ def test_sigusr2_starts_the_same_command_again(start, tmp_path):
         ]
 
     (master,) = wait_until(new_master, 30, "a new master")
-    # It outlives the old master, which is all that the fixture ends.
+    # It outlives the old master, and the fixture stops only that one.
     wait_until(lambda: service.log().count("Loaded ") == 2, 60, "the model of the new master")
     master.terminate()
     psutil.wait_procs([master], 20)
@@ -134,7 +134,7 @@ def test_sigusr2_starts_the_same_command_again(start, tmp_path):
 
 
 def hub_cache(folder: Path, weights: bytes) -> Path:
-    """A cache as huggingface_hub fills it: one model, whose weights' blob is named for `whole`."""
+    """A cache like huggingface_hub's, with one model; the blob of its weights has the hash of `whole`."""
     model = folder / "hub" / "models--some--model"
     snapshot = model / "snapshots" / "0123456789012345678901234567890123456789"
     snapshot.mkdir(parents=True)

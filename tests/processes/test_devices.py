@@ -39,7 +39,7 @@ def test_requests_go_to_both_and_all_vectors_are_right(pair, oracle):
     for texts, answer in zip(batches, answers, strict=True):
         assert np.abs(answer - oracle.encode(texts, normalize_embeddings=True)).max() < 1e-5
     used = [process.cpu_times().user - then for process, then in zip((first, second), before, strict=True)]
-    # The least loaded gets the next: neither idles while the other works.
+    # The less loaded process gets the next request, so neither is idle while the other works.
     assert min(used) > 0.2 * max(used)
 
 

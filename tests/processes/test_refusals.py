@@ -1,4 +1,4 @@
-"""What can be known before the service listens stops the start: one line, exit 78, no open port."""
+"""Errors that are found before the service listens: one line, exit code 78, no open port."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""1,000 random requests of mixed sizes and lengths, from 16 clients at once: every vector is the oracle's."""
+"""1,000 random requests of mixed sizes and lengths from 16 clients: every vector equals the oracle's."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import requests
 
-# Split here rather than listed, so that the scripts stay readable in one line.
+# Split here, since one line is more readable than a list.
 VOCABULARY = "the of model river 東京 straße query fox embedding 42 quick λόγος naïve 👩‍👩‍👧 über vector"
 WORDS = VOCABULARY.split(" ")
 
 
 def texts(source: random.Random) -> list[str]:
-    """1 to 12 texts, most of them short, a few beyond the model's 256 tokens."""
+    """1 to 12 texts, most of them short, and a few longer than the model's 256 tokens."""
     return [
         " ".join(source.choices(WORDS, k=min(400, int(source.lognormvariate(1.8, 1.0)))))
         for _ in range(source.choice([1, 1, 1, 2, 3, 12]))

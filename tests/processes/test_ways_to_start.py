@@ -1,4 +1,4 @@
-"""Every documented command serves with one copy of the model, and answers from its first second."""
+"""Every documented command serves with one copy of the model, and responds from the first second."""
 
 import sys
 from pathlib import Path
@@ -15,12 +15,12 @@ CLASSIC = [GUNICORN, "-w", "{workers}", "-b", "0.0.0.0:{{port}}", "--timeout", "
 
 
 def classic(workers: int) -> list[str]:
-    """The command that every guide to Flask with a model shows."""
+    """The command in every guide to serving a model with Flask."""
     return [part.format(workers=workers) for part in CLASSIC]
 
 
 def memory(service) -> int:
-    """Bytes of all the service's processes, shared pages divided between those that share them."""
+    """Memory of the service's processes in bytes, with shared pages divided between their users."""
     return sum(process.memory_full_info().pss for process in service.processes())
 
 

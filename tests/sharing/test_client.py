@@ -1,4 +1,4 @@
-"""A web worker's connection to a model process, against a socket that answers as the test says."""
+"""A web worker's connection to a model process, with a socket that the test scripts."""
 
 import socket
 import threading
@@ -63,7 +63,7 @@ def connection(process, tmp_path) -> ModelConnection:
 
 
 class Asked:
-    """A request in a thread of its own, and its outcome."""
+    """A request in its own thread, and its outcome."""
 
     def __init__(self, connection: ModelConnection, text: str, seconds: float = 30.0) -> None:
         self.outcome: Embeddings | Exception | None = None

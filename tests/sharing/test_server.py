@@ -1,4 +1,4 @@
-"""The model process's server, as far as the whole service does not show it."""
+"""The server of the model process, in cases that tests of the whole service do not cover."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from embedding_service.sharing import wire
 from embedding_service.sharing.runtime_folder import RuntimeFolder
 from tests.service import ROOT, wait_until
 
-# A server without a model, which opens as many files as it may when it is told to, and closes them again.
+# A server without a model, which on request opens as many files as it can, and closes them again.
 SERVER = """
 import os, resource, sys
 from pathlib import Path

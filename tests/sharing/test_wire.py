@@ -1,4 +1,4 @@
-"""The messages: they arrive as they were sent, however the bytes are cut; a batch leaves in one call."""
+"""Messages arrive unchanged, however the bytes are split, and a batch is sent in one call."""
 
 import random
 import socket
@@ -80,7 +80,7 @@ def test_answers_arrive_with_their_own_vectors(ends):
 
 def test_all_outcomes_of_a_batch_are_sent_in_one_system_call():
     class Counted:
-        """As much of a socket as sending needs."""
+        """The part of a socket that sending needs."""
 
         def __init__(self) -> None:
             self.sent: list[bytes] = []

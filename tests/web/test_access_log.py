@@ -15,7 +15,7 @@ TRACEPARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
 
 
 class Lines(logging.Handler):
-    """Keeps the lines that a formatter makes, while the request is still under way."""
+    """Keeps the formatted lines; they are formatted during the request."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pages of other origins: allowed only if CORS_ORIGINS names them."""
+"""Pages from other origins are allowed only if CORS_ORIGINS names them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An error is data until a protocol words it: the same fault, in each protocol's own names."""
+"""The same error in each protocol, with that protocol's own names."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Which fields are honoured, refused or ignored, on every protocol; null, and a byte order mark."""
+"""Which fields are honoured, rejected or ignored in each protocol; null, and a byte order mark."""
 
 import json
 
@@ -62,7 +62,7 @@ CHANGES_VECTORS = {
 }
 
 
-# Where such a field is honoured, another test says how.
+# Fields that a route honours; other tests show how.
 HONOURED = {("/embed", "precision")} | {
     ("/v1/embeddings", name) for name in ("output_dtype", "embedding_type", "task")
 }

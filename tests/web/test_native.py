@@ -1,4 +1,4 @@
-"""POST /embed: what it accepts, what it answers, and how it refuses."""
+"""POST /embed: requests, responses and errors."""
 
 import base64
 import gzip
@@ -139,7 +139,7 @@ def test_the_limit_applies_to_the_decompressed_body(client, sent, status, error)
 
 
 def test_the_number_of_gzip_members_is_limited(client, monkeypatch):
-    """Each takes time, even if it is empty, so their number has a limit of its own."""
+    """Even an empty one takes time, so their number is limited."""
     monkeypatch.setattr(bodies, "MAX_MEMBERS", 3)
     empty = gzip.compress(b"")
     headers = {"Content-Encoding": "gzip"}
@@ -158,7 +158,7 @@ def test_a_gzip_body_is_read_in_blocks(client, monkeypatch, size):
 
 
 def test_a_gzip_bomb_is_not_decompressed(client):
-    """A body of 1 MB would become 1 GB; memory must not notice."""
+    """A body of 1 MB that would become 1 GB must not use much memory."""
     bomb = gzip.compress(bytes(1 << 20)) * 2
     tracemalloc.start()
     try:

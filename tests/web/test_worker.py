@@ -1,4 +1,4 @@
-"""The patience of a client's connection, seen from the socket."""
+"""The time limits of a client's connection, tested at the socket."""
 
 import socket
 

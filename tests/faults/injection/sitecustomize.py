@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 class Words:
-    """The texts with a word in them, by their Prepared, which is kept so that its id is not reused."""
+    """The texts that contain a word, by the id of their Prepared, which is kept so that no id is reused."""
 
     def __init__(self):
         self._kept = {}
-        # The texts of the batch that a thread runs, which decide about faults inside the model.
+        # The texts of the batch that each thread runs, which decide on faults inside the model.
         self.of_thread = threading.local()
 
     def remember(self, prepared, texts):
@@ -27,7 +27,7 @@ class Words:
             self._kept[id(prepared)] = (prepared, list(texts))
 
     def of(self, batch):
-        """The text of each row of a batch, empty for those without a word."""
+        """The text of each row of a batch, empty if it contains no word."""
         found = []
         for part in batch:
             _, texts = self._kept.get(id(part.texts), (None, None))
@@ -36,7 +36,7 @@ class Words:
 
 
 def inject(runtime):
-    """Make a runtime do what the words in its texts say."""
+    """Make a runtime fail as the words in its texts say."""
     words = Words()
     prepare, exact = runtime.prepare, runtime.forward_exact
 
@@ -74,7 +74,7 @@ def inject_into_lane(lane, words):
 
 
 def inject_into_model(words):
-    """Raise inside the model those faults that its backend must handle."""
+    """Raise the faults that the backend must handle inside the model."""
     import torch
     from sentence_transformers import SentenceTransformer
 
