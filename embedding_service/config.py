@@ -78,7 +78,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         Meta(
             min_length=1,
-            description=("Folder for converted models and measured costs, which make the next start faster."),
+            description="Folder for converted models and measured costs, which make the next start faster.",
         ),
     ] = "~/.cache/embedding-service"
     attn_implementation: Annotated[
@@ -127,7 +127,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=1,
             le=65536,
-            description="Maximum number of waiting requests per web worker; further requests get 429.",
+            description="Maximum number of requests in flight per web worker; further requests get 429.",
         ),
     ] = 512
     max_texts_per_request: Annotated[
@@ -175,7 +175,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 32 << 20
     max_queued_tokens: Annotated[
         int,
-        Meta(ge=1024, description="Maximum number of waiting tokens; further requests get 429."),
+        Meta(
+            ge=1024, description="Maximum number of tokens that wait for the model; further requests get 429."
+        ),
     ] = 2_000_000
     cache_mb: Annotated[
         int,

@@ -31,7 +31,7 @@ def wait_until(condition, seconds: float = 10.0, what: str = "the condition") ->
         if result := condition():
             return result
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come about within {seconds} s")
+    raise AssertionError(f"waited {seconds} s for {what}")
 
 
 class Service:

@@ -216,7 +216,7 @@ def test_overload_and_a_service_that_is_gone(browser, scripted):
 
 def test_the_api_key_is_requested_kept_in_the_tab_and_never_shown(browser, guarded):
     page = Page(browser, guarded.url)
-    wait_until(page["key-form"].is_displayed, what="the question for a key")
+    wait_until(page["key-form"].is_displayed, what="the key form")
     assert page.text("model") == "fake/model"  # /health shows it without a key
 
     page["key"].send_keys("wrong", Keys.ENTER)
@@ -236,13 +236,13 @@ def test_the_api_key_is_requested_kept_in_the_tab_and_never_shown(browser, guard
     page.wait("backend", "torch, float32")
     assert page.browser.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
     page["forget"].click()
-    wait_until(page["key-form"].is_displayed, what="the question for a key")
+    wait_until(page["key-form"].is_displayed, what="the key form")
     assert page.browser.execute_script("return sessionStorage.length") == 0
 
 
 def test_the_api_reference_asks_for_the_key_too(browser, guarded):
     page = Page(browser, f"{guarded.url}/docs")
-    wait_until(page["key-form"].is_displayed, what="the question for a key")
+    wait_until(page["key-form"].is_displayed, what="the key form")
     page["key"].send_keys("wrong", Keys.ENTER)
     page.wait("key-error", "The service does not accept this key.")
     page["key"].send_keys(KEY, Keys.ENTER)

@@ -107,7 +107,7 @@ def test_a_deadline_that_passes_in_the_queue(impatient):
     assert impatient.post("/embed", {"texts": "so that the rate is known"}).status_code == 200
     slow = threading.Thread(target=embed(impatient, "@@slow@@"))
     slow.start()
-    wait_until(lambda: "@@slow@@" in impatient.seen(), what="the slow text at work")
+    wait_until(lambda: "@@slow@@" in impatient.seen(), what="the slow text to reach the model")
     began = time.monotonic()
     late = parallel(
         [embed(impatient, "@@late@@ alone"), embed(impatient, [f"@@late@@ {n}" for n in range(17)])]

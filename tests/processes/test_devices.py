@@ -52,8 +52,8 @@ def test_the_cores_are_divided(pair):
 
 def test_one_serves_on_if_the_other_is_killed(pair):
     model_processes(pair)[0].kill()
-    wait_until(lambda: "The model process was lost" in pair.log(), 10, "the loss noticed")
+    wait_until(lambda: "The model process was lost" in pair.log(), 10, "the loss to be noticed")
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda number: ask(pair, [f"text {number}"]), range(32)))
     assert len(answers) == 32
-    wait_until(lambda: pair.log().count("Loaded ") == 3, 120, "the lost process back")
+    wait_until(lambda: pair.log().count("Loaded ") == 3, 120, "the lost process to come back")
