@@ -187,7 +187,7 @@ class RemoteEmbedder:
         try:
             return msgspec.json.decode(response.content, type=kind)
         except msgspec.MsgspecError as error:
-            raise Lost(f"{self._url}{path} is not this service: {error}") from None
+            raise Lost(f"{self._url}{path} does not look like this service: {error}") from None
 
 
 class LocalEmbedder:

@@ -146,7 +146,7 @@ class Part:
             raise StartupError(f"{self.path} is not a run that can be resumed; --restart replaces it")
         differing = _differing(begun, msgspec.to_builtins(job))
         if differing:
-            raise StartupError(f"{self.path} was begun with {'; '.join(differing)}; --restart starts over")
+            raise StartupError(f"{self.path} was started with {'; '.join(differing)}; --restart starts over")
 
     def _recover(self) -> tuple[int, int]:
         """Drop a row that was not written whole, and the rows of such a text; count the rows and texts."""

@@ -172,7 +172,7 @@ NPY = "application/x-npy"
 
 
 def wants_npy() -> bool:
-    """Whether the caller accepts only the vectors, as an array in numpy's format."""
+    """Whether the caller accepts the vectors in numpy's own format."""
     return NPY in request.headers.get("Accept", "")
 
 

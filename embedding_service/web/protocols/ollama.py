@@ -201,7 +201,7 @@ def embed() -> Response:
 @protocol.post("/api/embeddings")
 @operation({200: OllamaEmbeddingsAnswer}, body=_embeddings_decoder, embeds=True)
 def embeddings() -> Response:
-    """Embed one text. In this older form the vector has length 1 only if `normalize` is true."""
+    """Embed one text, in the older form: the vector is scaled to length 1 only if `normalize` is true."""
     body = parse(_embeddings_decoder)
     _check_options(body.options, normalizes=False)
     if not body.prompt:
