@@ -83,6 +83,6 @@ def _expanded(value: str, known: Mapping[str, str], where: str) -> str:
         # Taking it as empty would be a guess, and with empty API_KEYS anybody may use the service.
         if isinstance(atom, Variable) and atom.default is None and atom.name not in known:
             raise ConfigError(
-                f"{where} refers to ${{{atom.name}}}, which is not set; write ${{{atom.name}:-}} if it may be"
+                f"{where} refers to ${{{atom.name}}}, which is not set; ${{{atom.name}:-}} means empty if unset"
             )
     return "".join(atom.resolve(known) for atom in atoms)

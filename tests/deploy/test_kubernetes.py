@@ -48,7 +48,7 @@ def test_everything_selects_the_pods_and_nothing_else(overlay: str) -> None:
 
 
 @overlays
-def test_settings_are_settings(overlay: str) -> None:
+def test_the_configmap_has_only_known_settings(overlay: str) -> None:
     data = find(render(overlay), "ConfigMap")["data"]
     known = {field.upper() for field in config.Config.__struct_fields__}
     assert set(data) <= known

@@ -56,7 +56,7 @@ def test_speaks_tls_1_2_and_1_3_only(front: Nginx, version: ssl.TLSVersion, acce
                 assert connection.version() == version.name.replace("TLSv1_", "TLSv1.")
 
 
-def test_sends_plain_http_to_https(front: Nginx) -> None:
+def test_redirects_http_to_https(front: Nginx) -> None:
     response = requests.post(
         f"http://127.0.0.1:{front.plain_port}/embed?a=b", json={}, allow_redirects=False, timeout=5
     )

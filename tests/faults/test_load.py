@@ -38,7 +38,7 @@ def descriptors(service: Service) -> int:
 @pytest.mark.parametrize(
     ("seconds", "share"), [(5, 0.7), pytest.param(20, 0.9, marks=pytest.mark.long)], ids=["5 s", "20 s"]
 )
-def test_ten_times_too_much(loaded, seconds, share):
+def test_ten_times_the_load_it_can_bear(loaded, seconds, share):
     texts = [f"a text of a usual length, as a client might send it, number {n}" for n in range(32)]
     raw = body(texts)
     closed_loop(loaded.port, 8, 2, lambda c, n: raw)

@@ -70,7 +70,7 @@ def test_on_error_null_returns_the_other_vectors_if_texts_fail(faulty, oracle, o
     assert np.abs(np.array(good) - expected).max() < 1e-5
 
 
-def test_out_of_memory_is_halved_away(faulty, oracle):
+def test_a_batch_that_runs_out_of_memory_is_halved(faulty, oracle):
     # Short, so that even a small batch holds several.
     texts = [f"{n} @@oom@@" for n in range(40)]
     response = faulty.post("/embed", {"texts": texts})
@@ -198,7 +198,7 @@ def test_a_sticky_device_error(faulty, oracle):
     )
 
 
-def test_the_log_holds_no_text(faulty):
+def test_the_log_contains_no_text(faulty):
     """Runs after all tests above: none of their texts may be in the log."""
     secret = "zebra-in-the-vestibule"
     faulty.post("/embed", {"texts": [secret, f"{secret} @@poison@@"]})

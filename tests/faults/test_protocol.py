@@ -164,7 +164,7 @@ def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
     )
 
 
-def test_silent_connections_hold_no_thread(service):
+def test_silent_connections_block_nobody(service):
     """Many connections never send anything, while other clients are served."""
     silent = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(300)]
     began = time.monotonic()

@@ -33,9 +33,9 @@ def v1(folder: str, quota: int, period: int = 100_000) -> dict[str, str]:
         pytest.param("150000 100000", 2, id="one and a half"),
         pytest.param("20000 100000", 1, id="a fifth"),
         pytest.param("max 100000", 8, id="no limit"),
-        pytest.param("6400000 100000", 8, id="more than there are"),
+        pytest.param("6400000 100000", 8, id="more than the machine has"),
         pytest.param("nonsense", 8, id="nonsense"),
-        pytest.param("1 0", 8, id="a period of nothing"),
+        pytest.param("1 0", 8, id="a period of 0"),
     ],
 )
 def test_a_quota_counts(tmp_path, cpu_max, expected):
@@ -61,7 +61,7 @@ def test_a_quota_counts(tmp_path, cpu_max, expected):
             "0::/kubepods/pod1/here\n",
             {"kubepods/other/cpu.max": "100000 100000", "kubepods/pod1/here/cpu.max": "400000 100000"},
             4,
-            id="not a group beside ours",
+            id="not a neighbouring group",
         ),
         pytest.param("0::/../../a\n", {"a/cpu.max": "200000 100000"}, 2, id="outside of the namespace"),
         pytest.param(

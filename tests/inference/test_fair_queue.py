@@ -138,7 +138,7 @@ def test_only_texts_of_one_group_share_a_batch():
     assert len(batches) == 2
 
 
-def test_bulk_and_small_requests_share_no_batch_if_they_are_to_be_apart():
+def test_bulk_and_small_requests_share_no_batch_if_bulk_is_separate():
     driven = Driven(10_000, 10_000, separate_bulk=True)
     driven.add(*[10] * 50)
     driven.add(10)
@@ -149,7 +149,7 @@ def test_bulk_and_small_requests_share_no_batch_if_they_are_to_be_apart():
     assert [len(driven.sizes(batch)) for batch in driven.drain()] == [51]
 
 
-def test_batches_of_bulk_are_short_while_small_requests_come():
+def test_bulk_batches_are_short_while_small_requests_arrive():
     driven = Driven(1000, 40, separate_bulk=True)
     driven.add(*[10] * 500)
     assert padded(driven.sizes(driven.batch())) == 1000
@@ -161,7 +161,7 @@ def test_batches_of_bulk_are_short_while_small_requests_come():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_densest_range_is_the_best_there_is(seed):
+def test_the_densest_range_is_the_best_one(seed):
     chance = random.Random(seed)
     own = sorted(lengths(seed, chance.randint(1, 25)))
     head, limit, free = chance.randrange(len(own)), chance.choice([64, 256, 1000]), chance.choice([0, 30])
@@ -230,7 +230,7 @@ def test_bulk_requests_share_the_model_evenly():
         assert max(served[flow] for flow in flows) - min(served[flow] for flow in flows) <= 3 * 256
 
 
-def test_a_small_request_goes_first_if_it_is_the_turn_of_both():
+def test_a_small_request_goes_first_if_both_have_their_turn():
     driven = Driven(separate_bulk=True)
     bulk, small = driven.add(*[10] * 20), driven.add(10)
     assert [[flow for flow, _ in driven.batch()] for _ in range(2)] == [[small], [bulk]]

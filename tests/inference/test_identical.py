@@ -169,7 +169,7 @@ def test_a_poisoned_text_fails_every_waiting_request_with_its_own_index(build):
 # The cache
 
 
-def test_the_cache_answers_what_was_computed_before(build):
+def test_the_cache_returns_what_was_computed_before(build):
     runtime = FakeRuntime(max_seq_length=20)
     batcher = build(runtime, cache_bytes=1 << 20)
     hits, misses = metrics.CACHE_HITS._value.get(), metrics.CACHE_MISSES._value.get()

@@ -33,7 +33,7 @@ def share_of_background(driven: Driven, background: list[Flow], normal: list[Flo
 
 @BOTH
 @pytest.mark.parametrize("size", [1, 100], ids=["small", "bulk"])
-def test_what_comes_later_passes_the_background(separate_bulk, size):
+def test_later_requests_overtake_the_background(separate_bulk, size):
     driven = Driven(separate_bulk=separate_bulk)
     background = driven.add(*[32] * 200, background=True)
     driven.batch()
@@ -70,7 +70,7 @@ def test_requests_in_the_background_share_what_they_get():
     assert first.tokens + second.tokens <= 64
 
 
-def test_a_batch_of_the_background_is_short_while_small_requests_come():
+def test_background_batches_are_short_while_small_requests_arrive():
     driven = Driven(1000, 40, separate_bulk=True)
     driven.add(*[10] * 500, background=True)
     assert padded(driven.sizes(driven.batch())) == 1000
@@ -79,7 +79,7 @@ def test_a_batch_of_the_background_is_short_while_small_requests_come():
     assert padded(driven.sizes(driven.batch())) == 40 * BULK_OVERHEADS
 
 
-def test_what_left_or_is_late_does_not_keep_the_other_kind_waiting():
+def test_removed_or_late_texts_do_not_delay_the_other_kind():
     for background in (False, True):
         driven = Driven()
         gone = driven.add(9, background=background)

@@ -22,7 +22,7 @@ GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
     [
         pytest.param({"EMBEDDING_MODEL": "./nowhere"}, "there is no such folder", id="no folder"),
         pytest.param({"EMBEDDING_MODEL": "tests"}, "a folder without modules.json", id="not a model"),
-        pytest.param({"EMBEDDING_MODEL": "what is this"}, "neither a folder nor a model", id="no name"),
+        pytest.param({"EMBEDDING_MODEL": "what is this"}, "neither a folder nor a model", id="not a name"),
         pytest.param({"DEVICE": "cuda", "CPU_FALLBACK": "false"}, "CPU_FALLBACK=false", id="no CUDA"),
         pytest.param({"API_KEYS_FILE": "/nowhere"}, "API_KEYS_FILE='/nowhere' cannot be read", id="no keys"),
         pytest.param({"LOG_FILE": "/nowhere/log"}, "LOG_FILE='/nowhere/log' cannot be written", id="no log"),
