@@ -83,6 +83,6 @@ def _expanded(value: str, known: Mapping[str, str], where: str) -> str:
         # Taking it as empty would be a guess, and with empty API_KEYS anybody may use the service.
         if isinstance(atom, Variable) and atom.default is None and atom.name not in known:
             raise ConfigError(
-                f"{where} refers to ${{{atom.name}}}, which is not set; ${{{atom.name}:-}} means empty if unset"
+                f"{where} refers to ${{{atom.name}}}, which is not set; ${{{atom.name}:-}} means empty then"
             )
     return "".join(atom.resolve(known) for atom in atoms)
