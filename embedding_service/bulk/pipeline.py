@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """A chunk of embedded rows (NaN for bad ones), their places, its bad rows, and how many texts were truncated."""
+    """Some embedded rows (NaN for bad ones), their places, the bad rows, and a count of truncated texts."""
 
     texts: int
     vectors: Vectors
