@@ -70,3 +70,9 @@ def require_program(name: str, package: str) -> str:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+def require_browser() -> str:
+    """The path of Chromium, or of Google Chrome if only that is installed."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    return path or require_program("chromium", "chromium")

@@ -51,7 +51,9 @@ class Service:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "CI") or name.startswith("HF_")
+            if name in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "CI")
+            # `make coverage` measures the processes that inherit its variable.
+            or name.startswith(("HF_", "COVERAGE_"))
         }
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port)} | settings
         command = command or [sys.executable, "app.py"]

@@ -56,7 +56,11 @@ class Run:
     def __init__(
         self, *arguments: object, stdin: int | IO[bytes] = subprocess.DEVNULL, **settings: str
     ) -> None:
-        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG") or k.startswith("HF_")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name in ("PATH", "HOME", "LANG") or name.startswith(("HF_", "COVERAGE_"))
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "embedding_service.embed_file", *map(str, arguments)],
             cwd=ROOT,

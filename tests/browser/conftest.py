@@ -8,7 +8,7 @@ from selenium import webdriver
 from selenium.webdriver import Chrome
 from selenium.webdriver.chrome.service import Service as Driver
 
-from tests.conftest import require_program
+from tests.conftest import require_browser, require_program
 from tests.fakes import FakeEngine, Served
 
 # Not even Latin-1, which headers allow: it is sent as UTF-8.
@@ -47,7 +47,7 @@ def guarded() -> Iterator[Served]:
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     """One Chromium for the session, with a profile of its own."""
     options = webdriver.ChromeOptions()
-    options.binary_location = require_program("chromium", "chromium")
+    options.binary_location = require_browser()
     profile: Path = tmp_path_factory.mktemp("chromium")
     for flag in [*FLAGS, f"--user-data-dir={profile}"]:
         options.add_argument(flag)

@@ -12,7 +12,7 @@ import requests
 
 from embedding_service.web.factory import create_app
 from embedding_service.web.settings import WebSettings
-from tests.conftest import require_program
+from tests.conftest import require_browser
 
 CHECKS = [
     "not_a_server_error",
@@ -70,7 +70,7 @@ def test_the_document_is_built_from_the_structs(service):
 
 def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
     """Chromium, which can resolve only our name, logs what the page requests."""
-    chromium = require_program("chromium", "chromium")
+    chromium = require_browser()
     log = tmp_path / "net.json"
     # A host name, since Swagger UI behaves differently for localhost.
     origin = service.url.replace("127.0.0.1", "service.example")
