@@ -46,8 +46,8 @@ Span = tuple[int, int]
 class Embedded(msgspec.Struct, frozen=True):
     """A vector for each text, and how many texts were truncated.
 
-    With `--overflow chunks` there is a vector for each chunk, and `chunks` has the characters of each text's
-    chunks: from the first to before the second number.
+    With `--overflow chunks` there is a vector for each chunk, and `chunks` holds the range of characters of
+    each text's chunks.
     """
 
     vectors: Vectors

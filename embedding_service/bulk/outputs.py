@@ -42,7 +42,7 @@ def finish(part: Part, output: Path, convert: Convert | None = None) -> None:
     # The job file goes last: a part without it could not be resumed.
     part.path.unlink(missing_ok=True)
     if output.suffix.lower() != ".npy":
-        # Their rows say themselves what they are of.
+        # The rows of these formats hold their places themselves.
         part.chunks_path.unlink(missing_ok=True)
     part.job_path.unlink()
 

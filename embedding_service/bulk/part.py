@@ -60,7 +60,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """The input row that a vector is of; if it is of a chunk, its characters from `start` to before `end`."""
+    """The input row of a vector and, for a chunk, its characters from `start` to just before `end`."""
 
     row: int
     start: int | None = None
@@ -149,7 +149,7 @@ class Part:
             raise StartupError(f"{self.path} was started with {'; '.join(differing)}; --restart starts over")
 
     def _recover(self) -> tuple[int, int]:
-        """Drop a row that was not written whole, and the rows of such a text; count the rows and texts."""
+        """Drop rows and texts that were not written completely; returns how many rows and texts are left."""
         header = _header(0, self.job.dimension)
         self._file.seek(0, os.SEEK_END)
         size = self._file.tell()

@@ -1,1 +1,1 @@
-"""The room that owns the model: it knows numpy, torch and threads, and never HTTP."""
+"""The model's half: it uses numpy, torch and threads, and knows no HTTP."""

@@ -1,4 +1,4 @@
-"""The batcher: turns requests into batches, with a thread for each lane, so that batches gather meanwhile."""
+"""The batcher: requests gather into the next batch while a thread for each lane runs the last one."""
 
 import logging
 import threading
@@ -34,7 +34,7 @@ class Batcher:
         self._work = threading.Condition(self._lock)
         self._schedule = Schedule(runtime, max_queued_tokens=max_queued_tokens, cache_bytes=cache_bytes)
         self._closed: str | None = None
-        # When each lane began the batch it runs.
+        # When each lane began its current batch.
         self._running: dict[int, float] = {}
         self._tokenization = Tokenization(
             runtime,
@@ -49,7 +49,7 @@ class Batcher:
 
     @property
     def running_since(self) -> float | None:
-        """When the batch that has been running longest began, on the monotonic clock."""
+        """Start of the batch that has been running longest, on the monotonic clock."""
         return min(list(self._running.values()), default=None)
 
     @property
@@ -86,7 +86,7 @@ class Batcher:
             _hand_over(receiver, refused)
 
     def cancel(self, job: Job) -> None:
-        """Drop a job that nothing waits for; its receiver is not called."""
+        """Drop a job whose outcome is not needed; its receiver is not called."""
         with self._lock:
             self._schedule.end(job, dropped=True)
 

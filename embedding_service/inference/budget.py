@@ -14,15 +14,15 @@ import numpy as np
 # The budget may give up this share of the highest rate.
 SLOWER = 0.05
 
-# A newcomer finds the batch in flight half done, on average. If a batch lasts no longer than two texts of
-# full length would, the newcomer's mean wait is no more than one such text, which nothing could avoid.
+# On average, a new request finds the running batch half done. If a batch takes no longer than two texts of
+# full length, the mean wait is at most one such text, which is unavoidable.
 LONGEST_TEXTS = 2
 
 # A batch up to this long is always acceptable, since users do not notice the wait.
 UNNOTICED_SECONDS = 0.05
 
-# While running: how far one batch corrects the model of cost, and by how much it may seem wrong. A batch that
-# another process interrupted counts no more than one that is a fifth slower.
+# While running: how far one batch corrects the estimated cost, and the largest error it may report. A batch
+# that another process interrupted counts as one that is a fifth slower.
 CORRECTION, MOST_ERROR = 0.1, 0.2
 
 # The budget is recomputed after this many batches, and changes only if it is off by this factor.
@@ -100,7 +100,7 @@ class BatchBudget:
 def measure(run: Callable[[int], float], smallest: int, largest: int, *, seconds: float) -> dict[int, float]:
     """Seconds of a batch by its tokens, from `smallest` in doublings, as far as the time allows.
 
-    `run` runs a batch of so many tokens and returns how long it took.
+    `run` runs a batch of this many tokens and returns how long it took.
     """
     fastest: dict[int, float] = {}
     sizes: list[int] = []
@@ -126,10 +126,10 @@ def measure(run: Callable[[int], float], smallest: int, largest: int, *, seconds
 
 
 def fit(measured: Mapping[int, float]) -> BatchCost:
-    """The cost that is nearest to what was measured.
+    """The cost that fits the measurements best.
 
-    Errors count by the square root of the time: large batches, of which the budget is made, weigh more
-    than they would by relative error, and small ones still count.
+    Errors are weighted by the inverse square root of the time: large batches, which decide the budget, weigh
+    more than they would by relative error, and small ones still count.
     """
     tokens, seconds = np.array(list(measured)), np.array(list(measured.values()))
     weights = 1 / np.sqrt(seconds)

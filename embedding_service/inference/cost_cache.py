@@ -1,4 +1,4 @@
-"""What batches cost here, kept beside the converted models, so that later starts need not measure it."""
+"""What batches cost here, kept beside the converted models, so that later starts do not measure again."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ log = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
 
-# Another number whenever costs are measured in another way.
+# Increased whenever costs are measured differently.
 FORM = 1
 
 
 class CostCache:
-    """One entry of the cache. If the disk cannot be read or written, it is as if there were none."""
+    """One entry of the cache. If the disk cannot be read or written, the entry is just missing."""
 
     def __init__(self, folder: str, facts: Sequence[object]) -> None:
-        """`facts` are all that the cost depends on, except for this machine's CPU, which is added."""
+        """`facts` are everything that the cost depends on, apart from the CPU, which is added here."""
         name = hashlib.sha256(json.dumps([FORM, cpu_model(), *map(str, facts)]).encode()).hexdigest()[:32]
         self._file = Path(os.path.expanduser(folder)) / "costs" / f"{name}.json"  # noqa: PTH111 - never raises
 
     def load(self) -> BatchCost | None:
-        """The cost, or None if it is not there or makes no sense."""
+        """The cost, or None if it is missing or implausible."""
         try:
             kept = json.loads(self._file.read_text())
             cost = BatchCost(float(kept["batch_seconds"]), float(kept["token_seconds"]))

@@ -28,7 +28,7 @@ class Computed:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Failed:
-    """The part of one text that could not be embedded, and why. Its vector, if one follows, is void."""
+    """The part of one text that could not be embedded, and why. If a vector follows for it, ignore it."""
 
     part: Part
     why: str

@@ -10,18 +10,17 @@ import numpy.typing as npt
 
 from embedding_service.inference.runtime import IntArray
 
-# A request with more texts than this is bulk: small ones go first if it is the turn of both. If
-# `separate_bulk` is set, its texts share no batch with those of small requests, which would wait for
-# them and gain nothing.
+# A request with more texts than this is bulk; small requests go first if both are due. If `separate_bulk` is
+# set, bulk texts share no batch with those of small requests, which would only wait longer for it.
 SMALL_REQUEST_TEXTS = 8
 
-# While small requests come, and for this long after the last one, they wait for the batches of bulk that
-# are in flight. A batch of bulk then holds only this many times the tokens that cost as much as starting a
-# batch does: it is short, and bulk still has two thirds of its speed. Only if `separate_bulk` is set.
+# Small requests wait for the bulk batches in flight. So while they arrive, and for this long after the last
+# one, a bulk batch is limited to this many times the tokens that cost as much as starting a batch: it is
+# short, and bulk keeps two thirds of its speed. Only if `separate_bulk` is set.
 SMALL_AGO_SECONDS, BULK_OVERHEADS = 1.0, 2
 
 # The share of its tokens that a batch may waste on padding. If nothing waits beyond the window, it may
-# waste as much as another batch would cost, if that is more, since there will be no better company.
+# waste as much as another batch would cost, if that is more, since no better match is queued.
 PADDING_SHARE = 0.08
 
 # How far beyond one batch the queue looks for texts of similar length.
@@ -156,7 +155,7 @@ class FairQueue:
             if flow.queued:
                 heapq.heappush(self._heap, (flow.tag, bulk, number, flow))
         if all(bulk for _, bulk, _, _ in window):
-            # Bulk runs and nothing small waits: whatever comes now is next.
+            # Bulk runs and nothing small waits: the next arrival goes first.
             self._virtual_time = due
         else:
             self._virtual_time = max(due, self._virtual_time + served / max(1, self._flows))

@@ -14,7 +14,7 @@ from embedding_service.inference.vector_cache import Cached, VectorCache
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Reduction:
-    """A request without the texts that need not be computed: repeated ones, and those that are cached.
+    """A request without the texts that are repeated or cached, and so need no computing.
 
     `places` maps each text of the request to its row in the texts to compute, followed by the cached ones.
     """
@@ -149,12 +149,12 @@ class IdenticalTexts:
         if flow.shares or flow.finished:
             self.settle(flow, rows)
             return
-        # Nobody else knows them: out they go, without a look at each.
+        # No other request needs them, so delete them without looking at each.
         texts = map(flow.texts.__getitem__, rows.tolist())
         deque(map(self._known[flow.context].__delitem__, texts), maxlen=0)
 
     def settle(self, flow: Sharer, rows: IntArray) -> None:
-        """Nobody need wait for these rows of a batch any more."""
+        """Forget rows of a batch, so that no other request waits for them."""
         known = self._known[flow.context]
         for row in rows.tolist():
             text = flow.texts[row]

@@ -31,7 +31,7 @@ WORTH_SAYING = 1.1
 
 
 def load(settings: ModelSettings) -> Model:
-    """Find, load, check and warm up a model. Raises StartupError with a line a person can act on."""
+    """Find, load, check and warm up a model. Raises StartupError with a line that says what to do."""
     began = time.monotonic()
     threads = max(1, available_cores() // settings.model_processes)
     checkpoint = read_checkpoint(settings)

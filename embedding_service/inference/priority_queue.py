@@ -5,8 +5,8 @@ from collections.abc import Hashable
 from embedding_service.inference.fair_queue import Batch, FairQueue, Flow
 from embedding_service.inference.runtime import IntArray
 
-# While normal requests wait, they get this many tokens for each token of the background, which so does not
-# starve. The background's requests share that, however many they are and however few texts they have.
+# While normal requests wait, they get this many tokens for each token of the background, which therefore
+# never starves. All background requests share that, whatever their number and size.
 NORMAL_PER_BACKGROUND = 15
 
 

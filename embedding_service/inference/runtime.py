@@ -28,7 +28,7 @@ class OutOfMemory(Exception):
 
 
 class DeviceLost(Exception):
-    """The device no longer answers in this process, whatever it is asked."""
+    """The device can no longer be used by this process."""
 
 
 @dataclass(slots=True, frozen=True, eq=False)

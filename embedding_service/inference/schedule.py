@@ -142,9 +142,9 @@ class Schedule:
     def measure(self, tokens: int, padded: int, began: float, ended: float, *, whole: bool) -> None:
         """Count a batch that has run; `whole` if it had every core to itself."""
         self._admission.measure(tokens, ended)
-        # Batches in two lanes of one accelerator run one after the other: each has the time after the last.
+        # On an accelerator, batches of two lanes run in turn: count only the time since the last one ended.
         since = max(began, self._last_ended) if self._runtime.uses_accelerator else began
-        # With every core a batch costs something else, and the budget is for those in lanes.
+        # A batch that uses every core has another cost, and the budget is for batches in lanes.
         if not whole:
             self._runtime.budget.observe(padded, ended - since)
         self._last_ended = ended

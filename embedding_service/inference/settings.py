@@ -1,4 +1,4 @@
-"""What the inference room needs to know to load and run one model on one device."""
+"""What the model's half needs to load and run one model on one device."""
 
 import msgspec
 

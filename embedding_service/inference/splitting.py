@@ -94,5 +94,5 @@ def start_of_next(offsets: Sequence[tuple[int, int]], first: int, last: int, ove
 
 
 def _starts_word(offsets: Sequence[tuple[int, int]], index: int) -> bool:
-    """Whether there is something between this token and the one before it, which is white space."""
+    """Whether white space separates this token from the one before it."""
     return index == len(offsets) or offsets[index - 1][1] < offsets[index][0]

@@ -116,7 +116,7 @@ def fit_memory(
     """
     while True:
         try:
-            # One lane with the tokens of all: lanes that run at once need not be at their peaks at once.
+            # One lane gets the tokens of all, since lanes that run together may miss each other's peaks.
             lanes[0].forward(batch_of(long, len(lanes) * max_batch_tokens))
             for text in (long, short):
                 forward_at_once(lanes, batch_of(text, max_batch_tokens))

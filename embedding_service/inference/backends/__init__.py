@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from embedding_service.engine import Vectors
 
-# With this package OpenVINO reports its use to another host, at every start, from a child that it forks
-# off this process with all its threads; such a child can hang, and stays behind since it ignores SIGTERM
-# as we do. If the package cannot be imported, OpenVINO and nncf report nothing.
+# At every start, this package reports OpenVINO's use to another host, from a child that it forks off this
+# process with all its threads. Such a child can hang, and it remains, since it ignores SIGTERM as we do.
+# If the package cannot be imported, OpenVINO and nncf report nothing.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
@@ -25,7 +25,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The sessions that may run at once; `whole` has every core for a batch that is alone."""
+    """The sessions that may run at once; `whole` uses every core for a batch that runs alone."""
 
     name: str
     version: str

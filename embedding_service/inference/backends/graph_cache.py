@@ -1,4 +1,4 @@
-"""Converted graphs on disk: the next start with the same weights and versions need not convert again."""
+"""Converted graphs on disk: the next start with the same weights and versions skips the conversion."""
 
 import hashlib
 import logging
@@ -13,15 +13,15 @@ log = logging.getLogger(__name__)
 
 FILE = "model.xml"
 
-# Graphs of other weights and versions that are kept: each is as large as its model.
+# How many graphs of other weights and versions are kept; each is as large as its model.
 KEPT = 4
 
 
 class GraphCache:
-    """One entry of the cache. Where the disk cannot be read or written it is as if there were none."""
+    """One entry of the cache. If the disk cannot be read or written, the entry is just missing."""
 
     def __init__(self, folder: str, facts: str) -> None:
-        """`facts` are all that the graph depends on."""
+        """`facts` are everything that the graph depends on."""
         name = hashlib.sha256(facts.encode()).hexdigest()[:32]
         self._entry = Path(os.path.expanduser(folder)) / "openvino" / name  # noqa: PTH111 - never raises
 

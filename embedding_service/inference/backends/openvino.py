@@ -19,7 +19,7 @@ from embedding_service.inference.backends.torch import TorchSession
 # larger ones accuracy (docs/decisions/0004-int8.md).
 QUANTIZATION_GROUP = 64
 
-# What a converted graph computes; another number whenever that changes, so that no cache gives an older one.
+# What a converted graph computes. Increased whenever that changes, so that older cache entries are not used.
 GRAPH_FORM = "ids to vectors, 2"
 
 
@@ -76,7 +76,7 @@ class OpenVINOSession:
 
     def run(self, features: dict[str, Any]) -> Vectors:
         if "prompt_length" in features:
-            # Pooling without the prompt is another graph; such models are few.
+            # Pooling without the prompt is another graph; such models are rare.
             return self._without_prompt.run(features)
         vectors: Vectors = self._request.infer({name: features[name] for name in self._names})[0]
         return vectors
