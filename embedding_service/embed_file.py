@@ -50,46 +50,8 @@ PROG = "python -m embedding_service.embed_file"
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, epilog=EXIT_CODES)
-    made.add_argument("input", type=Path, help="input file, or - for standard input")
-    made.add_argument(
-        "-o", "--output", type=Path, required=True, help="output file: .npy, .jsonl or .parquet"
-    )
-    made.add_argument(
-        "--url", help="URL of the service, such as localhost:8001 (default: run the model in this process)"
-    )
-    made.add_argument(
-        "--api-key",
-        help="API key of the service; the variable API_KEY is safer, since `ps` does not show it",
-    )
-    made.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
-    made.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="format of the input, if the file name does not show it (default for -: jsonl)",
-    )
-    made.add_argument("--delimiter", help="delimiter of .csv and .tsv: one character, or tab")
-    made.add_argument(
-        "--input-type", choices=["query", "document"], help="use the model's prompt for this kind of text"
-    )
-    prompts = made.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt-name", help="put this prompt of the model in front of each text")
-    prompts.add_argument("--prompt", help="put this text in front of each text")
-    made.add_argument(
-        "--overflow",
-        choices=["truncate", "error", "mean", "chunks"],
-        help="what to do with texts that are too long for the model: truncate them (default), reject them, "
-        "or embed them in chunks and write the mean or a row for each",
-    )
-    made.add_argument(
-        "--chunk-overlap", type=_positive, help="maximum number of tokens that neighbouring chunks share (0)"
-    )
-    made.add_argument("--dimensions", type=_positive, help="truncate the vectors to this many dimensions")
-    made.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="float32",
-        help="number format of the vectors (default: float32); int8 and uint8 need the setting INT8_RANGES",
-    )
+    _add_files(made)
+    _add_vectors(made)
     made.add_argument("--batch", type=_positive, default=256, help="texts per request (default: 256)")
     made.add_argument("--in-flight", type=_positive, default=4, help="concurrent requests (default: 4)")
     made.add_argument(
@@ -102,6 +64,52 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--restart", action="store_true", help="replace the output and discard an interrupted run"
     )
     return made
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, help="input file, or - for standard input")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="output file: .npy, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--url", help="URL of the service, such as localhost:8001 (default: run the model in this process)"
+    )
+    parser.add_argument(
+        "--api-key",
+        help="API key of the service; the variable API_KEY is safer, since `ps` does not show it",
+    )
+    parser.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="format of the input, if the file name does not show it (default for -: jsonl)",
+    )
+    parser.add_argument("--delimiter", help="delimiter of .csv and .tsv: one character, or tab")
+
+
+def _add_vectors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input-type", choices=["query", "document"], help="use the model's prompt for this kind of text"
+    )
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt-name", help="put this prompt of the model in front of each text")
+    prompts.add_argument("--prompt", help="put this text in front of each text")
+    parser.add_argument(
+        "--overflow",
+        choices=["truncate", "error", "mean", "chunks"],
+        help="what to do with texts that are too long for the model: truncate them (default), reject them, "
+        "or embed them in chunks and write the mean or a row for each",
+    )
+    parser.add_argument(
+        "--chunk-overlap", type=_positive, help="maximum number of tokens that neighbouring chunks share (0)"
+    )
+    parser.add_argument("--dimensions", type=_positive, help="truncate the vectors to this many dimensions")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="number format of the vectors (default: float32); int8 and uint8 need the setting INT8_RANGES",
+    )
 
 
 class Work(msgspec.Struct):

@@ -21,7 +21,7 @@ from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor, choose_preprocessor
 from embedding_service.inference.settings import ModelSettings
-from embedding_service.inference.warm_up import find_cost, warm_up
+from embedding_service.inference.warm_up import WarmUp, find_cost, warm_up
 from embedding_service.quantization import read_ranges_of
 
 log = logging.getLogger(__name__)
@@ -132,24 +132,30 @@ def _assemble(
         separate_bulk=checkpoint.on_cpu,
         normalized=checkpoint.normalized,
         uses_accelerator=not checkpoint.on_cpu,
-        info=ModelInfo(
-            model_name=settings.embedding_model,
-            origin=checkpoint.source.origin,
-            revision=checkpoint.source.revision,
-            embedding_dimension=warm.dimension,
-            max_seq_length=checkpoint.max_seq_length,
-            device=checkpoint.device,
-            dtype=checkpoint.dtype,
-            backend=backend.name,
-            pooling=checkpoint.pooling,
-            prompts=checkpoint.prompts,
-            batch_size=settings.batch_size,
-            max_batch_tokens=warm.max_batch_tokens,
-            fingerprint=with_ranges(checkpoint.fingerprint, ranges) if ranges else checkpoint.fingerprint,
-            int8_ranges=ranges,
-            reads_whole_texts=checkpoint.reads_whole_texts,
-            default_prompt_name=checkpoint.model.default_prompt_name,
-        ),
+        info=_info(settings, checkpoint, backend, warm, ranges),
+    )
+
+
+def _info(
+    settings: ModelSettings, checkpoint: Checkpoint, backend: Backend, warm: WarmUp, ranges: Int8Ranges | None
+) -> ModelInfo:
+    return ModelInfo(
+        model_name=settings.embedding_model,
+        origin=checkpoint.source.origin,
+        revision=checkpoint.source.revision,
+        embedding_dimension=warm.dimension,
+        max_seq_length=checkpoint.max_seq_length,
+        device=checkpoint.device,
+        dtype=checkpoint.dtype,
+        backend=backend.name,
+        pooling=checkpoint.pooling,
+        prompts=checkpoint.prompts,
+        batch_size=settings.batch_size,
+        max_batch_tokens=warm.max_batch_tokens,
+        fingerprint=with_ranges(checkpoint.fingerprint, ranges) if ranges else checkpoint.fingerprint,
+        int8_ranges=ranges,
+        reads_whole_texts=checkpoint.reads_whole_texts,
+        default_prompt_name=checkpoint.model.default_prompt_name,
     )
 
 
