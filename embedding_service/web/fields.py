@@ -13,6 +13,7 @@ from embedding_service.errors import InvalidRequest
 
 # Fields that change the vectors in some API or library, with the values that ask for what we do anyway.
 VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
+    "autoTruncate": (True,),
     "dimension": (),
     "dimensions": (),
     "embedding_dimension": (),
@@ -31,6 +32,7 @@ VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
     "output_dimensionality": (),
     "output_dimensions": (),
     "output_dtype": ("float", "float32"),
+    "outputDimensionality": (),
     "overflow": ("truncate",),
     "pooling": (),
     "pooling_mode": (),

@@ -45,10 +45,14 @@ def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, clos
             {"instances": [{"inputs": "a"}, {"inputs": "b " * 300}], "parameters": {"truncate": False}},
             "instances[1] has more than 256 tokens",
         ),
+        (
+            {"instances": ["a"], "parameters": {"outputDimensionality": 64}},
+            "parameters.outputDimensionality is not supported",
+        ),
     ],
-    ids=["none", "no list", "a number", "no text", "another name", "two texts", "a task", "too long"],
+    ids=["none", "no list", "a number", "no text", "another name", "two texts", "a task", "too long", "a parameter"],
 )
-def test_an_error_names_the_instance(service, body, error):
+def test_an_error_names_the_instance_or_parameter(service, body, error):
     answer = requests.post(f"{service.url}/predict", json=body, timeout=60)
     assert answer.status_code == 422
     assert answer.json()["error"].startswith(error)
