@@ -50,7 +50,17 @@ def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, clos
             "parameters.outputDimensionality is not supported",
         ),
     ],
-    ids=["none", "no list", "a number", "no text", "another name", "two texts", "a task", "too long", "a parameter"],
+    ids=[
+        "none",
+        "no list",
+        "a number",
+        "no text",
+        "another name",
+        "two texts",
+        "a task",
+        "too long",
+        "a parameter",
+    ],
 )
 def test_an_error_names_the_instance_or_parameter(service, body, error):
     answer = requests.post(f"{service.url}/predict", json=body, timeout=60)
