@@ -16,11 +16,11 @@ from tqdm import tqdm
 from embedding_service import config, logs
 from embedding_service.bulk import outputs
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
-from embedding_service.bulk.part import Failure, Job, Part
+from embedding_service.bulk.part import BadRow, PartFile, RunRecord
 from embedding_service.bulk.paths import errors_path, part_path, require_room
-from embedding_service.bulk.pipeline import Chunk, Patient, run
+from embedding_service.bulk.pipeline import EmbeddedRows, Patient, run
 from embedding_service.bulk.rows import Row
-from embedding_service.bulk.source import FORMATS, Source, require_texts
+from embedding_service.bulk.source import FORMATS, InputFile, require_texts
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
 from embedding_service.inference.fingerprint import with_ranges
@@ -115,11 +115,11 @@ def _add_vectors(parser: argparse.ArgumentParser) -> None:
 class Work(msgspec.Struct):
     """A run, ready to begin."""
 
-    source: Source
+    source: InputFile
     rows: Iterator[Row]
     total: int | None
     embedder: Patient
-    part: Part
+    part: PartFile
     convert: outputs.Convert | None
 
 
@@ -154,7 +154,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     outputs.writer(arguments.output)
     if arguments.chunk_overlap and arguments.overflow not in ("mean", "chunks"):
         raise StartupError("--chunk-overlap needs --overflow mean or --overflow chunks")
-    source = Source(arguments.input, arguments.field, arguments.format, arguments.delimiter)
+    source = InputFile(arguments.input, arguments.field, arguments.format, arguments.delimiter)
     require_room(source.stat, arguments.output, restart=arguments.restart)
     if source.is_stream and part_path(arguments.output).exists() and not arguments.restart:
         raise StartupError(f"an unfinished run cannot resume from {source.name}; --restart starts over")
@@ -170,7 +170,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         chunk_overlap=arguments.chunk_overlap,
     )
     embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
-    job = Job(
+    job = RunRecord(
         input_bytes=size,
         input_hash=digest,
         format=source.format,
@@ -187,7 +187,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         chunk_overlap=options.chunk_overlap,
     )
     convert = _convert(arguments.precision, embedder)
-    part = Part(arguments.output, job, restart=arguments.restart)
+    part = PartFile(arguments.output, job, restart=arguments.restart)
     rest = dropwhile(lambda row: row.number < part.texts, rows)
     return Work(source, rest, total, embedder, part, convert)
 
@@ -239,7 +239,7 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     ) as bar:
 
-        def on_chunk(chunk: Chunk) -> None:
+        def on_chunk(chunk: EmbeddedRows) -> None:
             nonlocal truncated
             truncated += chunk.truncated
             bar.update(chunk.texts)
@@ -284,7 +284,7 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
     return LocalEmbedder(engine, options, settings.max_text_characters)
 
 
-def _report(output: Path, part: Part, truncated: int) -> int:
+def _report(output: Path, part: PartFile, truncated: int) -> int:
     print(
         f"Wrote {part.rows} rows{f' for {part.texts} texts' if part.has_chunks else ''} to {output}",
         file=sys.stderr,
@@ -299,7 +299,7 @@ def _report(output: Path, part: Part, truncated: int) -> int:
     print(f"{part.failures} rows are bad, listed in {errors_path(output)}:", file=sys.stderr)
     with errors_path(output).open("rb") as file:
         for line, _ in zip(file, range(SHOWN_FAILURES), strict=False):
-            failure = msgspec.json.decode(line, type=Failure)
+            failure = msgspec.json.decode(line, type=BadRow)
             print(f"  line {failure.line}: {failure.error}", file=sys.stderr)
     if part.failures > SHOWN_FAILURES:
         print("  …", file=sys.stderr)

@@ -37,10 +37,10 @@ from embedding_service.bulk.embedders import (
     Stopped,
     retry_after_seconds,
 )
-from embedding_service.bulk.part import Job, Part, Place
+from embedding_service.bulk.part import PartFile, Place, RunRecord
 from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
-from embedding_service.bulk.source import FORMATS, Source
+from embedding_service.bulk.source import FORMATS, InputFile
 from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Timings
 from embedding_service.errors import StartupError
 from tests.fakes import FakeEngine, Served
@@ -363,10 +363,10 @@ def test_a_file_that_is_not_ours_is_not_replaced_without_restart(tmp_path, suffi
     before = snapshot(tmp_path)
     with pytest.raises(StartupError, match="--restart replaces it"):
         paths.require_room(Path(__file__).stat(), output, restart=False)
-        Part(output, JOB)
+        PartFile(output, JOB)
     assert snapshot(tmp_path) == before
     paths.require_room(Path(__file__).stat(), output, restart=True)
-    Part(output, JOB, restart=True).close()
+    PartFile(output, JOB, restart=True).close()
     assert "someone's" not in {path.read_bytes().decode(errors="replace") for path in tmp_path.iterdir()}
 
 
@@ -387,11 +387,11 @@ def test_restart_spares_hard_links_to_its_part_and_a_run_in_progress(tmp_path):
     output, kept = tmp_path / "v.npy", tmp_path / "kept"
     kept.write_bytes(b"x" * 1000)
     paths.part_path(output).hardlink_to(kept)
-    first = Part(output, JOB, restart=True)
+    first = PartFile(output, JOB, restart=True)
     assert kept.read_bytes() == b"x" * 1000
     first.append(np.ones((1, 2), np.float32), [], [Place(0)])
     with pytest.raises(StartupError, match="another run is writing"):
-        Part(output, JOB, restart=True)
+        PartFile(output, JOB, restart=True)
     first.append(np.zeros((1, 2), np.float32), [], [Place(1)])
     first.seal()
     assert np.load(first.path).tolist() == [[1, 1], [0, 0]]
@@ -413,7 +413,7 @@ def test_an_unwritable_folder_stops_the_run_at_the_start(tmp_path, monkeypatch, 
 def test_restart_keeps_the_old_files_until_the_run_can_start(tmp_path, monkeypatch):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
     corpus.write_text('"text"\n')
-    part = Part(output, JOB)
+    part = PartFile(output, JOB)
     part.append(np.ones((1, 2), np.float32), [], [Place(0)])
     part.close()
     before = snapshot(tmp_path)
@@ -424,7 +424,7 @@ def test_restart_keeps_the_old_files_until_the_run_can_start(tmp_path, monkeypat
 def test_every_line_of_a_txt_file_is_a_row(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_bytes(b"\xef\xbb\xbffirst\r\n\n\xff\n  spaces  \nlast")
-    found = list(Source(path, "text").rows())
+    found = list(InputFile(path, "text").rows())
     assert [(row.number, row.line, row.text) for row in found if not row.error] == [
         (0, 1, "first"),
         (1, 2, ""),
@@ -432,13 +432,13 @@ def test_every_line_of_a_txt_file_is_a_row(tmp_path):
         (4, 5, "last"),
     ]
     assert found[2] == Row(2, 3, error="not UTF-8 at byte 0")
-    assert Source(path, "text").count() == 5
+    assert InputFile(path, "text").count() == 5
 
 
 def test_csv_records_have_the_line_on_which_they_begin(tmp_path):
     path = tmp_path / "table.csv"
     path.write_bytes(b'id,text\n1,"a\nb"\n2\n\n3,\xff\n4,d\n')
-    found = list(Source(path, "text").rows())
+    found = list(InputFile(path, "text").rows())
     assert [(row.number, row.line, row.text) for row in found] == [
         (0, 2, "a\nb"),
         (1, 4, ""),
@@ -446,7 +446,7 @@ def test_csv_records_have_the_line_on_which_they_begin(tmp_path):
         (3, 7, "d"),
     ]
     assert [bool(row.error) for row in found] == [False, True, True, False]
-    assert Source(path, "text").count() == 4
+    assert InputFile(path, "text").count() == 4
 
 
 CSV_FAULTS = {
@@ -467,10 +467,10 @@ CSV_FAULTS = {
 def test_quoting_faults_are_bad_rows_and_the_rows_after_them_are_kept(tmp_path, content):
     path = tmp_path / "table.csv"
     path.write_bytes(content)
-    found = list(Source(path, "text").rows())
+    found = list(InputFile(path, "text").rows())
     assert [row.line if row.error else row.text for row in found] == CSV_FAULTS[content]
     assert [row.number for row in found] == list(range(len(found)))
-    assert Source(path, "text").count() == len(found)
+    assert InputFile(path, "text").count() == len(found)
 
 
 class Strict(msgspec.Struct):
@@ -524,7 +524,7 @@ def test_damaged_csv_against_the_csv_module_in_strict_mode(tmp_path, table, quot
     content = f"text,id{end}{damaged}{end}" + "".join(f"{text},0{end}" for text in tail)
     path = tmp_path / "damaged.csv"
     path.write_bytes(content.encode())
-    found = list(Source(path, "text").rows())
+    found = list(InputFile(path, "text").rows())
 
     strict = Strict.read(content)
     before = strict.records[1:]
@@ -600,7 +600,7 @@ def test_every_format_gives_the_same_texts_compressed_or_not(tmp_path, kind, pac
     path = tmp_path / f"corpus.{kind}{packed}"
     path.write_bytes(PACK[packed](written(kind)))
     expected = [text.replace("\n", " ") for text in TEXTS] if kind == "txt" else TEXTS
-    source = Source(path, "text")
+    source = InputFile(path, "text")
     assert [row.text for row in source.rows()] == expected
     assert source.count() == len(TEXTS)
 
@@ -631,7 +631,7 @@ class Lengths(FakeEngine):
 def test_a_run_from_a_pipe_cannot_resume_and_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     output, pipe = tmp_path / "v.npy", tmp_path / "pipe"
     os.mkfifo(pipe)
-    Part(output, JOB).close()
+    PartFile(output, JOB).close()
     before = snapshot(tmp_path)
     for name in (pipe, "-"):
         assert main(monkeypatch, name, "-o", output) == 2
@@ -727,7 +727,7 @@ def test_an_unused_field_never_makes_a_row_bad(tmp_path, kind, unused):
     path = tmp_path / f"corpus.{kind}"
     line = b'{"x": ' + unused + b', "text": "a"}'
     path.write_bytes(b"[" + line + b"]" if kind == "json" else line)
-    assert list(Source(path, "text").rows()) == [Row(0, 1, "a")]
+    assert list(InputFile(path, "text").rows()) == [Row(0, 1, "a")]
 
 
 def test_json_elements_have_line_numbers_and_bad_ones_fail_alone(tmp_path):
@@ -736,7 +736,7 @@ def test_json_elements_have_line_numbers_and_bad_ones_fail_alone(tmp_path):
         b'\xef\xbb\xbf\n [\n"a [,] \\" b",\n\n {"text": nope}, {"text":\n"\xff"},7,'
         b'{"text": "c", "x": [{}]}\n,]\n'
     )
-    found = list(Source(path, "text").rows())
+    found = list(InputFile(path, "text").rows())
     assert [(row.line, row.text) for row in found if not row.error] == [(3, 'a [,] " b'), (6, "c")]
     assert [(row.line, row.error[:24]) for row in found if row.error] == [
         (5, "not valid JSON: JSON is "),
@@ -745,21 +745,21 @@ def test_json_elements_have_line_numbers_and_bad_ones_fail_alone(tmp_path):
         (7, "the line is blank"),
     ]
     path.write_bytes(b"[ \n]\n")
-    assert list(Source(path, "text").rows()) == []
+    assert list(InputFile(path, "text").rows()) == []
 
 
 def test_parquet_values_without_a_text_are_bad_rows(tmp_path):
     path = tmp_path / "corpus.parquet"
     values = pyarrow.array([b"a", None, b"\xff", b"d"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
     parquet.write_table(pyarrow.table({"text": values}), path)
-    assert [(row.text, row.error) for row in Source(path, "text").rows()] == [
+    assert [(row.text, row.error) for row in InputFile(path, "text").rows()] == [
         ("a", ""),
         ("", "the value is null"),
         ("", "not UTF-8 at byte 0"),
         ("d", ""),
     ]
     parquet.write_table(pyarrow.table({"text": pyarrow.array(["x", "y", "x"]).dictionary_encode()}), path)
-    assert [row.text for row in Source(path, "text").rows()] == ["x", "y", "x"]
+    assert [row.text for row in InputFile(path, "text").rows()] == ["x", "y", "x"]
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "jsonl.zst", "csv"])
@@ -774,7 +774,7 @@ def test_only_a_part_of_the_file_is_in_memory(tmp_path, kind):
     path.write_bytes(PACK[path.suffix if path.suffix in PACK else ""](content))
     del content
     tracemalloc.start()
-    count = sum(1 for _ in Source(path, "text").rows())
+    count = sum(1 for _ in InputFile(path, "text").rows())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == rows and peak < 4 << 20
@@ -800,9 +800,9 @@ def test_only_a_part_of_the_file_is_in_memory(tmp_path, kind):
 )
 def test_another_job_is_refused_with_the_old_and_the_new_value(tmp_path, change, words):
     output = tmp_path / "v.npy"
-    Part(output, JOB).close()
+    PartFile(output, JOB).close()
     with pytest.raises(StartupError, match=re.escape(words)):
-        Part(output, msgspec.structs.replace(JOB, **change))
+        PartFile(output, msgspec.structs.replace(JOB, **change))
 
 
 def test_an_input_that_changes_during_the_run_gives_no_output(tmp_path, monkeypatch, capsys):
@@ -832,7 +832,7 @@ def test_an_endless_line_is_a_bad_row_and_does_not_fill_the_memory(tmp_path):
         file.seek(0, os.SEEK_END)
         file.write(b'\n"after it"\n')
     tracemalloc.start()
-    found = list(Source(path, "text").rows())
+    found = list(InputFile(path, "text").rows())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [(row.text, row.error) for row in found] == [
@@ -958,7 +958,7 @@ def test_another_model_behind_the_same_url_stops_the_run():
         patient.embed(numbered("a"))
 
 
-JOB = Job(
+JOB = RunRecord(
     input_bytes=1,
     input_hash="h",
     format="jsonl",
@@ -974,14 +974,14 @@ JOB = Job(
 
 def test_a_partial_row_and_errors_without_their_rows_are_dropped(tmp_path):
     output = tmp_path / "v.npy"
-    part = Part(output, JOB)
+    part = PartFile(output, JOB)
     part.append(np.ones((3, 2), np.float32), [Row(1, 2, error="bad")], [Place(0), Place(1), Place(2)])
     part.close()
     with part.path.open("ab") as file:
         file.write(b"\0\0\0")
     with part.errors_path.open("ab") as file:
         file.write(b'{"row":3,"line":4,"error":"of a chunk that was not written"}\n{"row":4,"li')
-    again = Part(output, JOB)
+    again = PartFile(output, JOB)
     assert (again.rows, again.failures) == (3, 1)
     again.append(np.zeros((1, 2), np.float32), [], [Place(3)])
     again.seal()
@@ -991,18 +991,18 @@ def test_a_partial_row_and_errors_without_their_rows_are_dropped(tmp_path):
 
 def test_a_part_is_closed_to_other_jobs_and_to_a_second_run(tmp_path):
     output = tmp_path / "v.npy"
-    part = Part(output, JOB)
+    part = PartFile(output, JOB)
     with pytest.raises(StartupError, match="another run is writing"):
-        Part(output, JOB)
+        PartFile(output, JOB)
     part.close()
     with pytest.raises(StartupError, match="a model with the fingerprint 'f', now 'another'"):
-        Part(output, msgspec.structs.replace(JOB, fingerprint="another"))
+        PartFile(output, msgspec.structs.replace(JOB, fingerprint="another"))
 
 
 CHUNKED = msgspec.structs.replace(JOB, overflow="chunks")
 
 
-def append_texts(part: Part, first: int, last: int) -> None:
+def append_texts(part: PartFile, first: int, last: int) -> None:
     """Text n has n % 3 + 1 chunks, and their vectors are (n, which chunk); two texts are added at a time."""
     for number in range(first, last, 2):
         rows = [(n, k) for n in range(number, min(number + 2, last)) for k in range(n % 3 + 1)]
@@ -1012,7 +1012,7 @@ def append_texts(part: Part, first: int, last: int) -> None:
 @pytest.mark.parametrize("lost", ["vectors", "places"])
 def test_a_text_of_which_a_chunk_is_missing_is_dropped_and_done_again(tmp_path, lost):
     """Wherever the writing of either file ends: in the middle of a row, of a line, or between two texts."""
-    part = Part(tmp_path / "whole.npy", CHUNKED)
+    part = PartFile(tmp_path / "whole.npy", CHUNKED)
     append_texts(part, 0, 6)
     part.close()
     vectors, places = part.path.read_bytes(), part.chunks_path.read_bytes()
@@ -1026,7 +1026,7 @@ def test_a_text_of_which_a_chunk_is_missing_is_dropped_and_done_again(tmp_path, 
             (paths.job_path(output), part.job_path.read_bytes(), False),
         ):
             path.write_bytes(content[:cut] if is_cut else content)
-        again = Part(output, CHUNKED)
+        again = PartFile(output, CHUNKED)
         assert again.rows == sum(n % 3 + 1 for n in range(again.texts))
         if lost == "vectors":
             written = (cut - header) // 8
@@ -1158,7 +1158,7 @@ class InstantChunks(Instant):
 )
 def test_memory_does_not_grow_with_the_rows(tmp_path, embedder, job):
     count, characters = 100_000, 300
-    part = Part(tmp_path / "v.npy", job)
+    part = PartFile(tmp_path / "v.npy", job)
     many = (Row(number, number + 1, f"{number:{characters}}") for number in range(count))
     patient = Patient(embedder, 10)
     tracemalloc.start()
@@ -1167,7 +1167,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, embedder, job):
     tracemalloc.stop()
     assert part.texts == count
     part.close()
-    Part(tmp_path / "v.npy", job).close()
+    PartFile(tmp_path / "v.npy", job).close()
     assert peak < count * characters / 10
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import orjson
 
 from embedding_service.bulk.columns import import_pyarrow
-from embedding_service.bulk.part import Failure, Part, Place
+from embedding_service.bulk.part import BadRow, PartFile, Place
 from embedding_service.bulk.paths import new_path
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
@@ -22,7 +22,7 @@ Block = tuple[npt.NDArray[Any], list[Place], dict[int, str]]
 Convert = Callable[[Vectors], npt.NDArray[Any]]
 
 
-def writer(output: Path) -> Callable[[Part, Path, Convert | None], None]:
+def writer(output: Path) -> Callable[[PartFile, Path, Convert | None], None]:
     """The function that converts a part, by output suffix. Raises StartupError if it is unsupported."""
     writers = {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
     chosen = writers.get(output.suffix.lower())
@@ -33,7 +33,7 @@ def writer(output: Path) -> Callable[[Part, Path, Convert | None], None]:
     return chosen
 
 
-def finish(part: Part, output: Path, convert: Convert | None = None) -> None:
+def finish(part: PartFile, output: Path, convert: Convert | None = None) -> None:
     """Write the output from the sealed part; it gets its final name only once it is complete.
 
     `convert` turns float32 vectors into another number format.
@@ -47,7 +47,7 @@ def finish(part: Part, output: Path, convert: Convert | None = None) -> None:
     part.job_path.unlink()
 
 
-def _write_npy(part: Part, output: Path, convert: Convert | None) -> None:
+def _write_npy(part: PartFile, output: Path, convert: Convert | None) -> None:
     if convert is None:
         part.path.replace(output)
         return
@@ -62,13 +62,13 @@ def _write_npy(part: Part, output: Path, convert: Convert | None) -> None:
     new.replace(output)
 
 
-def _form(part: Part, convert: Convert) -> tuple[np.dtype[Any], int]:
+def _form(part: PartFile, convert: Convert) -> tuple[np.dtype[Any], int]:
     """The number format and length of a converted row."""
     one = convert(np.zeros((1, _open(part).shape[1]), np.float32))
     return one.dtype, one.shape[1]
 
 
-def _write_jsonl(part: Part, output: Path, convert: Convert | None) -> None:
+def _write_jsonl(part: PartFile, output: Path, convert: Convert | None) -> None:
     new = new_path(output)
     with new.open("wb") as file:
         for vectors, places, errors in _blocks(part, convert):
@@ -82,7 +82,7 @@ def _write_jsonl(part: Part, output: Path, convert: Convert | None) -> None:
     new.replace(output)
 
 
-def _write_parquet(part: Part, output: Path, convert: Convert | None) -> None:
+def _write_parquet(part: PartFile, output: Path, convert: Convert | None) -> None:
     pyarrow, parquet = import_pyarrow()
     new = new_path(output)
     dtype, width = _form(part, convert or _unchanged)
@@ -107,7 +107,7 @@ def _write_parquet(part: Part, output: Path, convert: Convert | None) -> None:
     new.replace(output)
 
 
-def _open(part: Part) -> Vectors:
+def _open(part: PartFile) -> Vectors:
     opened: Vectors = np.load(part.path, mmap_mode="r")
     return opened
 
@@ -116,7 +116,7 @@ def _unchanged(vectors: Vectors) -> Vectors:
     return vectors
 
 
-def _blocks(part: Part, convert: Convert | None) -> Iterator[Block]:
+def _blocks(part: PartFile, convert: Convert | None) -> Iterator[Block]:
     """Yield blocks of vectors: the vectors, their places, and their errors by the input's row."""
     # Map the file again for each block: the pages of a single mapping would all count as our memory.
     errors = _errors(part.errors_path)
@@ -132,7 +132,7 @@ def _blocks(part: Part, convert: Convert | None) -> Iterator[Block]:
         yield vectors if convert is None else convert(vectors), places, found
 
 
-def _places(part: Part) -> Iterator[Place]:
+def _places(part: PartFile) -> Iterator[Place]:
     if not part.has_chunks:
         yield from map(Place, range(part.rows))
         return
@@ -141,8 +141,8 @@ def _places(part: Part) -> Iterator[Place]:
             yield msgspec.json.decode(line, type=Place)
 
 
-def _errors(path: Path) -> Iterator[Failure]:
+def _errors(path: Path) -> Iterator[BadRow]:
     if path.exists():
         with path.open("rb") as file:
             for line in file:
-                yield msgspec.json.decode(line, type=Failure)
+                yield msgspec.json.decode(line, type=BadRow)

@@ -14,7 +14,7 @@ from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a run computes, and from what. A run resumes only a part that has the same job."""
 
     input_bytes: int
@@ -51,7 +51,7 @@ _COMPARED = {
 }
 
 
-class Failure(msgspec.Struct, frozen=True):
+class BadRow(msgspec.Struct, frozen=True):
     """A bad row, as recorded in the errors file."""
 
     row: int
@@ -67,7 +67,7 @@ class Place(msgspec.Struct, frozen=True):
     end: int | None = None
 
 
-class Part:
+class PartFile:
     """`OUTPUT.part`, a .npy file with one row per text or chunk, and the list of bad rows beside it.
 
     The files themselves are the record of progress: complete rows count, a partly written one does
@@ -77,7 +77,7 @@ class Part:
     one, even a bad text, so the places also show how many texts are complete.
     """
 
-    def __init__(self, output: Path, job: Job, *, restart: bool = False) -> None:
+    def __init__(self, output: Path, job: RunRecord, *, restart: bool = False) -> None:
         """Begin or resume. Raises StartupError if the existing part belongs to a different job."""
         self.path = part_path(output)
         self.job_path = job_path(output)
@@ -106,7 +106,7 @@ class Part:
         if bad:
             self._errors = self._errors or self.errors_path.open("ab")
             for row in bad:
-                failure = Failure(row.number, row.line, row.error)
+                failure = BadRow(row.number, row.line, row.error)
                 self._errors.write(msgspec.json.encode(failure) + b"\n")
             self._errors.flush()
             self.failures += len(bad)
@@ -132,7 +132,7 @@ class Part:
             if file is not None:
                 file.close()
 
-    def _begin(self, job: Job, restart: bool) -> None:
+    def _begin(self, job: RunRecord, restart: bool) -> None:
         if self.job_path.exists() and _read_job(self.job_path) is None and not restart:
             self.path.unlink()
             raise StartupError(f"{self.job_path} was not written by a run; --restart replaces it")
@@ -140,7 +140,7 @@ class Part:
         self.chunks_path.unlink(missing_ok=True)
         _write_whole(self.job_path, msgspec.json.encode(job))
 
-    def _require_same(self, job: Job) -> None:
+    def _require_same(self, job: RunRecord) -> None:
         begun = _read_job(self.job_path)
         if begun is None:
             raise StartupError(f"{self.path} is not a run that can be resumed; --restart replaces it")
@@ -194,7 +194,7 @@ class Part:
         kept, end = 0, 0
         with self.errors_path.open("r+b") as file:
             for line in file:
-                if not line.endswith(b"\n") or msgspec.json.decode(line, type=Failure).row >= self.texts:
+                if not line.endswith(b"\n") or msgspec.json.decode(line, type=BadRow).row >= self.texts:
                     break
                 kept, end = kept + 1, end + len(line)
             file.truncate(end)

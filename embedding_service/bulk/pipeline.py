@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from embedding_service.bulk.embedders import Description, Embedder, Lost, Span, Stopped
-from embedding_service.bulk.part import Part, Place
+from embedding_service.bulk.part import PartFile, Place
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
 from embedding_service.errors import ServiceError, StartupError
@@ -35,7 +35,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 30.0
 Result = TypeVar("Result")
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class EmbeddedRows(msgspec.Struct, frozen=True):
     """Some embedded rows (NaN for bad ones), their places, the bad rows, and a count of truncated texts."""
 
     texts: int
@@ -79,7 +79,7 @@ class Patient:
         """Release the embedder's resources."""
         self._embedder.close()
 
-    def embed(self, rows: list[Row]) -> Chunk:
+    def embed(self, rows: list[Row]) -> EmbeddedRows:
         """Embed the rows that have a text. Raises Stopped if the embedder can no longer be used."""
         good = [row for row in rows if not row.error]
         outcomes, truncated = self._embed([row.text for row in good]) if good else ([], 0)
@@ -99,7 +99,7 @@ class Patient:
                     places.append(Place(row.number))
                 else:
                     places += [Place(row.number, *span) for span in outcome.spans]
-        return Chunk(len(rows), np.concatenate(vectors), places, bad, truncated)
+        return EmbeddedRows(len(rows), np.concatenate(vectors), places, bad, truncated)
 
     def _embed(self, texts: list[str]) -> tuple[list[Embedding | str], int]:
         """An embedding or an error for each text; halves a rejected batch to find the bad texts."""
@@ -192,15 +192,15 @@ class Patient:
 def run(
     rows: Iterable[Row],
     embedder: Patient,
-    part: Part,
+    part: PartFile,
     *,
     chunk_rows: int,
     in_flight: int,
-    on_chunk: Callable[[Chunk], None],
+    on_chunk: Callable[[EmbeddedRows], None],
 ) -> None:
     """Embed the rows and append them to the part in order, holding only a few chunks in memory."""
     pool = ThreadPoolExecutor(in_flight, thread_name_prefix="embed")
-    pending: deque[Future[Chunk]] = deque()
+    pending: deque[Future[EmbeddedRows]] = deque()
 
     def write_oldest() -> None:
         chunk = pending.popleft().result()

@@ -41,7 +41,7 @@ FORMATS = {
 }
 
 
-class Source:
+class InputFile:
     """The rows of a file, or of a stream (standard input or a pipe), which can be read only once."""
 
     def __init__(

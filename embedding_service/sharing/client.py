@@ -210,7 +210,7 @@ class ModelConnection:
                 self._finish(message.number, message.texts)
             case wire.TokenReply():
                 self._finish(message.number, message.result(payload))
-            case wire.Failure():
+            case wire.ErrorReply():
                 self._finish(message.number, message.error())
             case wire.StatusNotice():
                 self.status = message.status

@@ -103,7 +103,7 @@ class Connection:
         vectors: list[Vectors] = []
         for number, outcome in outcomes:
             if isinstance(outcome, ServiceError):
-                self._outbox.append(wire.Failure.of(number, outcome))
+                self._outbox.append(wire.ErrorReply.of(number, outcome))
             else:
                 answers.append(wire.Answer.of(number, outcome))
                 vectors.append(outcome.vectors)
@@ -123,10 +123,10 @@ class Connection:
             else:
                 self.send(wire.Tokenized(number, engine.tokenize(message.request)))
         except ServiceError as error:
-            self.send(wire.Failure.of(number, error))
+            self.send(wire.ErrorReply.of(number, error))
         except Exception:
             log.exception("Tokenization failed")
-            self.send(wire.Failure.of(number, ModelFailure("the request could not be tokenized")))
+            self.send(wire.ErrorReply.of(number, ModelFailure("the request could not be tokenized")))
 
 
 class ModelServer:

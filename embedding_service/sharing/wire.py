@@ -132,7 +132,7 @@ class TokenReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
         return TokenVectors(vectors=vectors, counts=self.counts)
 
 
-class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class ErrorReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Model to web: a ServiceError, by the name of its class."""
 
     number: int
@@ -165,7 +165,16 @@ class StatusNotice(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 Message = (
-    Call | Replies | Tokenize | Tokenized | Split | Chunks | CallTokens | TokenReply | Failure | StatusNotice
+    Call
+    | Replies
+    | Tokenize
+    | Tokenized
+    | Split
+    | Chunks
+    | CallTokens
+    | TokenReply
+    | ErrorReply
+    | StatusNotice
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -29,7 +29,7 @@ KEY = "embedding_service"
 LATEST_WEIGHT = 0.1
 
 
-class Context:
+class ServiceContext:
     """The engine, with a limit on concurrent requests and a status that shows a shutdown."""
 
     def __init__(self, engine: Engine, settings: WebSettings) -> None:
@@ -114,12 +114,12 @@ class Context:
         return status.info
 
 
-def install(app: Flask, context: Context) -> None:
+def install(app: Flask, context: ServiceContext) -> None:
     """Attach the context to the app."""
     app.extensions[KEY] = context
 
 
-def context() -> Context:
+def context() -> ServiceContext:
     """The running app's context."""
-    found: Context = current_app.extensions[KEY]
+    found: ServiceContext = current_app.extensions[KEY]
     return found

@@ -15,7 +15,7 @@ from embedding_service.web import (
     request_ids,
     tracing,
 )
-from embedding_service.web.context import Context, install
+from embedding_service.web.context import ServiceContext, install
 from embedding_service.web.protocols import clouds, cohere, native, ollama, openai, tei, weaviate
 from embedding_service.web.request import ServiceRequest
 from embedding_service.web.settings import WebSettings
@@ -26,7 +26,7 @@ def create_app(engine: Engine, settings: WebSettings) -> Flask:
     app = Flask("embedding_service", static_folder=None)
     app.request_class = ServiceRequest
     app.url_map.strict_slashes = False
-    install(app, Context(engine, settings))
+    install(app, ServiceContext(engine, settings))
     monitoring.register(app)
     request_ids.register(app)
     access_log.register(app)

@@ -12,7 +12,7 @@ from werkzeug.routing import Rule
 from embedding_service import __version__
 from embedding_service.errors import Unauthorized
 from embedding_service.web.operation import JSON, Operation, operation_of
-from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
 
 REFERENCE = "#/components/schemas/{name}"
@@ -159,10 +159,10 @@ def _variants(view: Callable[..., Any], found: Operation) -> list[tuple[Callable
     return parts
 
 
-def _protocol(app: Flask, view: Callable[..., Any]) -> Protocol:
+def _protocol(app: Flask, view: Callable[..., Any]) -> ApiProtocol:
     """The protocol that renders the view's errors."""
     for endpoint, function in app.view_functions.items():
         if function is view:
             found = app.blueprints.get(endpoint.rpartition(".")[0])
-            return found if isinstance(found, Protocol) else native.protocol
+            return found if isinstance(found, ApiProtocol) else native.protocol
     return native.protocol

@@ -28,7 +28,7 @@ class Failure(msgspec.Struct, frozen=True):
 Render = Callable[[Failure], tuple[Mapping[str, Any], int]]
 
 
-class Protocol(Blueprint):
+class ApiProtocol(Blueprint):
     """A blueprint with its own error format, which also applies to unknown paths below `paths`."""
 
     def __init__(
@@ -60,18 +60,18 @@ class Protocol(Blueprint):
         return Failure(error.status, error.error_type, error.reason, error.index, field)
 
 
-def set_protocol(protocol: Protocol) -> None:
+def set_protocol(protocol: ApiProtocol) -> None:
     """Answer this request in another protocol than that of its route."""
     current().protocol = protocol
 
 
-def current_protocol() -> Protocol | None:
+def current_protocol() -> ApiProtocol | None:
     """The protocol of this request, if any: set explicitly, or found by route or path."""
     found = current().protocol or current_app.blueprints.get(request.blueprint or "")
-    if isinstance(found, Protocol):
+    if isinstance(found, ApiProtocol):
         return found
     if request.url_rule is None:
         for blueprint in current_app.blueprints.values():
-            if isinstance(blueprint, Protocol) and request.path.startswith(blueprint.paths):
+            if isinstance(blueprint, ApiProtocol) and request.path.startswith(blueprint.paths):
                 return blueprint
     return None

@@ -10,7 +10,7 @@ from flask import Request, current_app, has_request_context, request
 
 if TYPE_CHECKING:
     from embedding_service.engine import Embeddings
-    from embedding_service.web.protocol import Protocol
+    from embedding_service.web.protocol import ApiProtocol
 
 SLASHES = re.compile("/{2,}")
 # https://www.w3.org/TR/trace-context/: version, trace, parent, flags; only versions after 00 may append more.
@@ -21,7 +21,7 @@ SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 class ServiceRequest(Request):
     """Flask's request with our own per-request state, which so cannot outlive the request."""
 
-    protocol: "Protocol | None" = None
+    protocol: "ApiProtocol | None" = None
     # The engine's result, for the access log.
     result: "Embeddings | None" = None
 

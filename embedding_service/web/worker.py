@@ -150,7 +150,7 @@ def _date(second: int) -> str:
     return date
 
 
-class Answer(wsgi.Response):  # type: ignore[misc]
+class ServiceResponse(wsgi.Response):  # type: ignore[misc]
     """Gunicorn's response, with headers and body sent together in one packet."""
 
     headers_sent: bool
@@ -332,7 +332,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def _call_app(self, request: Any, client: PatientSocket, address: Any) -> bool:
         began = time.monotonic()
         answer, environ = wsgi.create(
-            request, client, address, client.listener, self.cfg, response_class=Answer
+            request, client, address, client.listener, self.cfg, response_class=ServiceResponse
         )
         environ["wsgi.multithread"] = True
         self.nr += 1

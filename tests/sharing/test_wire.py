@@ -117,7 +117,7 @@ def test_all_outcomes_of_a_batch_are_sent_in_one_system_call():
     "error", [InvalidRequest("is bad", index=3), Overloaded("full", retry_after_seconds=2)]
 )
 def test_errors_arrive_unchanged(ends, error):
-    wire.Channel(ends[0]).send(wire.Failure.of(7, error))
+    wire.Channel(ends[0]).send(wire.ErrorReply.of(7, error))
     message, _ = wire.Channel(ends[1]).receive()
     got = message.error()
     assert type(got) is type(error)

@@ -67,15 +67,15 @@ def test_openais_param_is_the_field(client, engine):
 @pytest.mark.parametrize("kind", list(BY_NAME.values()), ids=lambda kind: kind.__name__)
 def test_the_wire_carries_all_parts_of_an_error(kind):
     sent = kind("is wrong", index=3, field="texts", retry_after_seconds=0.5)
-    packed = msgspec.msgpack.encode(wire.Failure.of(7, sent))
-    got = msgspec.msgpack.decode(packed, type=wire.Failure)
+    packed = msgspec.msgpack.encode(wire.ErrorReply.of(7, sent))
+    got = msgspec.msgpack.decode(packed, type=wire.ErrorReply)
     assert got.number == 7
     assert type(got.error()) is kind
     assert vars(got.error()) == vars(sent)
 
 
 def test_an_error_of_another_version_is_still_an_error():
-    assert isinstance(wire.Failure(1, "Unheard", "of", None, None, None).error(), errors.ServiceError)
+    assert isinstance(wire.ErrorReply(1, "Unheard", "of", None, None, None).error(), errors.ServiceError)
 
 
 BODIES = [

@@ -11,11 +11,11 @@ from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.embedding import Matrix, answer_embeddings
 from embedding_service.web.health import HealthAnswer, health
 from embedding_service.web.operation import operation
-from embedding_service.web.protocol import Protocol
+from embedding_service.web.protocol import ApiProtocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.settings import WebSettings
 
-protocol = Protocol(
+protocol = ApiProtocol(
     "clouds",
     "SageMaker and Vertex AI",
     tei.render,

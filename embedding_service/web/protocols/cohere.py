@@ -22,7 +22,7 @@ from embedding_service.web.embedding import (
     overflow_of,
 )
 from embedding_service.web.operation import operation
-from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current, current_id
 
 
@@ -38,7 +38,7 @@ def render(failure: Failure) -> tuple[CohereErrorAnswer, int]:
     return {"id": current_id(), "message": failure.message}, failure.status
 
 
-protocol = Protocol(
+protocol = ApiProtocol(
     "cohere",
     "Cohere",
     render,

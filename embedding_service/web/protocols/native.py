@@ -36,7 +36,7 @@ from embedding_service.web.embedding import (
 from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import JSON, operation
 from embedding_service.web.partial import embed_good_ones
-from embedding_service.web.protocol import Failure, Protocol, set_protocol
+from embedding_service.web.protocol import ApiProtocol, Failure, set_protocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
 from embedding_service.web.token_vectors import ask_tokens
@@ -68,7 +68,7 @@ def render(failure: Failure) -> tuple[ErrorAnswer, int]:
     return body, failure.status
 
 
-protocol = Protocol("native", "Embedding service", render, ErrorAnswer)
+protocol = ApiProtocol("native", "Embedding service", render, ErrorAnswer)
 
 
 class EmbedBody(msgspec.Struct, frozen=True):
@@ -128,7 +128,7 @@ class Usage(TypedDict):
     chunks: NotRequired[Annotated[int, Meta(description="Pieces embedded, with overflow: mean or chunks.")]]
 
 
-class Piece(TypedDict):
+class PieceAnswer(TypedDict):
     """The piece of a text that a vector belongs to: its characters from `start` to before `end`."""
 
     text: int
@@ -154,7 +154,7 @@ class EmbedAnswer(TypedDict):
     processing_time_ms: float
     usage: Usage
     chunks: NotRequired[
-        Annotated[list[Piece], Meta(description="The piece of each vector, with overflow: chunks.")]
+        Annotated[list[PieceAnswer], Meta(description="The piece of each vector, with overflow: chunks.")]
     ]
     errors: NotRequired[
         Annotated[list[TextError], Meta(description="The texts without a vector, with on_error: null.")]
@@ -252,7 +252,7 @@ def _in_chunks(body: EmbedBody, wanted: EmbedRequest) -> Response:
     check_texts(wanted.texts)
     most = context().settings.max_texts_per_request
     result, chunks = embed_chunks(context(), wanted, body.chunk_overlap or 0, most)
-    places: list[Piece] = [
+    places: list[PieceAnswer] = [
         {"text": index, "start": chunk.start, "end": chunk.stop}
         for index, own in enumerate(chunks)
         for chunk in own
@@ -276,7 +276,7 @@ def _answer(
     body: EmbedBody,
     result: Embeddings,
     *,
-    chunks: list[Piece] | None = None,
+    chunks: list[PieceAnswer] | None = None,
     errors: dict[int, ServiceError] | None = None,
 ) -> Response:
     numbers = result.vectors

@@ -24,7 +24,7 @@ from embedding_service.web.embedding import (
 from embedding_service.web.fields import check_others
 from embedding_service.web.limits import max_tokens
 from embedding_service.web.operation import operation
-from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current
 
 STARTED = datetime.now(UTC).isoformat()
@@ -54,7 +54,9 @@ def render(failure: Failure) -> tuple[OllamaErrorAnswer, int]:
     return {"error": failure.message}, failure.status
 
 
-protocol = Protocol("ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api/",), names={"texts": "input"})
+protocol = ApiProtocol(
+    "ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api/",), names={"texts": "input"}
+)
 
 ModelName = Annotated[str, Meta(description="Any name; there is only one model, and the response names it.")]
 

@@ -30,7 +30,7 @@ from embedding_service.web.embedding import (
     overflow_of,
 )
 from embedding_service.web.operation import operation
-from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current
 
 STARTED = int(time.time())
@@ -73,7 +73,7 @@ def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
     return {"error": error}, failure.status
 
 
-protocol = Protocol(
+protocol = ApiProtocol(
     "openai",
     "OpenAI",
     render,
@@ -167,7 +167,7 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
     chunk_overlap: ChunkOverlap | None = 0
 
 
-class TokenIds(msgspec.Struct, frozen=True):
+class TokenIdsBody(msgspec.Struct, frozen=True):
     """The body of clients that tokenize texts themselves, with the vocabulary of an OpenAI model."""
 
     input: list[int | list[int]]
@@ -214,7 +214,7 @@ class OpenAIModels(TypedDict):
 
 
 _decoder = BodyDecoder(OpenAIEmbedBody)
-_token_ids_decoder = msgspec.json.Decoder(TokenIds)
+_token_ids_decoder = msgspec.json.Decoder(TokenIdsBody)
 
 
 @protocol.post("/v1/embeddings")

@@ -26,7 +26,7 @@ from embedding_service.web.embedding import (
 )
 from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import operation
-from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current
 from embedding_service.web.token_vectors import ask_tokens
 
@@ -57,7 +57,7 @@ def render(failure: Failure) -> tuple[TEIErrorAnswer, int]:
     return {"error": failure.message, "error_type": error_type}, STATUSES.get(failure.status, failure.status)
 
 
-protocol = Protocol(
+protocol = ApiProtocol(
     "tei",
     "Text Embeddings Inference",
     render,

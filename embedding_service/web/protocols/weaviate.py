@@ -13,7 +13,7 @@ from embedding_service.web.context import context
 from embedding_service.web.embedding import Dimensions, Matrix, Vector, answer_embeddings, ask
 from embedding_service.web.limits import max_tokens
 from embedding_service.web.operation import operation
-from embedding_service.web.protocol import Failure, Protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current
 
 
@@ -28,7 +28,7 @@ def render(failure: Failure) -> tuple[WeaviateErrorAnswer, int]:
     return {"error": failure.message}, failure.status
 
 
-protocol = Protocol(
+protocol = ApiProtocol(
     "weaviate",
     "Weaviate",
     render,
