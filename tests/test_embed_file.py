@@ -1111,10 +1111,8 @@ def test_a_text_of_more_chunks_than_the_service_takes_is_a_bad_row(tmp_path, mon
         assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--overflow", "chunks") == 3
     finally:
         served.stop()
-    assert (
-        "line 2: texts are 7 pieces of the length that the model reads; at most 6 are"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "line 2: texts make 7 pieces of the length that the model reads; at most 6 are" in said
     assert [row["row"] for row in read_lines(output)] == [0, 0, 1, 2, 2, 2]
 
 
