@@ -1,7 +1,7 @@
 """How many padded tokens a batch should hold, from what batches cost on this machine.
 
-A batch of n padded tokens takes about a + b·n seconds. Larger batches spread a over more tokens, and make
-whoever comes next wait longer. The budget is the smallest that is nearly as fast as the largest batch, and
+A batch of n padded tokens takes about a + b·n seconds. Larger batches spread a over more tokens, but the
+next request waits longer. The budget is the smallest that is nearly as fast as the largest batch, and
 no larger than a newcomer may be asked to wait for.
 """
 
@@ -23,7 +23,7 @@ UNNOTICED_SECONDS = 0.05
 
 # While running: how far one batch corrects the estimated cost, and the largest error it may report. A batch
 # that another process interrupted counts as one that is a fifth slower.
-CORRECTION, MOST_ERROR = 0.1, 0.2
+CORRECTION, MAX_ERROR = 0.1, 0.2
 
 # The budget is recomputed after this many batches, and changes only if it is off by this factor.
 RECKONED_AFTER, CHANGED_BY = 32, 1.25
@@ -72,7 +72,7 @@ class BatchBudget:
         """Learn how long a batch of this many padded tokens took on one of the lanes (never on `whole`)."""
         cost = self._cost
         expected = cost.seconds(tokens)
-        error = min(MOST_ERROR, max(-MOST_ERROR, seconds / expected - 1))
+        error = min(MAX_ERROR, max(-MAX_ERROR, seconds / expected - 1))
         share = cost.batch_seconds / expected
         # Each part is corrected by its share, so that large batches teach b and small ones a.
         cost.batch_seconds *= 1 + CORRECTION * error * share

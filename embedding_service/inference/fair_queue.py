@@ -27,7 +27,7 @@ PADDING_SHARE = 0.08
 WINDOW_BATCHES, WINDOW_TEXTS = 4, 1024
 
 # How many candidates to try for the longest text of a batch.
-MOST_ENDS = 32
+MAX_ENDS = 32
 
 _NOTHING: IntArray = np.empty(0, np.int32)
 
@@ -241,8 +241,8 @@ def densest(lengths: IntArray, head: int, limit: int, free: int) -> tuple[int, i
     is_end = np.ones(len(near) - at, np.bool_)
     np.not_equal(near[at + 1 :], near[at:-1], out=is_end[:-1])
     ends = at + is_end.nonzero()[0]
-    if len(ends) > MOST_ENDS:
-        ends = ends[np.linspace(0, len(ends) - 1, MOST_ENDS).astype(np.int64)]
+    if len(ends) > MAX_ENDS:
+        ends = ends[np.linspace(0, len(ends) - 1, MAX_ENDS).astype(np.int64)]
     lows = np.arange(at + 1)
     highs = np.maximum(at, np.minimum(lows + (limit // near[ends])[:, None] - 1, ends[:, None]))
     total = sums[highs + 1] - sums[: at + 1]

@@ -72,8 +72,8 @@ class Sharer(Flow):
 class IdenticalTexts:
     """The queued and running texts, and the requests that need them.
 
-    Each request has all its texts in the queue, and so its own turn; whoever's turn is first computes
-    a text for all, and the others' copies leave the queue.
+    Each request has all its texts in the queue, and so its own turn. The request whose turn comes first
+    computes a text for all, and the others' copies leave the queue.
     """
 
     def __init__(self, queue: PriorityQueue) -> None:

@@ -1,9 +1,12 @@
 """A lane: one session of a backend, and the packing of the batches that it runs."""
 
+import threading
+from collections.abc import Callable
+
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends import Session
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.runtime import Batch
+from embedding_service.inference.runtime import Batch, Lane
 
 
 class SessionLane:
@@ -15,3 +18,18 @@ class SessionLane:
 
     def forward(self, batch: Batch) -> Vectors:
         return self._session.run(self._preprocessor.pack(batch))
+
+
+class ExactLane:
+    """A lane that all threads share: it is opened on first use, and runs one batch at a time."""
+
+    def __init__(self, open_lane: Callable[[], Lane]) -> None:
+        self._open_lane = open_lane
+        self._lane: Lane | None = None
+        self._lock = threading.Lock()
+
+    def forward(self, batch: Batch) -> Vectors:
+        with self._lock:
+            if self._lane is None:
+                self._lane = self._open_lane()
+            return self._lane.forward(batch)

@@ -17,7 +17,7 @@ from embedding_service.inference.cores import available_cores
 from embedding_service.inference.cost_cache import CostCache
 from embedding_service.inference.device import computes_bfloat16, device_name, prepare_libraries
 from embedding_service.inference.fingerprint import with_ranges
-from embedding_service.inference.lanes import SessionLane
+from embedding_service.inference.lanes import ExactLane, SessionLane
 from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor, choose_preprocessor
 from embedding_service.inference.settings import ModelSettings
@@ -26,8 +26,8 @@ from embedding_service.quantization import read_ranges_of
 
 log = logging.getLogger(__name__)
 
-# Another number format is recommended from this gain on.
-WORTH_SAYING = 1.1
+# Another number format is recommended if it is at least this many times as fast.
+MIN_REPORTED_SPEEDUP = 1.1
 
 
 def load(settings: ModelSettings) -> Model:
@@ -77,12 +77,12 @@ def _compare_formats(
     if kept is None or kept.load() is None or not computes_bfloat16(checkpoint.device, settings.backend):
         return
     own, other = ("float32", "bfloat16") if checkpoint.dtype == "float32" else ("bfloat16", "float32")
-    elsewise = replace(checkpoint, dtype=other)
-    costs = _costs(settings, elsewise, backend)
+    in_other = replace(checkpoint, dtype=other)
+    costs = _costs(settings, in_other, backend)
     cost = costs.load() if costs else None
     if cost is None:
         try:
-            sessions = convert(elsewise, model.preprocessor, settings, threads=threads).sessions
+            sessions = convert(in_other, model.preprocessor, settings, threads=threads).sessions
         except Exception as error:
             log.debug("%s cannot be compared with %s: %s", other, own, error)
             return
@@ -91,7 +91,7 @@ def _compare_formats(
             lanes, model.preprocessor, model.max_seq_length, model.max_batch_tokens, costs, on_cpu=True
         )
     gain = model.budget.batch_seconds / cost.seconds(model.budget.tokens)
-    if gain > WORTH_SAYING:
+    if gain > MIN_REPORTED_SPEEDUP:
         log.info("DTYPE=%s would be about %.1f times as fast as %s on this CPU", other, gain, own)
     elif other == "bfloat16":
         log.info("DTYPE=bfloat16 would be no faster on this CPU: %.1f times as fast as float32", gain)
@@ -125,7 +125,7 @@ def _assemble(
         preprocessor=preprocessor,
         lanes=list(lanes),
         whole=whole,
-        open_exact_lane=open_exact_lane,
+        exact=ExactLane(open_exact_lane),
         max_seq_length=checkpoint.max_seq_length,
         max_batch_tokens=warm.max_batch_tokens,
         budget=warm.budget,

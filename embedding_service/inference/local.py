@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 TOKENIZE_PIECE_TEXTS = 64
 
 # An answer with vectors of tokens may hold this many numbers: about 40 MB of JSON.
-MOST_NUMBERS = 4_000_000
+MAX_NUMBERS = 4_000_000
 
 Tokenized = TypeVar("Tokenized")
 
@@ -242,9 +242,9 @@ def _check_size(request: TokensRequest, runtime: Runtime) -> None:
     # A token is at least a character or a byte of one, and two are special. Each text has the prompt too.
     prompt = len(runtime.prompt(request) or "")
     tokens = sum(min(info.max_seq_length, 4 * (prompt + len(text)) + 2) for text in request.texts)
-    if tokens * info.embedding_dimension > MOST_NUMBERS:
+    if tokens * info.embedding_dimension > MAX_NUMBERS:
         raise TooLarge(
             f"could have {tokens} tokens of {info.embedding_dimension} numbers each; at most "
-            f"{MOST_NUMBERS} numbers are allowed, so send fewer texts",
+            f"{MAX_NUMBERS} numbers are allowed, so send fewer texts",
             field="texts",
         )

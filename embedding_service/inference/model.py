@@ -1,8 +1,8 @@
 """A loaded model: prompts, preparing of texts, lanes, and vectors computed again exactly."""
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -33,7 +33,7 @@ class Model:
     preprocessor: Preprocessor
     lanes: list[Lane]
     whole: Lane | None
-    open_exact_lane: Callable[[], Lane]
+    exact: Lane
     max_seq_length: int
     max_batch_tokens: int
     budget: BatchBudget
@@ -41,6 +41,8 @@ class Model:
     normalized: bool
     uses_accelerator: bool
     info: ModelInfo
+    # Token vectors are computed one request at a time, beside the lanes, in torch, whatever the backend.
+    _tokens_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prompt(self, request: EmbedRequest | SplitRequest | TokensRequest) -> str | None:
         """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it."""
@@ -91,14 +93,9 @@ class Model:
         return [one.float().cpu().numpy() for one in found]
 
     def forward_exact(self, one: Slice) -> Vectors:
-        return self._exact.forward([one])
+        return self.exact.forward([one])
 
-    # Made when first needed, which for most services is never.
-
-    @cached_property
-    def _tokens_lock(self) -> threading.Lock:
-        # One at a time: it runs beside the lanes, in torch, whatever the backend.
-        return threading.Lock()
+    # Made when first needed, which for most services is never. Two threads may both make one; either will do.
 
     @cached_property
     def _lister(self) -> TokenLister:
@@ -109,7 +106,3 @@ class Model:
         return Splitter(
             self.sentence_transformer, None if self.info.reads_whole_texts else self.max_seq_length
         )
-
-    @cached_property
-    def _exact(self) -> Lane:
-        return self.open_exact_lane()

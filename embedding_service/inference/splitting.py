@@ -11,7 +11,7 @@ from embedding_service.inference.token_list import untruncated_tokenizer
 
 
 class Splitter:
-    """Cuts at the ends of tokens, and between words wherever a piece has a word's end in its second half.
+    """Cuts between words if a word ends in the second half of the piece, and otherwise between tokens.
 
     So the tokens of a piece are those of its characters alone, and so is its vector.
     """
@@ -19,7 +19,7 @@ class Splitter:
     def __init__(self, model: SentenceTransformer, max_length: int | None) -> None:
         """`max_length` counts tokens, with prompt and special tokens; None if the model reads everything.
 
-        Raises InvalidRequest if the model's tokenizer does not tell where a token is.
+        Raises InvalidRequest if the model's tokenizer cannot tell token positions.
         """
         self._tokenizer = untruncated_tokenizer(model)
         self._max_length = max_length

@@ -19,7 +19,7 @@ def untruncated_tokenizer(model: SentenceTransformer) -> Tokenizer:
     own: Any = getattr(model[0], "tokenizer", None)
     backend = getattr(own, "backend_tokenizer", own)
     if not isinstance(backend, Tokenizer):
-        raise InvalidRequest("this model's tokenizer does not tell its tokens")
+        raise InvalidRequest("this model's tokenizer cannot list tokens")
     tokenizer: Tokenizer = Tokenizer.from_str(backend.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -9,8 +9,8 @@ METHODS = "GET, POST, OPTIONS"
 # Client libraries add headers of their own. The star covers all headers but Authorization.
 REQUEST_HEADERS = "Authorization, *"
 RESPONSE_HEADERS = (
-    "X-Request-ID, Retry-After, retry-after-ms, x-compute-tokens, x-total-time, x-tokenization-time, "
-    "x-queue-time, x-inference-time, x-cache-hits, x-model, x-truncated-texts"
+    "X-Request-ID, traceparent, Retry-After, retry-after-ms, x-compute-tokens, x-total-time, "
+    "x-tokenization-time, x-queue-time, x-inference-time, x-cache-hits, x-model, x-truncated-texts"
 )
 PREFLIGHT_SECONDS = 3600
 

@@ -3,6 +3,7 @@
 from embedding_service.engine import ModelInfo
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.context import context
+from embedding_service.web.request import current
 
 
 def max_tokens(info: ModelInfo) -> int:
@@ -16,6 +17,8 @@ def max_tokens(info: ModelInfo) -> int:
 def check_texts(texts: list[str]) -> None:
     """Raises InvalidRequest if there are no texts, and TooLarge if there are too many or one is too long."""
     settings = context().settings
+    # With on_error: null, parts of the request come here again.
+    current().texts = max(current().texts or 0, len(texts))
     if not texts:
         raise InvalidRequest("is empty; send at least one text", field="texts")
     if len(texts) > settings.max_texts_per_request:

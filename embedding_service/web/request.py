@@ -22,7 +22,8 @@ class ServiceRequest(Request):
     """Flask's request with our own per-request state, which so cannot outlive the request."""
 
     protocol: "ApiProtocol | None" = None
-    # The engine's result, for the access log.
+    # For the access log and traces: the number of texts in the request, and the engine's result.
+    texts: int | None = None
     result: "Embeddings | None" = None
 
     def __init__(self, environ: dict[str, Any], *args: Any, **kwargs: Any) -> None:

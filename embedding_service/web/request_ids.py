@@ -15,4 +15,6 @@ def register(app: Flask) -> None:
 
 def _end(response: Response) -> Response:
     response.headers["X-Request-ID"] = current().id
+    if current().trace_id is not None:
+        response.headers.setdefault("traceparent", current().environ["HTTP_TRACEPARENT"])
     return response

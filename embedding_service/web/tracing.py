@@ -44,6 +44,7 @@ def register(app: Flask) -> None:
         if response.status_code >= 500:
             span.set_status(trace.StatusCode.ERROR)
         span.end(now)
+        propagator.inject(response.headers, trace.set_span_in_context(span))
         return response
 
     app.after_request(end)
@@ -57,11 +58,12 @@ def _attributes(route: str, response: Response) -> dict[str, Any]:
         "url.path": request.path,
         "embedding.request_id": current().id,
     }
+    if current().texts is not None:
+        found["embedding.texts"] = current().texts
     result = current().result
     if result is not None:
         timings = result.timings
         found |= {
-            "embedding.texts": len(result.vectors),
             "embedding.tokens": result.tokens,
             "embedding.tokenization_ms": timings.tokenization_ms,
             "embedding.queue_ms": timings.queue_ms,

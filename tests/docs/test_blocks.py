@@ -31,6 +31,7 @@ NOT_RUN = {
     "pip install -c constraints.txt .": "tests/test_package.py installs the package",
     "pip install -r requirements-ray.txt": "tests/deploy/test_ray.py runs with it",
     "embedding-service serve": "runs until it is stopped; tests/test_package.py runs it",
+    "HF_HOME=/tmp/models embedding-service download": "needs the hub",
     "embedding-service calibrate": "tests/test_quantization.py runs it",
     "gunicorn -w 4": "runs until it is stopped; tests/processes/test_ways_to_start.py runs it",
     "./install.sh": "needs a bundle; tests/deploy/test_bundle.py runs it",

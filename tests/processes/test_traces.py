@@ -61,10 +61,12 @@ def collector() -> Iterator[Collector]:
 def test_a_request_becomes_a_span_of_the_callers_trace(start, collector):
     service = start(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100").wait_ready()
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
-    assert service.post("/embed", {"texts": ["one", "two"]}, headers=headers).status_code == 200
+    response = service.post("/embed", {"texts": ["one", "two"]}, headers=headers)
+    assert response.status_code == 200
     wait_until(lambda: collector.spans("POST /embed"), what="the span")
     [span] = collector.spans("POST /embed")
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    assert response.headers["traceparent"] == f"00-{TRACE}-{span.span_id.hex()}-01"
     attributes = {each.key: each.value for each in span.attributes}
     assert attributes["http.response.status_code"].int_value == 200
     assert attributes["embedding.request_id"].string_value == "mine"

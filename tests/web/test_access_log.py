@@ -75,6 +75,23 @@ def test_a_request_is_a_line_with_its_numbers(lines):
     }
 
 
+@pytest.mark.parametrize(
+    ("fields", "texts"),
+    [
+        ({"overflow": "chunks"}, 2),
+        ({"overflow": "mean"}, 2),
+        ({"output": "tokens"}, 2),
+        ({"on_error": "null"}, 2),
+        ({"texts": []}, 0),
+    ],
+    ids=["chunks", "mean", "tokens", "partial", "none"],
+)
+def test_texts_are_those_of_the_request(lines, fields, texts):
+    kept = lines()
+    served(access_log=True).post("/embed", json={"texts": ["a", "bc"]} | fields)
+    assert [line["texts"] for line in map(json.loads, kept) if "route" in line] == [texts]
+
+
 def test_the_line_as_text(lines):
     kept = lines(logs.TextFormatter())
     served(access_log=True).get("/nowhere/at all", headers={"X-Request-ID": "mine"})
@@ -121,6 +138,7 @@ def test_a_slow_request_is_logged_once(lines):
 )
 def test_the_callers_trace_is_on_the_line(lines, header, trace):
     kept = lines()
-    served(access_log=True).get("/health", headers={"traceparent": header})
+    response = served(access_log=True).get("/health", headers={"traceparent": header})
     [line] = map(json.loads, kept)
     assert line.get("trace_id") == trace
+    assert response.headers.get("traceparent") == (header if trace else None)

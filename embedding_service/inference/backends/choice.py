@@ -27,7 +27,7 @@ CONVERSION_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3}
 def choose_backend(
     checkpoint: Checkpoint, preprocessor: Preprocessor, settings: ModelSettings, *, threads: int
 ) -> Backend:
-    """What BACKEND asks for, or the faster one. Raises StartupError for one that cannot be."""
+    """What BACKEND asks for, or the faster one. Raises StartupError if BACKEND cannot be used."""
     wanted, int8 = settings.backend, checkpoint.dtype == "int8"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     installed = importlib.util.find_spec("openvino") is not None
