@@ -270,6 +270,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
         (["corpus.jsonl", "-o", "there.npy"], "--restart replaces it"),
         (["corpus.jsonl", "-o", "folder.npy"], "exists and is not a regular file"),
         (["corpus.jsonl", "-o", "v.npy.errors.jsonl"], "for lists of bad rows"),
+        (["corpus.jsonl", "-o", "v.npy.chunks.jsonl"], "for the places of chunks"),
         (["corpus.jsonl", "-o", "v" * 250 + ".npy"], "name too long"),
         (["corpus.pdf", "-o", "v.npy"], "must end in .jsonl"),
         (["corpus.jsonl", "-o", "v.npy", "--chunk-overlap", "9"], "--chunk-overlap needs --overflow mean"),

@@ -43,6 +43,8 @@ def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None
         raise StartupError(f"{output.parent} cannot be written to")
     if output.name.endswith(ERRORS):
         raise StartupError(f"{output}: names that end in {ERRORS} are for lists of bad rows")
+    if output.name.endswith(CHUNKS):
+        raise StartupError(f"{output}: names that end in {CHUNKS} are for the places of chunks")
     part, job = part_path(output), job_path(output)
     errors, chunks = errors_path(output), chunks_path(output)
     taken = {(source.st_dev, source.st_ino): "the input"}

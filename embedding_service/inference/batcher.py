@@ -122,7 +122,7 @@ class Batcher:
         self._tokenization.add(jobs)
 
     def _enqueue(self, pieces: list[tuple[Job, Piece]], seconds: float) -> None:
-        broken: list[tuple[Job, ServiceError]] = []
+        broken: list[Job] = []
         with self._lock:
             for job, piece in pieces:
                 job.tokenization_seconds += seconds
@@ -131,10 +131,13 @@ class Batcher:
                         self._schedule.enqueue(job, piece)
                 except Exception:
                     log.exception("Texts could not be queued")
-                    broken.append((job, ModelFailure("the service failed on this request")))
+                    # Ended at once, so that no other job shares its texts, which may not be queued.
+                    self._schedule.end(job, dropped=True)
+                    broken.append(job)
             self._work.notify()
-        if broken:
-            self._fail(broken)
+        for job in broken:
+            error = ModelFailure("the service failed on this request")
+            _hand_over(job.receiver, [(job.number, error)])
 
     # Through the lanes
 

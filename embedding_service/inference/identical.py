@@ -136,7 +136,7 @@ class IdenticalTexts:
         """The other requests that need these rows: position in `rows`, request, and its own row."""
         if not flow.shares:
             return
-        known = self._known[flow.context]
+        known = self._known.get(flow.context, {})
         for position, row in enumerate(rows.tolist()):
             entry = known.get(flow.texts[row])
             if isinstance(entry, Shared) and entry.runner is flow:
@@ -150,17 +150,19 @@ class IdenticalTexts:
             self.settle(flow, rows)
             return
         # No other request needs them, so delete them without looking at each.
-        texts = map(flow.texts.__getitem__, rows.tolist())
-        deque(map(self._known[flow.context].__delitem__, texts), maxlen=0)
+        known = self._known[flow.context]
+        deque(map(known.__delitem__, map(flow.texts.__getitem__, rows.tolist())), maxlen=0)
+        self._prune(flow.context, known)
 
     def settle(self, flow: Sharer, rows: IntArray) -> None:
         """Forget rows of a batch, so that no other request waits for them."""
-        known = self._known[flow.context]
+        known = self._known.get(flow.context, {})
         for row in rows.tolist():
             text = flow.texts[row]
             entry = known.get(text)
             if entry is flow or (isinstance(entry, Shared) and entry.runner is flow):
                 del known[text]
+        self._prune(flow.context, known)
 
     def drop(self, flow: Sharer) -> None:
         """Forget a request that ended before its texts were delivered."""
@@ -173,3 +175,9 @@ class IdenticalTexts:
                 entry.takers = [(other, row) for other, row in entry.takers if other is not flow]
                 if not entry.takers:
                     del known[text]
+        self._prune(flow.context, known)
+
+    def _prune(self, context: Hashable, known: dict[str, Sharer | Shared]) -> None:
+        """Forget a context without texts, since callers may send any number of prompts."""
+        if not known:
+            self._known.pop(context, None)

@@ -64,6 +64,7 @@ class LocalEngine:
         self._batcher: Batcher | None = None
         self._sampler: Sampler | None = None
         self._runtime: Runtime | None = None
+        self._closed = False
         self._status = Status(state="loading", reason=f"loading {settings.embedding_model}")
         self.startup_error: StartupError | None = None
         self.loaded = threading.Event()
@@ -171,6 +172,7 @@ class LocalEngine:
         return time.monotonic() - since if since is not None else 0.0
 
     def close(self) -> None:
+        self._closed = True
         self._set(Status(state="draining", reason="shutting down", info=self._status.info))
         if self._batcher is not None:
             self._batcher.close("the service is shutting down")
@@ -188,7 +190,11 @@ class LocalEngine:
             )
             self._sampler = Sampler(self._queued_tokens, find_gpu(runtime.info.device))
             _publish(runtime.info)
-            self._set(Status(state="healthy", info=runtime.info))
+            if not self._closed:
+                self._set(Status(state="healthy", info=runtime.info))
+            if self._closed:
+                # While the model was loading, or just now.
+                self.close()
         except StartupError as error:
             self._fail_to_start(error)
         except Exception as error:

@@ -83,7 +83,7 @@ class Tokenization:
         """Run a step; an exception fails only these jobs and never ends the thread."""
         try:
             step(jobs)
-        except Exception as error:
+        except BaseException as error:  # a panic of the Rust tokenizer is not an Exception
             if len(jobs) > 1:
                 for job in jobs:
                     self._guarded(step, [job])

@@ -69,6 +69,9 @@ def vectors_of(entries: list[Cached]) -> Vectors:
 
 
 def _size(key: Key, entry: Cached) -> int:
-    """Bytes freed with the entry; its context is shared with others, so it does not count."""
-    parts = (key, key[1], entry, entry.vector, entry.tokens)
-    return sum(map(sys.getsizeof, parts))
+    """Bytes freed with the entry. Each request brings a context of its own, and with it its prompt."""
+    context, text = key
+    own = (
+        (context, *(part for part in context if isinstance(part, str))) if isinstance(context, tuple) else ()
+    )
+    return sum(map(sys.getsizeof, (key, text, entry, entry.vector, entry.tokens, *own)))

@@ -85,10 +85,11 @@ class Connection:
             pass
         except Exception:
             log.exception("A message of a web worker could not be read")
-        self._server.forget(self)
-        self._rest.put(None)
-        engine.cancel_all(self._answer)
-        self._channel.close()
+        finally:
+            self._server.forget(self)
+            self._rest.put(None)
+            engine.cancel_all(self._answer)
+            self._channel.close()
 
     def _write_forever(self) -> None:
         with contextlib.suppress(wire.Closed):

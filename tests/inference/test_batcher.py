@@ -507,6 +507,45 @@ def test_a_fault_at_any_stage_fails_its_request_alone_and_ends_no_thread(build, 
     assert len(batcher._schedule._identical) == 0
 
 
+class Panic(BaseException):
+    """As the Rust tokenizer raises it: not an Exception."""
+
+
+@pytest.mark.parametrize("texts", [1, 300], ids=["small", "large"])
+def test_a_panic_of_the_tokenizer_fails_its_request_alone(build, texts):
+    def panic(batch) -> None:
+        if "9 bad" in batch:
+            raise Panic
+
+    batcher = build(FakeRuntime(max_batch_tokens=10_000, on_prepare=panic))
+    outcomes: dict[int, Embeddings | ServiceError] = {}
+    calls = [
+        (number, request([text(9, name)] * texts)) for number, name in enumerate(["good", "bad", "fine"])
+    ]
+    batcher.submit_all(calls, outcomes.update)
+    wait_until(lambda: len(outcomes) == 3, what="all outcomes")
+    assert [type(outcomes[number]) for number in range(3)] == [Embeddings, ModelFailure, Embeddings]
+    assert batcher.queued_tokens == 0
+
+
+def test_a_job_never_waits_for_texts_that_could_not_be_queued(build, monkeypatch):
+    batcher = build(FakeRuntime())
+    push, left = batcher._schedule._queue.push, [1]
+
+    def fail_once(*arguments) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError
+        push(*arguments)
+
+    monkeypatch.setattr(batcher._schedule._queue, "push", fail_once)
+    outcomes: dict[int, Embeddings | ServiceError] = {}
+    batcher.submit_all([(number, request([text(5, "same")])) for number in range(2)], outcomes.update)
+    wait_until(lambda: len(outcomes) == 2, what="both outcomes")
+    assert [type(outcomes[number]) for number in range(2)] == [ModelFailure, Embeddings]
+    assert batcher.queued_tokens == 0
+
+
 def test_a_receiver_that_raises_ends_no_thread(build):
     batcher = build(FakeRuntime())
     heard = threading.Event()

@@ -49,6 +49,13 @@ def test_a_text_that_a_request_repeats_is_computed_once(build):
     assert computed(runtime) == {text(5): 1, text(30): 1, text(7): 1}
 
 
+def test_prompts_that_callers_made_up_are_forgotten(build):
+    batcher = build(FakeRuntime())
+    for number in range(20):
+        submit(batcher, [text(5), text(6, number)], prompt=f"prompt {number}").wait()
+    wait_until(lambda: not batcher._schedule._identical._known, what="no context")
+
+
 def test_a_text_that_several_requests_wait_for_is_computed_once(build):
     runtime = FakeRuntime()
     batcher, gate = held(build, runtime)

@@ -1,13 +1,15 @@
 """The engine in this process lists tokens within the deadline, whatever the tokenizer does."""
 
+import threading
 from typing import Any, cast
 
 import pytest
 
 from embedding_service.engine import TokenizedText, TokenizeRequest
-from embedding_service.errors import DeadlineExceeded, ModelFailure
+from embedding_service.errors import DeadlineExceeded, ModelFailure, Unavailable
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
+from tests.inference.fake_runtime import FakeRuntime, request, text
 
 
 class Lister:
@@ -45,3 +47,22 @@ def test_a_tokenizer_bug_fails_only_its_request(engine):
     with pytest.raises(ModelFailure):
         engine.tokenize(TokenizeRequest(texts=["broken"], deadline=float("inf")))
     assert len(engine.tokenize(TokenizeRequest(texts=["fine"], deadline=float("inf")))) == 1
+
+
+def test_an_engine_that_is_closed_while_it_loads_stays_closed():
+    may_load = threading.Event()
+
+    def load(_settings):
+        assert may_load.wait(10)
+        return cast(Any, FakeRuntime())
+
+    states = []
+    engine = LocalEngine(
+        ModelSettings(embedding_model="none"), load=load, on_status=lambda status: states.append(status.state)
+    )
+    engine.close()
+    may_load.set()
+    assert engine.loaded.wait(10)
+    assert set(states) == {"draining"}
+    with pytest.raises(Unavailable):
+        engine.embed(request([text(5)]))

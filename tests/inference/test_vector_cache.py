@@ -81,6 +81,13 @@ def test_its_size_is_that_of_the_memory_it_takes():
     assert 0.9 < taken / cache.bytes < 1.1
 
 
+def test_prompts_count_too():
+    cache = VectorCache(1 << 20)
+    for number in range(1000):
+        cache.put(("fingerprint", f"{number} " * 2000, None, None), "text", vector(1), 1, False)
+    assert 0 < len(cache) < (1 << 20) / 4000
+
+
 def test_an_entry_larger_than_the_cache_is_not_kept():
     cache = VectorCache(1000)
     cache.put("c", "text", vector(1), 1, False)
