@@ -74,7 +74,8 @@ def download(arguments: Sequence[str]) -> int:
     try:
         config.environment()
         found = source.resolve(given.model, given.revision)
-        if damaged := source.damaged(found.folder):
+        files = source.checked(found.folder)
+        if damaged := [name for name, whole in files.items() if whole is False]:
             raise StartupError(
                 f"{', '.join(damaged)} in {found.folder}: damaged; delete the folder and download again"
             )
@@ -82,6 +83,11 @@ def download(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return EX_CONFIG
     print(f"{given.model} is in {found.folder} ({found.origin})")
+    if found.revision is None:
+        print("Nothing was downloaded.")
+    else:
+        unknown = sum(whole is None for whole in files.values())
+        print(f"{len(files) - unknown} files match the hub's hashes; the hashes of {unknown} are unknown")
     return 0
 
 

@@ -76,20 +76,20 @@ def sha256_of_weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def damaged(folder: Path) -> list[str]:
-    """The files of a hub's cache whose content does not match the hash in their name.
+def checked(folder: Path) -> dict[str, bool | None]:
+    """Whether each file of a hub's cache has the content that its hash promises; None if its hash is unknown.
 
-    A file there links to its blob, which is named for the SHA-256 of its content, or for git's SHA-1.
+    A file there links to its blob, which is named for the SHA-256 of its content, or for git's SHA-1. A cache
+    on a disk without links, or a copy that followed them, has no hashes.
     """
-    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if not _is_whole(path)]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()]
+    return {str(path.relative_to(folder)): _is_whole(path) for path in files}
 
 
-def _is_whole(path: Path) -> bool:
-    if not path.is_symlink():
-        return True
+def _is_whole(path: Path) -> bool | None:
     blob = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name) is None:
-        return True
+    if not path.is_symlink() or re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name) is None:
+        return None
     try:
         with blob.open("rb") as file:
             if len(blob.name) == 64:
