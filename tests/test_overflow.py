@@ -158,8 +158,9 @@ def test_chunks_are_vectors_of_their_characters_alone(service, oracle, overlap):
         ("embed", "texts", lambda body: body["embeddings"]),
         ("v1/embeddings", "input", lambda body: [row["embedding"] for row in body["data"]]),
         ("embed", "inputs", lambda body: body),
+        ("v2/embed", "texts", lambda body: body["embeddings"]["float"]),
     ],
-    ids=["native", "OpenAI", "TEI"],
+    ids=["native", "OpenAI", "TEI", "Cohere"],
 )
 def test_mean_is_the_weighted_mean_of_the_pieces(service, oracle, path, field, vectors):
     [chunks] = Splitter(oracle, 256).split([LONG], None, 0)

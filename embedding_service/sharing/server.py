@@ -79,8 +79,10 @@ class Connection:
                 if calls:
                     engine.submit_all(calls, self._answer)
                 for message in messages:
-                    if isinstance(message, wire.Tokenize | wire.Split | wire.CallTokens):
+                    if isinstance(message, wire.Tokenize | wire.Split):
                         self._server.tokenizing.submit(self._tokenize, message)
+                    elif isinstance(message, wire.CallTokens):
+                        self._server.embedding_tokens.submit(self._tokenize, message)
         except wire.Closed:
             pass
         except Exception:
@@ -140,8 +142,9 @@ class ModelServer:
         self._listener.bind(str(settings.socket_path))
         self._listener.listen(128)
         self._device_path = settings.device_path
-        # A separate thread, since listing tokens must not delay requests to embed.
+        # Threads of their own: listing tokens must not delay requests to embed, nor token vectors the lists.
         self.tokenizing = ThreadPoolExecutor(1, "tokenizing")
+        self.embedding_tokens = ThreadPoolExecutor(1, "token vectors")
         self.engine = LocalEngine(settings.model, on_status=self._broadcast)
         threading.Thread(target=self._accept_forever, name="accept", daemon=True).start()
 
