@@ -53,6 +53,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     _add_files(made)
     _add_vectors(made)
     made.add_argument("--batch", type=_positive, default=256, help="texts per request (default: 256)")
+    made.add_argument(
+        "--priority", choices=["background"], help="let the service's other clients go first (with --url)"
+    )
     made.add_argument("--in-flight", type=_positive, default=4, help="concurrent requests (default: 4)")
     made.add_argument(
         "--give-up-after",
@@ -168,6 +171,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         dimensions=arguments.dimensions,
         overflow=arguments.overflow,
         chunk_overlap=arguments.chunk_overlap,
+        priority=arguments.priority,
     )
     embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
     job = RunRecord(

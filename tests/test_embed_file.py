@@ -161,6 +161,24 @@ class Numbers(FakeEngine):
         return Embeddings(vectors=vectors, tokens=1, truncated=[], timings=Timings())
 
 
+def test_a_run_in_the_background_says_so_in_every_request(tmp_path, monkeypatch):
+    corpus, priorities = tmp_path / "corpus.txt", set()
+
+    class Listening(Numbers):
+        def embed(self, request: EmbedRequest) -> Embeddings:
+            priorities.add(request.priority)
+            return super().embed(request)
+
+    corpus.write_text("1\n2\n")
+    served = Served(Listening())
+    try:
+        arguments = (corpus, "-o", tmp_path / "v.npy", "--url", served.url, "--priority", "background")
+        assert main(monkeypatch, *arguments) == 0
+    finally:
+        served.stop()
+    assert priorities == {"background"}
+
+
 def test_all_of_100_000_rows_are_written_once_despite_two_kills(tmp_path):
     """Over HTTP, with a model that takes no time, so that every row can be checked."""
     count, corpus, output = 100_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"

@@ -30,6 +30,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: int | None = None
     overflow: Overflow | Literal["chunks"] | None = None
     chunk_overlap: int | None = None
+    priority: Literal["background"] | None = None
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
