@@ -19,6 +19,7 @@ from embedding_service.web.settings import WebSettings
 def build() -> Flask:
     """The app, on top of the gunicorn master's model processes or a model in this process."""
     settings = config.current()
+    traces = config.sends_traces()
     supervisor = supervisor_handle.inherited()
     engine: RemoteEngine | LocalEngine
     if supervisor is not None:
@@ -30,7 +31,7 @@ def build() -> Flask:
             logging.getLogger("embedding_service").warning(OPEN_WARNING, settings.host)
         model = msgspec.convert(settings, ModelSettings, from_attributes=True)
         preflight.check_model(model)
-        preflight.check_traces(config.sends_traces())
+        preflight.check_traces(traces)
         engine = LocalEngine(model)
     web = msgspec.convert(settings, WebSettings, from_attributes=True)
-    return create_app(engine, msgspec.structs.replace(web, traces=config.sends_traces()))
+    return create_app(engine, msgspec.structs.replace(web, traces=traces))

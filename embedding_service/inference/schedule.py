@@ -1,6 +1,6 @@
 """The jobs in progress: accepted, queued, taken into batches, and given their vectors. Not thread-safe."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -196,7 +196,7 @@ def _check_dimensions(wanted: int | None, dimension: int) -> None:
 
 def _keep(cache: VectorCache, part: Part, vectors: Vectors) -> None:
     job, rows = part.job, part.rows.tolist()
-    lengths: Sequence[int] = lengths_of(part.slices)
+    lengths = lengths_of(part.slices)
     for row, vector, tokens, cut in zip(rows, vectors, lengths, truncated_of(part.slices), strict=True):
         if np.isfinite(vector).all():
             cache.put(job.context, job.texts[row], vector, tokens, cut)

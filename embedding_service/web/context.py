@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 from flask import Flask, current_app
@@ -25,6 +26,9 @@ from embedding_service.web.settings import WebSettings
 
 KEY = "embedding_service"
 
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
 # Weight of the latest request in the moving average of request times.
 LATEST_WEIGHT = 0.1
 
@@ -44,11 +48,7 @@ class ServiceContext:
 
     def embed(self, request: EmbedRequest) -> Embeddings:
         """As Engine.embed. Raises Overloaded if this worker has too many requests in flight."""
-        began = self._enter()
-        try:
-            result = self.engine.embed(request)
-        finally:
-            self._leave(began)
+        result = self._limited(self.engine.embed, request)
         timings = result.timings
         metrics.record_embedding(
             timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
@@ -57,25 +57,20 @@ class ServiceContext:
 
     def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
         """As Engine.tokenize, with the same limit as `embed`."""
-        began = self._enter()
-        try:
-            return self.engine.tokenize(request)
-        finally:
-            self._leave(began)
+        return self._limited(self.engine.tokenize, request)
 
     def split(self, request: SplitRequest) -> list[list[Chunk]]:
         """As Engine.split, with the same limit as `embed`."""
-        began = self._enter()
-        try:
-            return self.engine.split(request)
-        finally:
-            self._leave(began)
+        return self._limited(self.engine.split, request)
 
     def embed_tokens(self, request: TokensRequest) -> TokenVectors:
         """As Engine.embed_tokens, with the same limit as `embed`."""
+        return self._limited(self.engine.embed_tokens, request)
+
+    def _limited(self, call: Callable[[Request], Answer], request: Request) -> Answer:
         began = self._enter()
         try:
-            return self.engine.embed_tokens(request)
+            return call(request)
         finally:
             self._leave(began)
 

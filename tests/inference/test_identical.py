@@ -215,7 +215,7 @@ def test_without_a_cache_no_hits_are_reported(build):
 @pytest.mark.parametrize("cache_bytes", [0, 6_000, 1 << 20], ids=["no cache", "small cache", "cache"])
 @pytest.mark.parametrize("seed", range(6))
 def test_vectors_are_right_whatever_is_shared_and_whatever_fails(build, seed, cache_bytes):
-    """Many requests share few texts, some of which fail, run out of memory, are late or are cancelled."""
+    """Many requests share a few texts. Some fail, run out of memory, miss their deadline or are cancelled."""
     chance, lock = random.Random(seed), threading.Lock()
 
     def fail(batch) -> np.ndarray | None:

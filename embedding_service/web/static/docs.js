@@ -1,12 +1,12 @@
 // Shows the OpenAPI document. The page has its address, since a proxy may serve us below a path.
 const address = document.currentScript.dataset.document;
 
-import("./service.js").then(({ key, authorization }) => {
+Promise.all([import("./service.js"), import("./key.js")]).then(([{ key, authorization }, { showKeyForm }]) => {
   const $ = (id) => document.getElementById(id);
 
   async function show() {
     const answer = await fetch(address, { headers: authorization() });
-    if (answer.status === 401) return askForKey();
+    if (answer.status === 401) return showKeyForm();
     $("key-form").hidden = true;
     if (!answer.ok) {
       $("ui").textContent = `The service responded with status ${answer.status}.`;
@@ -24,16 +24,6 @@ import("./service.js").then(({ key, authorization }) => {
         return request;
       },
     });
-  }
-
-  function askForKey() {
-    const wasWrong = key.get() !== "";
-    key.forget();
-    $("key-form").hidden = false;
-    $("key-error").hidden = !wasWrong;
-    $("key-error").textContent = wasWrong ? "The service does not accept this key." : "";
-    $("key").select();
-    $("key").focus();
   }
 
   $("key-form").addEventListener("submit", (event) => {

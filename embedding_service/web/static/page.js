@@ -2,6 +2,7 @@
 
 import { jsonl, npy, save } from "./files.js";
 import { element, floor, heatmap, number, pairs, similarities } from "./heatmap.js";
+import { showKeyForm } from "./key.js";
 import { draw, legend } from "./map.js";
 import { start as startSearch } from "./search.js";
 import { ServiceError, address, embed, health, info, key } from "./service.js";
@@ -86,14 +87,9 @@ async function showModel() {
 // The API key
 
 function askForKey() {
-  const wasWrong = key.get() !== "";
-  key.forget();
   $("forget").hidden = true;
   $("links").hidden = true;
-  $("key-form").hidden = false;
-  show("key-error", wasWrong ? "The service does not accept this key." : "");
-  if (wasWrong) $("key").select();
-  $("key").focus();
+  showKeyForm();
 }
 
 function acceptKey() {
