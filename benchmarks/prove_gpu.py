@@ -203,6 +203,7 @@ def tests(step: Step) -> None:
     print(done.stdout, done.stderr, file=sys.stderr)
     step.tell("exit_code", done.returncode)
     step.tell("summary", done.stdout.strip().rpartition("\n")[2])
+    done.check_returncode()
 
 
 def vectors(step: Step) -> None:

@@ -3,7 +3,6 @@
 import logging
 
 import numpy as np
-import openvino
 import pytest
 
 from embedding_service.errors import StartupError
@@ -12,7 +11,7 @@ from embedding_service.inference.backends import choice
 from embedding_service.inference.budget import BatchCost
 from embedding_service.inference.device import computes_bfloat16
 from tests.inference.running import alone, embed, load, request
-from tests.inference.test_openvino import SENTENCES
+from tests.inference.test_openvino import SENTENCES, openvino
 from tests.inference.test_torch import cosines
 
 has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
