@@ -24,7 +24,7 @@ reliability: $(VENV)/dev.stamp  ## run the full fault tests and write docs/relia
 	$(BIN)/python -m pytest tests/faults
 	$(BIN)/python -m tests.reliability
 
-test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test rolling restarts and Ray (as root)
+test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test `pip install`, rolling restarts and Ray (as root)
 	$(BIN)/python -m pytest -m deploy -rP tests/deploy
 
 coverage: $(VENV)/dev.stamp  ## run `test` and report which lines ran, including those in child processes
