@@ -1,4 +1,4 @@
-"""README's quick start with pip: a fresh clone, an empty virtual environment, an empty folder."""
+"""What README and docs tell the reader to install with pip, in empty virtual environments."""
 
 import re
 import subprocess
@@ -10,12 +10,13 @@ from packaging.utils import canonicalize_name
 
 from embedding_service import __version__
 from tests.deploy.image import run
+from tests.docs.test_blocks import BLOCKS, at
 from tests.service import ROOT
 
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment that has only what pip installs for the tracked files."""
+    """README's quick start, from the tracked files; returns the environment's bin folder."""
     folder = tmp_path_factory.mktemp("install")
     clone, environment = folder / "clone", folder / "venv"
     clone.mkdir()
@@ -53,3 +54,15 @@ def test_every_version_is_pinned(binaries):
     assert {name: pins.get(name) for name in found if name not in ours} == {
         name: version for name, version in found.items() if name not in ours
     }
+
+
+@pytest.mark.deploy
+def test_the_example_for_langchain_huggingface_runs(service, tmp_path):
+    """It needs an older huggingface-hub than the service does."""
+    [block] = [block for block in BLOCKS if "langchain_huggingface" in block.text]
+    [install] = re.findall(r"`pip (install langchain-huggingface[^`]*)`", block.page.read_text())
+    run([sys.executable, "-m", "venv", str(tmp_path / "venv")])
+    python = str(tmp_path / "venv" / "bin" / "python")
+    run([python, "-m", "pip", *install.split(), "-q"])
+    (tmp_path / "block.py").write_text(at(service, block.text))
+    run([python, str(tmp_path / "block.py")])

@@ -1,14 +1,15 @@
-"""Runs every code block of README and docs, except for those that are listed here with a reason."""
+"""Runs every code block of README and docs, except for those that are listed here with a reason.
 
-import ast
+A Python block has only the packages that its page says to install; a command has those of requirements.txt.
+"""
+
 import importlib.util
 import itertools
 import json
 import re
 import shlex
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ import yaml
 
 from tests.conftest import require_program
 from tests.service import ROOT, Service
+
+# The fixture `environment` of conftest.py.
+Environment = Callable[..., Path]
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -40,14 +44,13 @@ NOT_RUN = {
     "python examples/ray_bulk.py": "needs Ray; tests/deploy/test_ray.py runs it",
 }
 
-# A Python package that the tests do not install -> why.
-NOT_INSTALLED = {"langchain_huggingface": "not in requirements-clients.txt; tried by hand"}
-
-# Imported name -> name for pip.
-PIP_NAMES = {
-    "llama_index.embeddings.openai_like": "llama-index-embeddings-openai-like",
-    "llama_index.embeddings.text_embeddings_inference": "llama-index-embeddings-text-embeddings-inference",
+# A package that cannot be installed beside the others -> why.
+NOT_INSTALLED = {
+    "langchain-huggingface": "needs an older huggingface-hub; tests/deploy/test_install.py runs the example",
 }
+
+
+SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
 class Block(NamedTuple):
@@ -97,18 +100,27 @@ def at(service: Service, text: str) -> str:
     return text.replace("http://localhost:8001", service.url)
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder, with this interpreter and the repository's modules."""
-    path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin:/bin"
+def run(
+    command: str, folder: Path, programs: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, with the system's programs, and first of all those in another folder."""
+    path = f"{programs}:{SYSTEM_PATH}" if programs else SYSTEM_PATH
     return subprocess.run(
         ["bash", "-euc", command],
         cwd=folder,
-        env={"PATH": path, "HOME": str(Path.home()), "PYTHONPATH": str(ROOT)},
+        env={"PATH": path, "HOME": str(Path.home())} | variables,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def packages(page: Path) -> list[str]:
+    """The packages that the page tells its reader to install, in alphabetical order."""
+    words = " ".join(re.findall(r"`pip install ([^`]*)`", page.read_text())).split()
+    named = {word for word in words if not word.startswith("-") and not word.endswith(".txt")}
+    return sorted(named - NOT_INSTALLED.keys())
 
 
 def test_every_block_has_a_known_language() -> None:
@@ -127,8 +139,16 @@ def test_every_reason_is_needed() -> None:
     assert [start for start in NOT_RUN if not any(command.startswith(start) for command in found)] == []
 
 
+def test_an_environment_has_only_what_was_asked_for(environment: Environment, tmp_path: Path) -> None:
+    programs = environment("requests")
+    assert run("python -c 'import requests, urllib3'", tmp_path, programs).returncode == 0
+    assert "No module named 'numpy'" in run("python -c 'import numpy'", tmp_path, programs).stderr
+
+
 @of("bash")
-def test_bash(block: Block, service: Service, tmp_path: Path) -> None:
+def test_bash(block: Block, service: Service, environment: Environment, tmp_path: Path) -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    programs = environment(*(line for line in lines if not line.startswith(("#", "-"))))
     assert run(f"bash -n <<'BLOCK'\n{block.text}BLOCK", tmp_path).returncode == 0
     prepare(tmp_path)
     for command in commands(block):
@@ -137,7 +157,7 @@ def test_bash(block: Block, service: Service, tmp_path: Path) -> None:
             continue
         if command == "nginx -t":
             require_program("nginx", "nginx-light")
-        result = run(as_run_here(command, service, tmp_path), tmp_path)
+        result = run(as_run_here(command, service, tmp_path), tmp_path, programs, PYTHONPATH=str(ROOT))
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
 
 
@@ -208,26 +228,13 @@ def assert_same_shape(shown: Any, real: Any) -> None:
 
 
 @of("python")
-def test_python(block: Block, service: Service, tmp_path: Path) -> None:
-    """The page says how to install each package that the block imports, and the block runs."""
-    imported = [
-        name
-        for node in ast.walk(ast.parse(block.text))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    ]
-    installed = " ".join(re.findall(r"`pip install ([^`]*)`", block.page.read_text()))
-    for name in set(imported) - sys.stdlib_module_names:
-        assert PIP_NAMES.get(name, name.replace("_", "-")) in installed.split(), f"no pip install of {name}"
-    if any(name in NOT_INSTALLED for name in imported):
-        return
+def test_python(block: Block, service: Service, environment: Environment, tmp_path: Path) -> None:
+    """The block runs with what the page says to install."""
+    for package, reason in NOT_INSTALLED.items():
+        if package.replace("-", "_") in block.text:
+            pytest.skip(reason)
     (tmp_path / "block.py").write_text(at(service, block.text))
-    result = run("python block.py", tmp_path)
+    result = run("python block.py", tmp_path, environment(*packages(block.page)))
     assert result.returncode == 0, result.stderr
 
 
