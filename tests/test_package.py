@@ -100,6 +100,17 @@ def test_prints_its_version(command, tmp_path):
     assert done.stdout == f"embedding-service {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("path", "pattern"),
+    [
+        ("docs/deployment.md", r"VERSION=(\S+)"),
+        ("deploy/kubernetes/base/kustomization.yaml", r"newTag: (\S+)"),
+    ],
+)
+def test_names_the_version_that_is_released(path, pattern):
+    assert re.findall(pattern, (ROOT / path).read_text()) == [__version__]
+
+
 def test_a_release_is_tagged_once_and_only_from_a_clean_tree_with_its_section(tmp_path):
     for name in ("Makefile", "CHANGELOG.md", "embedding_service/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
