@@ -35,6 +35,7 @@ NOT_RUN = {
     "pip install -c constraints.txt .": "installs for minutes; tests/deploy/test_install.py runs it",
     "pip install -r requirements-ray.txt": "tests/deploy/test_ray.py runs with it",
     "embedding-service serve": "runs until it is stopped; tests/deploy/test_install.py runs it",
+    "CORS_ORIGINS=": "runs until it is stopped; test_cors.py and test_prompts.py use these settings",
     "HF_HOME=/tmp/models embedding-service download": "needs the hub",
     "embedding-service calibrate": "tests/test_quantization.py runs it",
     "gunicorn -w 4": "runs until it is stopped; tests/processes/test_ways_to_start.py runs it",
