@@ -309,6 +309,8 @@ def lost_device(step: Step) -> None:
         step.tell("back_after_seconds", back)
         step.tell("health", _get(running, "/health"))
     step.tell("log", running.log().splitlines()[-20:])
+    if lost is None or back is None or wrong:
+        sys.exit(f"lost after {lost} s, back after {back} s, {wrong} wrong vectors")
 
 
 def soak(step: Step) -> None:

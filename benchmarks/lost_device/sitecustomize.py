@@ -22,12 +22,12 @@ def lose(sign: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-    # The same memory, but declared as a tebibyte.
+    # The same memory, but declared as a tebibyte; int64, since the sum of bytes would first convert them.
     beyond = SimpleNamespace(
         __cuda_array_interface__={
             "data": (memory.data_ptr(), False),
-            "shape": (1 << 40,),
-            "typestr": "|u1",
+            "shape": (1 << 37,),
+            "typestr": "<i8",
             "version": 3,
         }
     )

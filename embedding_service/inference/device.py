@@ -58,3 +58,6 @@ def prepare_libraries(device: str, threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if device == "cpu" else "true"
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
+        # cuDNN's attention takes 50 ms to plan for each new shape of a batch:
+        # https://github.com/pytorch/pytorch/pull/155958
+        torch.backends.cuda.enable_cudnn_sdp(False)

@@ -12,6 +12,7 @@ import numpy as np
 from embedding_service.errors import StartupError
 from embedding_service.inference.budget import BatchBudget, BatchCost, fit, measure
 from embedding_service.inference.cost_cache import CostCache
+from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.preprocessing import Preprocessor
 from embedding_service.inference.runtime import Batch, Lane, OutOfMemory, Prepared, Slice
 
@@ -32,7 +33,7 @@ class WarmUp:
 
 
 def warm_up(
-    lanes: Sequence[Lane],
+    lanes: Sequence[SessionLane],
     whole: Lane | None,
     preprocessor: Preprocessor,
     *,
@@ -50,6 +51,8 @@ def warm_up(
         for text in ("warm", "up " * max_seq_length)
     )
     if not on_cpu:
+        for lane in lanes:
+            lane.record_ahead(medium(preprocessor, max_seq_length), max_seq_length, max_batch_tokens)
         max_batch_tokens = fit_memory(lanes, short, long, max_batch_tokens, max_seq_length)
     dimension = int((whole or lanes[0]).forward(batch_of(short, 1)).shape[1])
     cost = find_cost(lanes, preprocessor, max_seq_length, max_batch_tokens, costs, on_cpu=on_cpu)
@@ -62,6 +65,12 @@ def warm_up(
 def batch_of(text: Prepared, tokens: int) -> Batch:
     """One text repeated to fill `tokens`, at least once."""
     return [Slice(text, np.zeros(max(1, tokens // int(text.lengths[0])), np.int32))]
+
+
+def medium(preprocessor: Preprocessor, max_seq_length: int) -> Prepared:
+    """A text whose length is halfway, by factors, between the shortest and the longest."""
+    words = " ".join(["up"] * max(1, math.isqrt(max_seq_length) - 2))
+    return preprocessor.prepare([words], None, None, None, parallel=False)
 
 
 def find_cost(
@@ -81,9 +90,7 @@ def find_cost(
     known = costs.load() if costs else None
     if known is not None:
         return known
-    # Between the shortest texts and the longest, by factors.
-    words = " ".join(["up"] * max(1, math.isqrt(max_seq_length) - 2))
-    text = preprocessor.prepare([words], None, None, None, parallel=False)
+    text = medium(preprocessor, max_seq_length)
 
     def run(tokens: int) -> float:
         batch = batch_of(text, tokens)

@@ -14,7 +14,7 @@ from embedding_service.errors import StartupError
 from embedding_service.inference.backends import torch as backend
 from embedding_service.inference.backends.torch import CudaSession, TorchSession, torch_backend
 from embedding_service.inference.device import choose_device, prepare_libraries
-from embedding_service.inference.runtime import DeviceLost, OutOfMemory, Prepared
+from embedding_service.inference.runtime import DeviceLost, OutOfMemory, Prepared, Slice
 from embedding_service.inference.warm_up import fit_memory
 from tests.inference.running import alone, embed, load, request, texts
 
@@ -269,6 +269,24 @@ def test_cuda_float16_is_near_encode(model_folder, oracle):
     some = [*texts(random.Random(2), 300), "word " * 300]
     (answer,) = embed(model, [request(some)])
     assert cosines(answer.vectors, oracle.encode(some)).min() > 0.999
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_graphs_run_and_give_the_vectors_of_single_launches(model_folder):
+    model = load(model_folder, device="cuda", dtype="float32")
+    session: CudaSession = model.lanes[0]._session  # type: ignore[attr-defined]
+    graphs = session._graphs
+    assert graphs and graphs.max_tokens >= 256
+    source = random.Random(3)
+    for count in (1, 7, 40, 100):
+        batch = [Slice.of(model.prepare(texts(source, count), None, None))]
+        features = model.preprocessor.pack(batch)
+        assert graphs.fit(features)
+        session._graphs = graphs
+        graphed = session.run(dict(features))
+        session._graphs = None
+        assert np.abs(session.run(dict(features)) - graphed).max() < 2e-3
 
 
 @pytest.mark.gpu

@@ -22,6 +22,13 @@ class Session(Protocol):
         returned. Raises OutOfMemory or DeviceLost.
         """
 
+    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
+        """Prepare for batches of other sizes, if the runtime is faster for it.
+
+        `example` holds the features of one text. No text has more than `max_width` tokens, and no batch
+        more than `max_tokens`.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:

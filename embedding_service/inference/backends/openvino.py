@@ -74,6 +74,9 @@ class OpenVINOSession:
         self._names = names
         self._without_prompt = without_prompt
 
+    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
+        """A graph of OpenVINO takes every shape."""
+
     def run(self, features: dict[str, Any]) -> Vectors:
         if "prompt_length" in features:
             # Pooling without the prompt is another graph; such models are rare.

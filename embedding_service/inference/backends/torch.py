@@ -1,5 +1,6 @@
 """The forward pass in PyTorch, on the CPU, CUDA or MPS."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,16 @@ from sentence_transformers import SentenceTransformer
 
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends import Backend
+from embedding_service.inference.backends.cuda_graphs import CudaGraphs
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory
+
+log = logging.getLogger(__name__)
 
 # While one batch computes, the next one is packed and copied, and the last one's vectors are delivered.
 CUDA_STREAMS = 2
+
+# How long each stream may record CUDA graphs at the start.
+RECORDING_SECONDS = 1.5
 
 
 def torch_backend(model: SentenceTransformer) -> Backend:
@@ -34,6 +41,9 @@ class TorchSession:
         self._model = model
         self._device = model.device
 
+    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
+        """Only CUDA has graphs."""
+
     @torch.inference_mode()
     def run(self, features: dict[str, Any]) -> Vectors:
         try:
@@ -53,8 +63,10 @@ class TorchSession:
 
     def _embed(self, features: dict[str, Any]) -> torch.Tensor:
         task = {"task": features.pop("task")} if "task" in features else {}
-        output = self._model({name: self._place(value) for name, value in features.items()}, **task)
-        vectors: torch.Tensor = output["sentence_embedding"]
+        return self._forward({name: self._place(value) for name, value in features.items()}, **task)
+
+    def _forward(self, placed: dict[str, Any], **task: str) -> torch.Tensor:
+        vectors: torch.Tensor = self._model(placed, **task)["sentence_embedding"]
         return vectors.float()
 
     def _place(self, value: Any) -> Any:
@@ -72,6 +84,7 @@ class CudaSession(TorchSession):
 
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__(model)
+        self._graphs: CudaGraphs | None = None
         # The current device of a thread is the first one, which would hold pinned memory and events.
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -82,13 +95,44 @@ class CudaSession(TorchSession):
 
     def _compute(self, features: dict[str, Any]) -> Vectors:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            vectors = self._embed(features)
+            vectors = self._launch(features)
             host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
             host.copy_(vectors, non_blocking=True)
             self._done.record(self._stream)
         self._done.synchronize()
         # A copy, so that pinned memory is free for the next batch at once.
         return host.numpy().copy()
+
+    def _launch(self, features: dict[str, Any]) -> torch.Tensor:
+        if self._graphs is None or not self._graphs.fit(features):
+            return self._embed(features)
+        try:
+            return self._graphs.run(features)
+        except RuntimeError as error:
+            self._give_up_graphs(error)
+        # If the device is lost, this fails too.
+        return self._embed(features)
+
+    @torch.inference_mode()
+    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
+        if "attention_mask" not in example or not all(
+            isinstance(one, np.ndarray) for one in example.values()
+        ):
+            return
+        try:
+            graphs = CudaGraphs(self._forward, list(example), max_width, self._device, self._stream)
+            self._graphs = graphs
+            graphs.find_limit(lambda batch: self.run(dict(batch)), example, max_tokens)
+            if self._graphs is not None:
+                with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                    count = graphs.record_ahead(RECORDING_SECONDS)
+                log.info("CUDA graphs: for batches of up to %d tokens, %d recorded", graphs.max_tokens, count)
+        except (RuntimeError, OutOfMemory) as error:
+            self._give_up_graphs(error)
+
+    def _give_up_graphs(self, error: Exception) -> None:
+        self._graphs = None
+        log.warning("CUDA graphs do not work here, so small batches are slower: %s", _first_line(error))
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device from pinned memory, so that the copy runs beside the launching of kernels."""
@@ -105,5 +149,9 @@ def _failure(error: RuntimeError, device: str) -> OutOfMemory | DeviceLost | Non
     if isinstance(error, torch.AcceleratorError):
         # Every CUDA call of this process fails from now on: https://docs.nvidia.com/cuda/,
         # "sticky" errors corrupt the context. The message names the kernel at fault.
-        return DeviceLost(f"the {device} device failed: {message.partition(chr(10))[0]}")
+        return DeviceLost(f"the {device} device failed: {_first_line(error)}")
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
