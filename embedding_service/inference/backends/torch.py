@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 CUDA_STREAMS = 2
 
 # How long each stream may record CUDA graphs at the start.
-RECORDING_SECONDS = 1.5
+RECORDING_SECONDS = 1.0
 
 
 def torch_backend(model: SentenceTransformer) -> Backend:
