@@ -1,6 +1,7 @@
 """CUDA graphs with a stand-in: what is recorded are torch's operations, on tensors of the CPU."""
 
 import contextlib
+import gc
 import logging
 
 import numpy as np
@@ -62,6 +63,7 @@ def graphs(monkeypatch):
     @contextlib.contextmanager
     def record(graph, *, pool, stream, capture_error_mode):
         assert (pool, capture_error_mode) == ("pool", "thread_local")
+        assert not gc.isenabled(), "the collector may free another graph, which spoils this one"
         with graph:
             yield
 
@@ -170,6 +172,7 @@ def test_if_a_graph_cannot_be_recorded_the_kernels_are_launched_one_by_one(tiny,
     ]
     expected = SentenceTransformer(str(tiny("bert")), device="cpu").encode(["the fox"])
     assert np.abs(session.run(features(model, ["the fox"])) - expected).max() < 1e-6
+    assert gc.isenabled()
 
 
 def test_shapes_grow_by_at_most_a_quarter_and_never_beyond_the_longest_text():

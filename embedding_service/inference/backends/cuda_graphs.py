@@ -4,9 +4,11 @@ Launching a small model's kernels one by one takes the host longer than they tak
 (docs/decisions/0010-cuda-graphs.md has the figures). A batch is padded to the next recorded shape.
 """
 
+import contextlib
+import gc
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +25,18 @@ NARROWEST = 16
 Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 Arrays = Mapping[str, np.ndarray]
 
-# PyTorch records one graph at a time in a process.
-_recording = threading.Lock()
+_one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """PyTorch records one graph at a time; and if this thread frees another meanwhile, the recording fails."""
+    with _one_at_a_time:
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
 
 
 def padded(number: int, step: int) -> int:
@@ -144,7 +156,7 @@ class CudaGraphs:
         inputs = staging.to(self._device)
         named = dict(zip(self._names, inputs, strict=True))
         graph = torch.cuda.CUDAGraph()
-        with _recording:
+        with _undisturbed():
             # In their first pass libraries allocate memory and choose kernels, which is not for a graph.
             self._forward(dict(named))
             # Other threads go on; only what this one does belongs to the graph.
