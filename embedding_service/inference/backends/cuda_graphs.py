@@ -30,7 +30,7 @@ _one_at_a_time = threading.Lock()
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """PyTorch records one graph at a time; and if this thread frees another meanwhile, the recording fails."""
+    """PyTorch records one graph at a time, and freeing another one in this thread spoils the recording."""
     with _one_at_a_time:
         gc.disable()
         try:
