@@ -4,7 +4,6 @@ import sys
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
-from selenium.webdriver.common.by import By
 
 from tests.browser.conftest import FLAGS
 from tests.browser.test_page import Page
@@ -31,6 +30,21 @@ def write(page: Page, name: str) -> None:
     page.browser.save_screenshot(str(FOLDER / f"{name}.png"))
 
 
+def compare(page: Page, device: str) -> None:
+    """The Compare tab with its example."""
+    wait_until(page["map-card"].is_displayed, 60, "the example")
+    write(page, f"compare-{device}")
+
+
+def search(page: Page, device: str) -> None:
+    """The Search tab with results."""
+    page["tab-search"].click()
+    page["documents"].send_keys(DOCUMENTS)
+    page["query"].send_keys(QUESTION)
+    wait_until(lambda: page.count("#results li") > 4, 60, "results")
+    write(page, f"search-{device}")
+
+
 def main(url: str) -> None:
     """Show both tabs on a desktop and on a phone."""
     options = webdriver.ChromeOptions()
@@ -42,14 +56,9 @@ def main(url: str) -> None:
         for device, (width, height) in SIZES.items():
             page = Page(browser, url)
             page.resize(width, height)
-            wait_until(page["map-card"].is_displayed, 60, "the example")
-            write(page, f"compare-{device}")
-            page["tab-search"].click()
-            page["documents"].send_keys(DOCUMENTS)
-            page["query"].send_keys(QUESTION)
-            wait_until(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#results li")) > 4, 60, "results")
+            compare(page, device)
             page.resize(width, height)
-            write(page, f"search-{device}")
+            search(page, device)
     finally:
         browser.quit()
 
