@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 from werkzeug.serving import make_server
 
-from embedding_service.engine import Embeddings, EmbedRequest, Engine, ModelInfo, Status, Timings
+from embedding_service.engine import (
+    Embeddings,
+    EmbedRequest,
+    Engine,
+    ModelInfo,
+    Status,
+    Timings,
+    TokensRequest,
+    TokenVectors,
+)
 from embedding_service.web.factory import create_app
 from embedding_service.web.settings import WebSettings
 
@@ -28,7 +37,10 @@ INFO = ModelInfo(
 
 
 class FakeEngine:
-    """Embeds a text as (its length, 0, 1); remembers the requests, or raises `error`."""
+    """Embeds a text as (its length, 0, 1), and each of its characters so, as a token.
+
+    It remembers the requests, or raises `error`.
+    """
 
     def __init__(self) -> None:
         self.requests: list[EmbedRequest] = []
@@ -46,6 +58,15 @@ class FakeEngine:
             tokens=sum(map(len, request.texts)),
             truncated=[],
             timings=Timings(tokenization_ms=1, queue_ms=2, inference_ms=3),
+        )
+
+    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
+        if self.error is not None:
+            raise self.error
+        counts = [len(text) for text in request.texts]
+        return TokenVectors(
+            vectors=np.array([[count, 0, 1] for count in counts for _ in range(count)], np.float32),
+            counts=counts,
         )
 
     def status(self) -> Status:

@@ -1,5 +1,6 @@
 """Vectors of tokens, compared with `SentenceTransformer.encode(output_value="token_embeddings")`."""
 
+import jsonschema_rs
 import numpy as np
 import pytest
 import requests
@@ -37,6 +38,32 @@ def test_the_response_counts_tokens(service):
     body = ask(service, "embed", texts=["one", "two words"], output="tokens").json()
     assert (body["count"], body["dimension"]) == (2, 384)
     assert body["usage"] == {"tokens": 3 + 4}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("embed_all", {"inputs": ["one", "two words"]}),
+        ("embed", {"texts": ["one", "two words"], "output": "tokens"}),
+    ],
+    ids=["TEI", "native"],
+)
+def test_the_headers_have_the_tokens_and_the_time(service, path, fields):
+    headers = ask(service, path, **fields).headers
+    assert headers["x-compute-tokens"] == str(3 + 4)
+    assert int(headers["x-total-time"]) >= 0
+    assert "x-queue-time" not in headers
+
+
+def test_the_response_is_as_described(service):
+    document = requests.get(f"{service.url}/openapi.json", timeout=10).json()
+    described = document["paths"]["/embed_all"]["post"]["responses"]["200"]
+    assert {"x-compute-tokens", "x-total-time"} == set(described["headers"]) - {"X-Request-ID"}
+    schema = described["content"]["application/json"]["schema"]
+    validator = jsonschema_rs.validator_for(schema)
+    validator.validate(ask(service, "embed_all", inputs=TEXTS).json())
+    for wrong in ([[0.5]], [0.5], {}, [[["a"]]]):
+        assert not validator.is_valid(wrong)
 
 
 def test_too_many_numbers_are_rejected_before_they_are_computed(service):

@@ -35,9 +35,9 @@ def _write(level: int, what: str, response: Response) -> None:
         "status": response.status_code,
         "ms": round(current().seconds * 1e3, 1),
     }
-    texts, result = current().texts, current().result
-    if texts is not None:
-        fields["texts"] = texts
+    counts = {"texts": current().texts, "tokens": current().tokens}
+    fields |= {name: count for name, count in counts.items() if count is not None}
+    result = current().result
     if result is not None:
         fields |= _of(result)
     text = " ".join(f"{name}={value}" for name, value in fields.items())
@@ -46,7 +46,6 @@ def _write(level: int, what: str, response: Response) -> None:
 
 def _of(result: Embeddings) -> dict[str, int | float]:
     return {
-        "tokens": result.tokens,
         "queue_ms": round(result.timings.queue_ms, 1),
         "inference_ms": round(result.timings.inference_ms, 1),
         "truncated": len(result.truncated),

@@ -50,7 +50,8 @@ InputType = Annotated[
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 Vector = Annotated[Any, Meta(description="float32", extra_json_schema=_NUMBERS)]
-Matrix = Annotated[Any, Meta(description="float32", extra_json_schema={"type": "array", "items": _NUMBERS})]
+MATRIX = {"type": "array", "items": _NUMBERS}
+Matrix = Annotated[Any, Meta(description="float32", extra_json_schema=MATRIX)]
 EncodedVector = Annotated[Any, Meta(extra_json_schema={"anyOf": [_NUMBERS, {"type": "string"}]})]
 # Like EncodedVectors, but with null for a bad text, or a list of vectors for the tokens of a text.
 EncodedTexts = Annotated[
@@ -193,11 +194,10 @@ def answer_embeddings(body: Any, result: Embeddings) -> Response:
 
 def _with_headers(response: Response, result: Embeddings) -> Response:
     current().result = result
+    current().tokens = result.tokens
     timings = result.timings
-    response.headers.extend(
+    add_headers(response).headers.extend(
         [
-            ("x-compute-tokens", str(result.tokens)),
-            ("x-total-time", str(round(current().seconds * 1e3))),
             ("x-tokenization-time", str(round(timings.tokenization_ms))),
             ("x-queue-time", str(round(timings.queue_ms))),
             ("x-inference-time", str(round(timings.inference_ms))),
@@ -205,4 +205,11 @@ def _with_headers(response: Response, result: Embeddings) -> Response:
     )
     if result.cache_hits is not None:
         response.headers["x-cache-hits"] = str(result.cache_hits)
+    return response
+
+
+def add_headers(response: Response) -> Response:
+    """Add the tokens that were read and the total time in whole milliseconds."""
+    response.headers["x-compute-tokens"] = str(current().tokens)
+    response.headers["x-total-time"] = str(round(current().seconds * 1e3))
     return response

@@ -28,7 +28,8 @@ HEADERS = {
     "x-inference-time": "Time spent in the model, in milliseconds.",
     "x-cache-hits": "Texts answered from the vector cache, if CACHE_MB is set.",
 }
-ON_EVERY, ON_WAIT, ON_VECTORS = tuple(HEADERS)[:1], tuple(HEADERS)[1:3], tuple(HEADERS)[3:]
+_NAMES = tuple(HEADERS)
+ON_EVERY, ON_WAIT, ON_TOKENS, ON_VECTORS = _NAMES[:1], _NAMES[1:3], _NAMES[3:5], _NAMES[5:]
 
 
 def document(app: Flask) -> dict[str, Any]:
@@ -122,8 +123,9 @@ def _responses(
     responses = {}
     for status in sorted(types):
         names = ON_EVERY + (ON_WAIT if status in (429, 503) else ())
-        if found.embeds and status == HTTPStatus.OK:
-            names += ON_VECTORS
+        if status == HTTPStatus.OK:
+            names += ON_TOKENS if found.reads_tokens else ()
+            names += ON_VECTORS if found.embeds else ()
         responses[str(status)] = {
             "description": HTTPStatus(status).phrase,
             "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},

@@ -38,13 +38,15 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     `media` lists the content types of the answers; errors are always JSON. `variant` is another
     protocol's view, which handles requests to the same route that have its fields. `public` views need no
-    key; `described` ones appear in the OpenAPI document.
+    key; `described` ones appear in the OpenAPI document. The headers of an answer count the tokens that were
+    read if the view `reads_tokens`, and say where the time went if it `embeds`.
     """
 
     answers: Mapping[int, Any]
     media: tuple[str, ...]
     body: BodyDecoder[Any] | None
     raises: tuple[type[ServiceError], ...]
+    reads_tokens: bool
     embeds: bool
     public: bool
     described: bool
@@ -61,6 +63,7 @@ def operation(
     media: tuple[str, ...] = (JSON,),
     body: BodyDecoder[Any] | None = None,
     raises: tuple[type[ServiceError], ...] = (),
+    reads_tokens: bool = False,
     embeds: bool = False,
     public: bool = False,
     described: bool = True,
@@ -74,6 +77,7 @@ def operation(
             media=media,
             body=body,
             raises=raises + (ON_BODY if body else ()),
+            reads_tokens=reads_tokens or embeds,
             embeds=embeds,
             public=public,
             described=described,

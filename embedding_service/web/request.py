@@ -22,8 +22,9 @@ class ServiceRequest(Request):
     """Flask's request with our own per-request state, which so cannot outlive the request."""
 
     protocol: "ApiProtocol | None" = None
-    # For the access log and traces: the number of texts in the request, and the engine's result.
+    # For the access log and traces: the texts in the request, the tokens read, and the engine's result.
     texts: int | None = None
+    tokens: int | None = None
     result: "Embeddings | None" = None
 
     def __init__(self, environ: dict[str, Any], *args: Any, **kwargs: Any) -> None:

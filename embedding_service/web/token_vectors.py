@@ -1,17 +1,32 @@
 """Vectors of tokens, for uses such as late interaction: POST /embed_all, and `output: tokens` on /embed."""
 
 from collections.abc import Iterator
+from typing import Annotated, Any
+
+from flask import Response
+from msgspec import Meta
 
 from embedding_service.engine import TokensRequest, Vectors
+from embedding_service.web.body import answer
 from embedding_service.web.context import context
+from embedding_service.web.embedding import MATRIX, add_headers
 from embedding_service.web.limits import check_texts
+from embedding_service.web.request import current
+
+Matrices = Annotated[Any, Meta(description="float32", extra_json_schema={"type": "array", "items": MATRIX})]
 
 
 def ask_tokens(request: TokensRequest) -> list[Vectors]:
     """The vectors of each text's tokens. Raises TooLarge if there could be too many."""
     check_texts(request.texts)
     found = context().embed_tokens(request)
+    current().tokens = sum(found.counts)
     return list(_by_text(found.vectors, found.counts))
+
+
+def answer_tokens(body: Any) -> Response:
+    """The body, with the headers of Text Embeddings Inference that have values: tokens and total time."""
+    return add_headers(answer(body))
 
 
 def _by_text(vectors: Vectors, counts: list[int]) -> Iterator[Vectors]:

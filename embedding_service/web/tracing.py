@@ -58,13 +58,12 @@ def _attributes(route: str, response: Response) -> dict[str, Any]:
         "url.path": request.path,
         "embedding.request_id": current().id,
     }
-    if current().texts is not None:
-        found["embedding.texts"] = current().texts
+    counts = {"embedding.texts": current().texts, "embedding.tokens": current().tokens}
+    found |= {name: count for name, count in counts.items() if count is not None}
     result = current().result
     if result is not None:
         timings = result.timings
         found |= {
-            "embedding.tokens": result.tokens,
             "embedding.tokenization_ms": timings.tokenization_ms,
             "embedding.queue_ms": timings.queue_ms,
             "embedding.inference_ms": timings.inference_ms,

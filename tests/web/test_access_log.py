@@ -76,6 +76,20 @@ def test_a_request_is_a_line_with_its_numbers(lines):
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [("/embed_all", {"inputs": ["a", "bc"]}), ("/embed", {"texts": ["a", "bc"], "output": "tokens"})],
+    ids=["TEI", "native"],
+)
+@pytest.mark.parametrize("settings", [{"access_log": True}, {"slow_request_seconds": 1e-9}], ids=str)
+def test_requests_for_the_vectors_of_tokens_have_their_numbers_too(lines, path, body, settings):
+    kept = lines()
+    response = served(**settings).post(path, json=body)
+    [line] = map(json.loads, kept)
+    assert (response.status_code, line["texts"], line["tokens"]) == (200, 2, 3)
+    assert "queue_ms" not in line
+
+
+@pytest.mark.parametrize(
     ("fields", "texts"),
     [
         ({"overflow": "chunks"}, 2),

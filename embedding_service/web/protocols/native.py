@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 from embedding_service.engine import Embeddings, EmbedRequest, TokensRequest
 from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.overflow import embed_chunks
-from embedding_service.web.body import BodyDecoder, answer, read
+from embedding_service.web.body import BodyDecoder, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     NPY,
@@ -39,7 +39,7 @@ from embedding_service.web.partial import embed_good_ones
 from embedding_service.web.protocol import ApiProtocol, Failure, set_protocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
-from embedding_service.web.token_vectors import ask_tokens
+from embedding_service.web.token_vectors import answer_tokens, ask_tokens
 
 
 class ErrorAnswer(TypedDict):
@@ -235,9 +235,9 @@ def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
         "model": model_name(),
         "count": len(vectors),
         "processing_time_ms": round(current().seconds * 1e3, 2),
-        "usage": {"tokens": sum(len(own) for own in vectors)},
+        "usage": {"tokens": current().tokens or 0},
     }
-    return answer(answer_body)
+    return answer_tokens(answer_body)
 
 
 def _in_chunks(body: EmbedBody, wanted: EmbedRequest) -> Response:

@@ -28,7 +28,7 @@ from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import operation
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current
-from embedding_service.web.token_vectors import ask_tokens
+from embedding_service.web.token_vectors import Matrices, answer_tokens, ask_tokens
 
 # A token takes about sixty bytes of JSON, so /tokenize accepts fewer characters than /embed.
 MAX_TOKENIZE_CHARACTERS = 1_000_000
@@ -220,7 +220,7 @@ def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
 
 
 @protocol.post("/embed_all")
-@operation({200: Any}, body=embed_all_decoder, embeds=False)
+@operation({200: Matrices}, body=embed_all_decoder, reads_tokens=True)
 def embed_all() -> Response:
     """Embed each token; returns a list of vectors for each text, including those of special tokens."""
     body = parse(embed_all_decoder)
@@ -230,7 +230,7 @@ def embed_all() -> Response:
         prompt_name=body.prompt_name,
         prompt=body.prompt,
     )
-    return answer(ask_tokens(request))
+    return answer_tokens(ask_tokens(request))
 
 
 @protocol.post("/tokenize")
