@@ -120,12 +120,24 @@ def test_8_bits_without_ranges_are_rejected(service):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "output_dtype")
 
 
+def ask_openai(service, **fields):
+    answer = requests.post(f"{service.url}/v1/embeddings", json={"input": TEXTS} | fields, timeout=60)
+    return [row["embedding"] for row in answer.json()["data"]]
+
+
 def test_openais_route_has_voyages_output_dtype(service):
-    answer = requests.post(
-        f"{service.url}/v1/embeddings", json={"input": TEXTS, "output_dtype": "ubinary"}, timeout=60
-    )
     expected = quantize_embeddings(floats(service), precision="ubinary")
-    assert [row["embedding"] for row in answer.json()["data"]] == expected.tolist()
+    assert ask_openai(service, output_dtype="ubinary") == expected.tolist()
+
+
+def test_openais_route_has_float16_too(service, oracle):
+    expected = oracle.encode(TEXTS, normalize_embeddings=True).astype(np.float16)
+    numbers = np.array(ask_openai(service, output_dtype="float16"), np.float16)
+    # The service's float32 may be rounded to the neighbour of the oracle's float16.
+    assert np.allclose(numbers, expected, rtol=2**-10, atol=1e-5)
+    assert np.array_equal(numbers, floats(service).astype(np.float16))
+    encoded = ask_openai(service, output_dtype="float16", encoding_format="base64")
+    assert np.array_equal([np.frombuffer(base64.b64decode(one), np.float16) for one in encoded], numbers)
 
 
 def test_calibrate_and_serve_in_8_bits(tmp_path, start):

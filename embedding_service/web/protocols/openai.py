@@ -83,15 +83,16 @@ protocol = ApiProtocol(
 )
 
 
-# Voyage's names for the number formats.
+# Voyage's and Jina's names for the number formats. Neither has float16, whose name follows the others.
 PRECISIONS: dict[str, Precision] = {
+    "float16": "float16",
     "int8": "int8",
     "uint8": "uint8",
     "binary": "binary",
     "ubinary": "ubinary",
 }
 OutputDtype = Annotated[
-    Literal["float", "float32", "int8", "uint8", "binary", "ubinary"],
+    Literal["float", "float32", "float16", "int8", "uint8", "binary", "ubinary"],
     Meta(description="Voyage's name for the number format of the vectors; see `precision` of /embed."),
 ]
 EmbeddingType = Annotated[
