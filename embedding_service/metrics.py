@@ -45,6 +45,8 @@ PHASE_SECONDS = _histogram(
     ("phase",),
 )
 TRUNCATED_TEXTS = _counter("truncated_texts", "Texts that were truncated to the model's maximum length.")
+CHUNKS = _counter("chunks", "Pieces that over-long texts were embedded in (overflow: mean or chunks).")
+FAILED_TEXTS = _counter("failed_texts", "Texts without a vector in requests with on_error: null.")
 
 BATCH_TEXTS = _histogram("batch_texts", "Texts in a forward pass.", [2**n for n in range(11)])
 BATCH_TOKENS = _histogram(

@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 import msgspec
 import numpy as np
 
+from embedding_service import metrics
 from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Vectors
 from embedding_service.errors import ServiceError, TooLarge
 
@@ -55,6 +56,8 @@ def embed_chunks(
         if error.index is not None:
             error.index = owners[error.index]
         raise
+    if pieces_of_long := sum(len(own) for own in chunks if len(own) > 1):
+        metrics.CHUNKS.inc(pieces_of_long)
     # A piece is truncated only if the model's own preprocessing makes more tokens than its tokenizer does.
     truncated = sorted({owners[index] for index in result.truncated})
     return msgspec.structs.replace(result, truncated=truncated, chunks=count), chunks

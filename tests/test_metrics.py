@@ -137,6 +137,24 @@ def test_every_request_of_every_worker_is_counted_once(two_workers):
     assert after.value("embedding_model_ready") == 1
 
 
+@pytest.mark.parametrize("overflow", ["mean", "chunks"])
+def test_the_pieces_of_long_texts_are_counted(two_workers, overflow):
+    service, _ = two_workers
+    before = scrape(service)
+    body = service.post("/embed", {"texts": ["word " * 600, "fits"], "overflow": overflow}).json()
+    assert body["usage"]["chunks"] == 4
+    assert scrape(service).value("embedding_chunks_total") - before.value("embedding_chunks_total") == 3
+
+
+def test_texts_without_a_vector_are_counted(two_workers):
+    service, _ = two_workers
+    before = scrape(service)
+    body = {"texts": ["word " * 600, "fits", "word " * 700], "overflow": "error", "on_error": "null"}
+    assert len(service.post("/embed", body).json()["errors"]) == 2
+    name = "embedding_failed_texts_total"
+    assert scrape(service).value(name) - before.value(name) == 2
+
+
 def test_the_number_of_labels_is_bounded(two_workers):
     service, _ = two_workers
     for number in range(30):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from embedding_service import metrics
 from embedding_service.engine import Embeddings, EmbedRequest, Timings
 from embedding_service.errors import ServiceError
 
@@ -34,6 +35,8 @@ def embed_good_ones(
             middle = (bad + 1 + part.stop) // 2
             halves = (range(part.start, bad), range(bad + 1, middle), range(middle, part.stop))
             waiting += [half for half in halves if half]
+    if errors:
+        metrics.FAILED_TEXTS.inc(len(errors))
     return _joined(results, len(request.texts), dimension), errors
 
 
