@@ -293,6 +293,32 @@ def test_a_hundred_texts_make_a_matrix_and_one_more_is_an_error(browser, scripte
     page.wait("error", "up to 100 texts; there are 101")
 
 
+# Size of the letters, and whether they fit into their cell, for each cell that shows a number.
+NUMBERS = """
+return [...document.querySelectorAll("#matrix thead th, #matrix td, #matrix tbody b")]
+  .filter((cell) => cell.innerText.trim())
+  .map((cell) => {
+    const words = document.createRange();
+    words.selectNodeContents(cell);
+    const fits = words.getBoundingClientRect().width <= cell.getBoundingClientRect().width;
+    return [parseFloat(getComputedStyle(cell).fontSize), fits];
+  });
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "texts", "numbers"), [(1280, 40, 40 + 40), (360, 6, 6 + 6 + 36)], ids=["desktop", "phone"]
+)
+def test_the_numbers_of_the_matrix_can_be_read(browser, scripted, width, texts, numbers):
+    page = Page(browser, scripted.url)
+    page.resize(width)
+    page.compare(*[f"text {i}" for i in range(texts)])
+    found = browser.execute_script(NUMBERS)
+    assert len(found) == numbers
+    assert min(size for size, _ in found) >= 9
+    assert all(fits for _, fits in found)
+
+
 def test_the_example_is_compared_at_once(browser, service):
     page = Page(browser, service.url)
     wait_until(lambda: page.count("#matrix td[data-i]") == 36)
@@ -400,6 +426,54 @@ def test_a_file_of_documents(browser, service, tmp_path, name):
     page["file"].send_keys(str(tmp_path / name))
     wait_until(lambda: page["documents"].get_property("value") == "\n".join(DOCUMENTS), what="the documents")
     page.wait("document-count", "3 documents")
+
+
+def test_a_dropped_file_is_read(browser, service, tmp_path):
+    (tmp_path / "documents.csv").write_text(FILES["documents.csv"])
+    page = Page(browser, service.url)
+    page["tab-search"].click()
+    box = page["documents"].rect
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    files = {"items": [], "files": [str(tmp_path / "documents.csv")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        browser.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, **place, "data": files})
+    page.wait("document-count", "3 documents")
+    assert page["documents"].get_property("value") == "\n".join(DOCUMENTS)
+
+
+def test_more_documents_than_the_page_searches_are_an_error(browser, scripted, tmp_path):
+    (tmp_path / "documents.txt").write_text("\n".join(f"document {i}" for i in range(5001)))
+    page = Page(browser, scripted.url)
+    page["tab-search"].click()
+    page["documents"].send_keys("one\ntwo")
+    page["query"].send_keys("first")
+    wait_until(lambda: page.count("#results .found") == 2, what="results")
+    words = "This page searches up to 5,000 documents; there are 5,001."
+    page["file"].send_keys(str(tmp_path / "documents.txt"))
+    page.wait("search-error", words)
+    assert page.count("#results li") == 0
+    browser.execute_script("document.getElementById('search-error').textContent = ''")
+    page["query"].send_keys(" and second")
+    page.wait("search-error", words)
+    assert page.count("#results li") == 0
+
+
+def test_an_error_of_the_search_leaves_no_old_results(browser, scripted):
+    page = Page(browser, scripted.url)
+    page["tab-search"].click()
+    page["documents"].send_keys("one\ntwo")
+    page["query"].send_keys("first")
+    wait_until(lambda: page.count("#results .found") == 2, what="results")
+    scripted.engine.error = Overloaded("9000 tokens are waiting for the model", retry_after_seconds=3)
+    page["query"].send_keys(" and second")
+    page.wait("search-error", "9000 tokens are waiting for the model. Try again in 3 s.")
+    assert (page.count("#results li"), page.text("search-status")) == (0, "")
+    page["documents"].send_keys("\nthree")
+    wait_until(lambda: scripted.engine.requests[-1].texts == ["three"])
+    scripted.engine.error = None
+    page["query"].send_keys("!")
+    wait_until(lambda: page.count("#results .found") == 3, what="results for all documents")
+    assert not page["search-error"].is_displayed()
 
 
 def test_a_file_that_cannot_be_read_is_named_with_its_line(browser, service, tmp_path):

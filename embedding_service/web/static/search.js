@@ -20,6 +20,8 @@ let onUnauthorized = () => {};
 // Only the answers to the latest query and the latest documents are used.
 let asked = 0;
 let embedding = 0;
+// Whether the latest documents could not all be embedded; the next query tries again.
+let failed = false;
 
 const show = (id, text) => {
   $(id).textContent = text;
@@ -31,7 +33,7 @@ export function start(unauthorized) {
   onUnauthorized = unauthorized;
   $("documents").addEventListener("input", count);
   $("documents").addEventListener("input", later(embedDocuments, DOCUMENTS_MS));
-  $("query").addEventListener("input", later(search, QUERY_MS));
+  $("query").addEventListener("input", later(() => (failed ? embedDocuments() : search()), QUERY_MS));
   $("search-form").addEventListener("submit", (event) => event.preventDefault());
   $("file").addEventListener("change", () => open($("file").files[0]));
   $("documents").addEventListener("dragover", (event) => event.preventDefault());
@@ -71,15 +73,18 @@ async function embedDocuments() {
   const mine = ++embedding;
   count();
   const all = documents();
-  if (all.length > MAX_DOCUMENTS) {
+  failed = all.length > MAX_DOCUMENTS;
+  if (failed) {
     return fail(`This page searches up to ${MAX_DOCUMENTS.toLocaleString("en")} documents; there are ${all.length.toLocaleString("en")}.`);
   }
   show("search-error", "");
   const missing = [...new Set(all)].filter((text) => !known.has(text));
   for (let first = 0; first < missing.length; first += BATCH) {
     const texts = missing.slice(first, first + BATCH);
-    const vectors = await vectorsOf(texts, "document");
-    if (mine !== embedding || !vectors) return;
+    const vectors = await vectorsOf(texts, "document", () => mine === embedding);
+    if (mine !== embedding) return;
+    failed = !vectors;
+    if (failed) return;
     texts.forEach((text, i) => known.set(text, vectors[i]));
     $("search-status").textContent = `${first + texts.length} of ${missing.length} documents embedded`;
   }
@@ -91,8 +96,8 @@ async function search() {
   const query = $("query").value.trim();
   if (!query || !documents().length) return clear();
   const began = performance.now();
-  const vectors = await vectorsOf([query], "query");
-  if (mine !== asked || !vectors) return;
+  const vectors = await vectorsOf([query], "query", () => mine === asked);
+  if (!vectors) return;
   const ranked = documents()
     .filter((text) => known.has(text))
     .map((text) => ({ text, score: similarity(vectors[0], known.get(text)) }))
@@ -108,12 +113,14 @@ async function search() {
 
 const similarity = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
 
-async function vectorsOf(texts, kind) {
+/** The vectors of texts; null if the request failed, or if `isLatest` says that they are no longer wanted. */
+async function vectorsOf(texts, kind, isLatest) {
   try {
     const answer = await embed(JSON.stringify({ texts, input_type: kind }));
-    return answer.embeddings;
+    return isLatest() ? answer.embeddings : null;
   } catch (error) {
     if (!(error instanceof ServiceError)) throw error;
+    if (!isLatest()) return null;
     if (error.status === 401) onUnauthorized();
     fail(error.message);
     return null;
@@ -129,6 +136,8 @@ function result({ text, score }) {
 }
 
 function fail(message) {
+  // The answer to a query that is still on its way must not replace the error.
+  asked++;
   clear();
   show("search-error", message);
 }
