@@ -54,7 +54,18 @@ class ServiceRequest(Request):
 
     @property
     def trace_id(self) -> str | None:
-        """The id of the trace that this request is part of, from the caller's W3C `traceparent` header."""
+        """The id of the trace that this request is part of: the caller's, or if spans are sent, a new one."""
+        sends_spans = current_app.extensions["embedding_service"].settings.traces
+        return self.callers_trace_id or (self.new_trace_id if sends_spans else None)
+
+    @cached_property
+    def new_trace_id(self) -> str:
+        """The id of a trace that begins with this request."""
+        return f"{random.getrandbits(128):032x}"
+
+    @property
+    def callers_trace_id(self) -> str | None:
+        """The trace id in the caller's W3C `traceparent` header."""
         found = TRACEPARENT.fullmatch(self.environ.get("HTTP_TRACEPARENT", ""))
         return found[1] if found and found[1] != "0" * 32 and found[2] != "0" * 16 else None
 
@@ -65,7 +76,7 @@ def current() -> ServiceRequest:
 
 
 def current_trace_id() -> str | None:
-    """The trace id of the current request; None outside a request, or if the caller sent none."""
+    """The trace id of the current request; None outside a request, or if there is no trace."""
     return current().trace_id if has_request_context() else None
 
 

@@ -1,4 +1,4 @@
-"""Puts the request id into responses, and the request id and the caller's trace id into log lines."""
+"""Puts the request id into responses, and the request id and the trace id into log lines."""
 
 from flask import Flask, Response
 
@@ -15,6 +15,6 @@ def register(app: Flask) -> None:
 
 def _end(response: Response) -> Response:
     response.headers["X-Request-ID"] = current().id
-    if current().trace_id is not None:
+    if current().callers_trace_id is not None:
         response.headers.setdefault("traceparent", current().environ["HTTP_TRACEPARENT"])
     return response

@@ -20,13 +20,20 @@ def register(app: Flask) -> None:
     from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    class RequestTraceIds(RandomIdGenerator):
+        """A span without a parent gets the trace id that is on the request's log lines."""
+
+        def generate_trace_id(self) -> int:
+            return int(current().new_trace_id, 16)
 
     resource = Resource.create({SERVICE_VERSION: __version__})
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         # OTEL_SERVICE_NAME is not set.
         resource = resource.merge(Resource({SERVICE_NAME: "embedding-service"}))
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource, id_generator=RequestTraceIds())
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     tracer = provider.get_tracer("embedding_service")
     propagator = TraceContextTextMapPropagator()

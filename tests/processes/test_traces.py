@@ -1,5 +1,6 @@
 """Traces over OTLP, from the real service to a collector in this process."""
 
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,6 +77,23 @@ def test_a_request_becomes_a_span_of_the_callers_trace(start, collector):
     resource = collector.requests[0].resource_spans[0].resource
     names = {each.key: each.value.string_value for each in resource.attributes}
     assert names["service.name"] == "embedding-service"
+
+
+def test_a_request_without_a_trace_begins_one(start, collector):
+    service = start(
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+        OTEL_BSP_SCHEDULE_DELAY="100",
+        ACCESS_LOG="true",
+        LOG_FORMAT="json",
+    ).wait_ready()
+    response = service.post("/embed", {"texts": "one"}, headers={"X-Request-ID": "mine"})
+    wait_until(lambda: collector.spans("POST /embed"), what="the span")
+    [span] = collector.spans("POST /embed")
+    assert span.parent_span_id == b""
+    _, trace, parent, _ = response.headers["traceparent"].split("-")
+    assert (trace, parent) == (span.trace_id.hex(), span.span_id.hex())
+    lines = [json.loads(line) for line in service.log().splitlines() if '"mine"' in line]
+    assert [line["trace_id"] for line in lines] == [span.trace_id.hex()]
 
 
 def test_an_unreachable_collector_delays_nobody(start):
