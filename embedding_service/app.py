@@ -5,7 +5,7 @@ import logging
 import msgspec
 from flask import Flask
 
-from embedding_service import config, logs, preflight
+from embedding_service import environment, logs, preflight
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing import supervisor_handle
@@ -18,8 +18,8 @@ from embedding_service.web.settings import WebSettings
 
 def build() -> Flask:
     """The app, on top of the gunicorn master's model processes or a model in this process."""
-    settings = config.current()
-    traces = config.sends_traces()
+    started = environment.current()
+    settings = started.settings
     supervisor = supervisor_handle.inherited()
     engine: RemoteEngine | LocalEngine
     if supervisor is not None:
@@ -31,7 +31,7 @@ def build() -> Flask:
             logging.getLogger("embedding_service").warning(OPEN_WARNING, settings.host)
         model = msgspec.convert(settings, ModelSettings, from_attributes=True)
         preflight.check_model(model)
-        preflight.check_traces(traces)
+        preflight.check_traces(started.sends_traces)
         engine = LocalEngine(model)
     web = msgspec.convert(settings, WebSettings, from_attributes=True)
-    return create_app(engine, msgspec.structs.replace(web, traces=traces))
+    return create_app(engine, msgspec.structs.replace(web, traces=started.sends_traces))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from embedding_service import __version__, config, logs
+from embedding_service import __version__, config, environment, logs
 from embedding_service.errors import StartupError
 from embedding_service.sharing.settings import EX_CONFIG
 
@@ -51,10 +51,10 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
     from embedding_service import serving
 
     try:
-        config.start({name.upper(): value for name, value in given.items() if value is not None})
+        environment.start(**{name.upper(): value for name, value in given.items() if value is not None})
         serving.serve()
     except StartupError as error:
-        logs.refuse(error, config.log_format())
+        logs.refuse(error, environment.log_format())
         return EX_CONFIG
     return 0
 
@@ -72,7 +72,7 @@ def download(arguments: Sequence[str]) -> int:
     from embedding_service.inference import source
 
     try:
-        config.environment()
+        environment.start()
         found = source.resolve(given.model, given.revision)
         files = source.checked(found.folder)
         if damaged := [name for name, whole in files.items() if whole is False]:
@@ -109,7 +109,7 @@ def calibrate(arguments: Sequence[str]) -> int:
 
     try:
         texts = calibration.read_texts(given.texts)
-        ranges = calibration.ranges_of(texts, config.start({}))
+        ranges = calibration.ranges_of(texts, environment.start().settings)
         given.output.write_bytes(msgspec.json.encode(ranges))
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)

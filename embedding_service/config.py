@@ -1,20 +1,14 @@
-"""Every setting, with type, default, bounds and description; read from the environment and `.env`."""
+"""Every setting, with type, default, bounds and description; environment.py reads them."""
 
 import ipaddress
-import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from embedding_service import env_file
 from embedding_service.errors import ConfigError
-
-# The folder of app.py, in a checkout.
-PROJECT = Path(__file__).parent.parent
 
 DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
 
@@ -245,78 +239,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return True
 
 
-def environment() -> dict[str, str]:
-    """The process environment and `.env` (from the working folder, else beside app.py); the former wins.
-
-    Variables in `.env` that are not our settings (HF_TOKEN, HF_HOME) are added to the process environment,
-    because libraries look only there. Raises ConfigError.
-    """
-    places = [Path(), PROJECT] if (PROJECT / "app.py").is_file() else [Path()]
-    file = env_file.find(places)
-    if file is None:
-        return dict(os.environ)
-    read = env_file.read(file, os.environ)
-    for name, value in read.items():
-        if name not in NAMES:
-            os.environ.setdefault(name, value)
-    _notes.extend(
-        f"{file}: {name} is not a setting of this service and has no effect; did you mean {meant}?"
-        for name, meant in env_file.misspelt(read, NAMES).items()
-        if name != "API_KEY"
-    )
-    found = read | dict(os.environ)
-    if "API_KEY" in read and not (found.get("API_KEYS") or found.get("API_KEYS_FILE")):
-        _notes.append(f"{file}: API_KEY is the key that embed_file sends; the service requires API_KEYS")
-    return found
-
-
-# Warnings about the settings, logged once logging is set up.
-_notes: list[str] = []
-
-_current: "Config | None" = None
-
-
-def start(arguments: Mapping[str, str]) -> Config:
-    """Read this process's settings; command-line arguments win. Raises ConfigError."""
-    global _current  # noqa: PLW0603
-    _current = load(environment() | dict(arguments))
-    return _current
-
-
-def current() -> Config:
-    """The settings with which this process, or its parent before the fork, started."""
-    return _current or start({})
-
-
-def log_format() -> str:
-    """LOG_FORMAT, even if other settings are invalid."""
-    try:
-        found: Mapping[str, str] = environment()
-    except ConfigError:
-        found = os.environ
-    return "json" if found.get("LOG_FORMAT", "").strip().lower() == "json" else "text"
-
-
-def notes() -> list[str]:
-    """Return the warnings about the settings and clear them."""
-    noted = _notes.copy()
-    _notes.clear()
-    return noted
-
-
-def client_api_key() -> str | None:
-    """The key that embed_file sends, from API_KEY; the service itself reads API_KEYS."""
-    return environment().get("API_KEY", "").strip() or None
-
-
-def sends_traces() -> bool:
-    """Whether OpenTelemetry's own variables name a collector to send traces to."""
-    found = environment()
-    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    is_off = found.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    return not is_off and any(found.get(name, "").strip() for name in names)
-
-
 def descriptions() -> dict[str, str]:
     """The description and default of each setting."""
     described: dict[str, str] = {}
@@ -327,28 +249,36 @@ def descriptions() -> dict[str, str]:
     return described
 
 
-def load(environ: Mapping[str, str] | None = None) -> Config:
-    """The settings from `environ`, by default from `environment()`.
+def load(variables: Mapping[str, str]) -> Config:
+    """The settings from these variables; an empty value counts as not set.
 
-    An empty value counts as not set. Raises ConfigError for the first value that is not allowed.
+    Raises ConfigError for the first value that is not allowed.
     """
-    if environ is None:
-        environ = environment()
     values: dict[str, Any] = {}
     for field in FIELDS:
-        name = field.name.upper()
-        raw = environ.get(name, "").strip()
-        if not raw:
-            platform = (environ.get(other, "").strip() for other in PLATFORM_NAMES.get(name, ()))
-            raw = next(filter(None, platform), "")
-        if not raw and name in OLD_NAMES and (raw := environ.get(OLD_NAMES[name], "").strip()):
-            _notes.append(
-                f"{OLD_NAMES[name]} is now called {name}; the old name works until the next release"
-            )
-            name = OLD_NAMES[name]
+        name, raw = _given(field.name.upper(), variables)
         if raw:
             values[field.name] = _convert(name, raw, field.type)
     return Config(**values)
+
+
+def warnings(variables: Mapping[str, str]) -> list[str]:
+    """A warning for each setting that is given by its former name."""
+    return [
+        f"{old} is now called {name}; the old name works until the next release"
+        for name, old in OLD_NAMES.items()
+        if _given(name, variables)[0] == old
+    ]
+
+
+def _given(name: str, variables: Mapping[str, str]) -> tuple[str, str]:
+    """The value of a setting, empty if it is not set, and the name to use in messages about it."""
+    for variable in (name, *PLATFORM_NAMES.get(name, ())):
+        if raw := variables.get(variable, "").strip():
+            return name, raw
+    old = OLD_NAMES.get(name, "")
+    raw = variables.get(old, "").strip()
+    return (old, raw) if raw else (name, "")
 
 
 FIELDS = msgspec.structs.fields(Config)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from embedding_service import config, logs
+from embedding_service import environment, logs
 from embedding_service.bulk import outputs
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
 from embedding_service.bulk.part import BadRow, PartFile, RunRecord
@@ -205,7 +205,7 @@ def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
         return None
     ranges = None
     if precision in ("int8", "uint8"):
-        path = config.load().int8_ranges
+        path = environment.current().settings.int8_ranges
         if path is None:
             raise StartupError(
                 f"--precision {precision} needs the setting INT8_RANGES: a file that "
@@ -273,12 +273,14 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
 
 def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
     if arguments.url:
-        return RemoteEmbedder(arguments.url, arguments.api_key or config.client_api_key(), options)
+        return RemoteEmbedder(
+            arguments.url, arguments.api_key or environment.current().client_api_key, options
+        )
     # Imported here, because --url does not need torch.
     from embedding_service.inference.local import LocalEngine
     from embedding_service.inference.settings import ModelSettings
 
-    settings = config.load()
+    settings = environment.current().settings
     logs.setup(settings.log_level, settings.log_format, settings.log_file)
     model = msgspec.convert(settings, ModelSettings, from_attributes=True)
     engine = LocalEngine(msgspec.structs.replace(model, device=settings.devices[0]))

@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 from gunicorn import glogging, systemd
 
-from embedding_service import config as service_config  # `config` is a setting of gunicorn
-from embedding_service import logs, preflight
+from embedding_service import environment, logs, preflight
 from embedding_service.errors import StartupError
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.sharing import supervisor_handle
@@ -16,12 +15,13 @@ from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSe
 from embedding_service.web.keys import OPEN_WARNING, KeyRing
 
 try:
-    settings = service_config.current()
+    started = environment.current()
+    settings = started.settings
     logging = msgspec.convert(settings, LogSettings, from_attributes=True)
     logs.setup(*msgspec.structs.astuple(logging))
     supervisor = supervisor_handle.prepare()
 except StartupError as error:
-    logs.refuse(error, service_config.log_format())
+    logs.refuse(error, environment.log_format())
     sys.exit(EX_CONFIG)
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
@@ -63,8 +63,8 @@ def on_starting(server: Any) -> None:
     """In the master, before any worker: start the supervisor of the model processes."""
     # SIGUSR2 runs this command again; sys.argv no longer has all of it after `python -m`.
     server.START_CTX["args"] = [sys.executable, *sys.orig_argv[1:]]
-    for note in service_config.notes():
-        server.log.warning("%s", note)
+    for warning in started.warnings:
+        server.log.warning("%s", warning)
     if server.cfg.worker_class_str != worker_class:
         server.log.warning("-k %s: slow clients can hold up this worker", server.cfg.worker_class_str)
     elif server.cfg.threads != threads:
@@ -83,7 +83,7 @@ def on_starting(server: Any) -> None:
     try:
         KeyRing(settings.api_keys, settings.api_keys_file).check()
         preflight.check_model(model)
-        preflight.check_traces(service_config.sends_traces())
+        preflight.check_traces(started.sends_traces)
         for address in _new_addresses(server):
             preflight.check_address(*address)
         supervisor.start(processes)

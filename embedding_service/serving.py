@@ -4,12 +4,12 @@ import importlib.util
 import os
 from typing import Any
 
-from embedding_service import config
+from embedding_service import environment
 
 
 def serve() -> None:
     """Serve until told to stop. Raises ConfigError or StartupError, or SystemExit once gunicorn runs."""
-    settings = config.current()
+    settings = environment.current().settings
     if os.name == "posix" and importlib.util.find_spec("gunicorn"):
         _serve_with_gunicorn()
     from embedding_service.app import build

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from embedding_service import config
+from embedding_service import config, environment
 
 ROOT = Path(__file__).parent.parent
 FIELDS = msgspec.structs.fields(config.Config)
@@ -42,10 +42,10 @@ def test_an_old_name_counts_if_the_new_one_is_not_set():
     old = {"WEB_THREADS": "9"}
     assert config.load(old).max_concurrent_requests == 9
     assert config.load(old | {"MAX_CONCURRENT_REQUESTS": "8"}).max_concurrent_requests == 8
-    assert "WEB_THREADS is now called MAX_CONCURRENT_REQUESTS" in config.notes()[0]
+    assert "WEB_THREADS is now called MAX_CONCURRENT_REQUESTS" in config.warnings(old)[0]
+    assert config.warnings(old | {"MAX_CONCURRENT_REQUESTS": "8"}) == []
     with pytest.raises(config.ConfigError, match="WEB_THREADS='x'"):
         config.load({"WEB_THREADS": "x"})
-    config.notes()
 
 
 def test_values_are_converted():
@@ -132,16 +132,17 @@ def test_names_that_other_software_uses_are_accepted(name, value, meant):
 def env_file(tmp_path, monkeypatch) -> Path:
     """The `.env` of the working folder."""
     monkeypatch.chdir(tmp_path)
-    # Variables that a test exports are removed after it.
-    monkeypatch.setattr(config.os, "environ", {"HOME": "/"})
     return tmp_path / ".env"
 
 
-def test_the_environment_wins_over_the_env_file(env_file):
-    env_file.write_text("BATCH_SIZE=7\nMAX_SEQ_LENGTH=99\n")
-    config.os.environ["MAX_SEQ_LENGTH"] = "128"
-    settings = config.load()
-    assert (settings.batch_size, settings.max_seq_length) == (7, 128)
+def read() -> environment.Environment:
+    return environment.read({"HOME": "/"})
+
+
+def test_arguments_win_over_the_environment_and_both_over_the_env_file(env_file):
+    env_file.write_text("BATCH_SIZE=7\nMAX_SEQ_LENGTH=99\nPORT=1\n")
+    settings = environment.read({"MAX_SEQ_LENGTH": "128", "PORT": "2"}, PORT="3").settings
+    assert (settings.batch_size, settings.max_seq_length, settings.port) == (7, 128, 3)
 
 
 def test_the_env_file_is_parsed_as_dotenv_does(env_file):
@@ -150,19 +151,14 @@ def test_the_env_file_is_parsed_as_dotenv_does(env_file):
         "LOG_FILE=${HOME}tmp/${NAME:-x}.log\n",
         encoding="utf-8",
     )
-    settings = config.load()
+    settings = read().settings
     assert (settings.batch_size, settings.api_keys, settings.host) == (7, "a#b,c", "0.0.0.0")
     assert settings.log_file == "/tmp/x.log"
 
 
 def test_only_variables_for_libraries_are_added_to_the_environment(env_file):
     env_file.write_text("API_KEYS=secret\nHF_TOKEN=theirs\nHOME=/other\n")
-    config.load()
-    assert {name: config.os.environ.get(name) for name in ("API_KEYS", "HF_TOKEN", "HOME")} == {
-        "API_KEYS": None,
-        "HF_TOKEN": "theirs",
-        "HOME": "/",
-    }
+    assert read().exports == {"HF_TOKEN": "theirs"}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +180,7 @@ def test_only_variables_for_libraries_are_added_to_the_environment(env_file):
 def test_an_invalid_env_file_gets_one_line(env_file, content, words):
     env_file.write_bytes(content)
     with pytest.raises(config.ConfigError) as caught:
-        config.load()
+        _ = read().settings
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value) or "API_KEYS:secret" in str(caught.value)
@@ -193,11 +189,11 @@ def test_an_invalid_env_file_gets_one_line(env_file, content, words):
 def test_an_unreadable_env_file_gets_one_line(env_file):
     env_file.mkdir()
     with pytest.raises(config.ConfigError, match=r"\.env cannot be read: Is a directory"):
-        config.load()
+        read()
     env_file.rmdir()
     env_file.symlink_to("nowhere")
     with pytest.raises(config.ConfigError, match=r"\.env cannot be read: No such file"):
-        config.load()
+        read()
 
 
 @pytest.mark.parametrize(
@@ -213,19 +209,17 @@ def test_an_unreadable_env_file_gets_one_line(env_file):
 )
 def test_a_misspelt_setting_gets_a_suggestion(env_file, written, meant):
     env_file.write_text(f"{written}=1\nHF_TOKEN=x\nHF_HOME=/x\nTMPDIR=/x\n")
-    config.load()
-    [note] = config.notes()
-    assert f"{written} is not a setting" in note
-    assert note.endswith(f"did you mean {meant}?")
+    [warning] = read().warnings
+    assert f"{written} is not a setting" in warning
+    assert warning.endswith(f"did you mean {meant}?")
 
 
 def test_the_clients_key_alone_gets_a_warning_that_it_protects_nothing(env_file):
     env_file.write_text("API_KEY=x\n")
-    config.load()
-    assert "the service requires API_KEYS" in config.notes()[0]
+    assert "the service requires API_KEYS" in read().warnings[0]
+    assert read().client_api_key == "x"
     env_file.write_text("API_KEY=x\nAPI_KEYS=x\n")
-    config.load()
-    assert config.notes() == []
+    assert read().warnings == ()
 
 
 def test_env_example_has_every_setting_with_default_and_description():

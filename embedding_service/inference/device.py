@@ -54,8 +54,9 @@ def prepare_libraries(device: str, threads: int) -> None:
     """Apply process-wide settings of the libraries."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    # On a CPU the tokenizer's threads would take the cores from the model.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if device == "cpu" else "true"
+    # On a CPU the tokenizer's threads would take the cores from the model. The library has no other
+    # switch, and the device is not known earlier.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if device == "cpu" else "true"  # noqa: TID251
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
         # cuDNN's attention takes 50 ms to plan for each new shape of a batch:

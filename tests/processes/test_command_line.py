@@ -57,6 +57,12 @@ def test_the_env_file_of_the_working_folder_counts(start, tmp_path):
     assert len(service.web_workers()) == 1
 
 
+def test_import_config_reads_the_env_file(tmp_path):
+    (tmp_path / ".env").write_text("BATCH_SIZE=7\n")
+    program = f"import sys; sys.path[0] = {str(ROOT)!r}; import config; print(config.load().batch_size)"
+    assert run(sys.executable, "-c", program, cwd=tmp_path).stdout == "7\n"
+
+
 def test_an_invalid_env_file_stops_the_start(start, tmp_path):
     (tmp_path / ".env").write_text("PORT=1\nAPI_KEYS: secret\n")
     service = start(APP, cwd=tmp_path)

@@ -117,6 +117,13 @@ def test_a_startup_error_has_the_log_format_of_the_env_file(start, tmp_path):
     assert json.loads(service.log())["message"].startswith("BATCH_SIZE='none' is not allowed")
 
 
+def test_an_invalid_env_file_is_refused_in_the_log_format_of_the_environment(start, tmp_path):
+    (tmp_path / ".env").write_text("BATCH_SIZE\n")
+    service = start([sys.executable, str(ROOT / "app.py")], cwd=tmp_path, LOG_FORMAT="json")
+    assert service.process.wait(30) == 78
+    assert json.loads(service.log())["message"].endswith("BATCH_SIZE has no value; write BATCH_SIZE=value")
+
+
 LAUNCH = """
 import os, socket, sys
 listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from embedding_service import config, preflight
+from embedding_service import environment, preflight
 from embedding_service.errors import StartupError
 from tests.service import wait_until
 
@@ -118,8 +118,5 @@ def test_a_missing_package_stops_the_start(monkeypatch):
     ],
     ids=["none", "for everything", "for traces", "turned off"],
 )
-def test_opentelemetrys_variables_turn_traces_on(monkeypatch, tmp_path, variables, wanted):
-    monkeypatch.chdir(tmp_path)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert config.sends_traces() is wanted
+def test_opentelemetrys_variables_turn_traces_on(variables, wanted):
+    assert environment.read(variables).sends_traces is wanted

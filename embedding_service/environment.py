@@ -1,0 +1,80 @@
+"""Reads what a process is started with, once: its environment, `.env` and the command line's settings."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from embedding_service import config, env_file
+
+# The folder of app.py, in a checkout.
+PROJECT = Path(__file__).parent.parent
+
+
+class Environment(msgspec.Struct, frozen=True):
+    """All variables, warnings about them, and those of `.env` that libraries look for in os.environ."""
+
+    variables: Mapping[str, str]
+    warnings: tuple[str, ...]
+    exports: Mapping[str, str]
+
+    @property
+    def settings(self) -> config.Config:
+        """The service's settings. Raises ConfigError."""
+        return config.load(self.variables)
+
+    @property
+    def client_api_key(self) -> str | None:
+        """The key that embed_file sends, from API_KEY; the service itself reads API_KEYS."""
+        return self.variables.get("API_KEY", "").strip() or None
+
+    @property
+    def sends_traces(self) -> bool:
+        """Whether OpenTelemetry's own variables name a collector to send traces to."""
+        names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        is_off = self.variables.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+        return not is_off and any(self.variables.get(name, "").strip() for name in names)
+
+
+def read(environ: Mapping[str, str], **arguments: str) -> Environment:
+    """Add to `environ` the variables of `.env` (from the working folder, else beside app.py).
+
+    `arguments` win over `environ`, and both win over `.env`. Raises ConfigError if `.env` is invalid.
+    """
+    places = [Path(), PROJECT] if (PROJECT / "app.py").is_file() else [Path()]
+    file = env_file.find(places)
+    written = env_file.read(file, environ) if file is not None else {}
+    variables = written | dict(environ) | arguments
+    warnings = [
+        f"{file}: {name} is not a setting of this service and has no effect; did you mean {meant}?"
+        for name, meant in env_file.misspelt(written, config.NAMES).items()
+        if name != "API_KEY"
+    ]
+    if "API_KEY" in written and not (variables.get("API_KEYS") or variables.get("API_KEYS_FILE")):
+        warnings.append(f"{file}: API_KEY is the key that embed_file sends; the service requires API_KEYS")
+    # Not our settings: after SIGUSR2 the new master reads them from `.env` again.
+    exports = {name: written[name] for name in written.keys() - environ.keys() - set(config.NAMES)}
+    return Environment(variables, (*warnings, *config.warnings(variables)), exports)
+
+
+_current: Environment | None = None
+
+
+def start(**arguments: str) -> Environment:
+    """In an entry point: read the environment, and export what libraries look for. Raises ConfigError."""
+    global _current  # noqa: PLW0603
+    _current = read(os.environ, **arguments)
+    os.environ.update(_current.exports)
+    return _current
+
+
+def current() -> Environment:
+    """What this process, or its parent before the fork, was started with. Raises ConfigError."""
+    return _current or start()
+
+
+def log_format() -> str:
+    """LOG_FORMAT, even if another setting or `.env` is invalid."""
+    variables = _current.variables if _current is not None else os.environ
+    return "json" if variables.get("LOG_FORMAT", "").strip().lower() == "json" else "text"
