@@ -98,6 +98,7 @@ class Slot:
 
     def _take(self) -> tuple[int, int]:
         for number in count():
+            # A lock and not a pipe, since any process may ask whether the slot is taken.
             lock = os.open(_lock_path(self.folder, number), os.O_RDWR | os.O_CREAT, 0o600)
             if _locked_by_another(lock, exclusively=True):
                 os.close(lock)

@@ -56,14 +56,6 @@ class RuntimeFolder:
         """The heartbeat file, which the model process touches as long as its threads run."""
         return self.path / f"model-{index}.heartbeat"
 
-    def device(self, index: int) -> Path:
-        """Where the model process records its device, so that a restart uses the same one."""
-        return self.path / f"model-{index}.device"
-
-    def failure(self, index: int) -> Path:
-        """Where the model process writes why its model cannot be loaded."""
-        return self.path / f"model-{index}.failure"
-
     def remove(self) -> None:
         """Remove the folder, if it is still there."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -23,7 +23,7 @@ from embedding_service.errors import ModelFailure, ServiceError, StartupError
 from embedding_service.inference.job import Outcome
 from embedding_service.inference.local import LocalEngine
 from embedding_service.sharing import wire
-from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ProcessSettings
+from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LoadReport, ProcessSettings
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.server")
@@ -141,7 +141,6 @@ class ModelServer:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(settings.socket_path))
         self._listener.listen(128)
-        self._device_path = settings.device_path
         # Threads of their own: listing tokens must not delay requests to embed, nor token vectors the lists.
         self.tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self.embedding_tokens = ThreadPoolExecutor(1, "token vectors")
@@ -175,8 +174,6 @@ class ModelServer:
             raise
 
     def _broadcast(self, status: Status) -> None:
-        if status.state == "healthy" and status.info is not None and not self._device_path.exists():
-            self._device_path.write_text(status.info.device)
         with self._lock:
             for connection in self._connections:
                 connection.send(wire.StatusNotice(status))
@@ -192,8 +189,10 @@ def _emptied(outbox: deque[Any]) -> list[Any]:
 
 def _exit_with_parent() -> None:
     """End with the supervisor, which holds the other end of standard input while it lives."""
-    while os.read(0, 4096):
-        pass
+    # A reset instead of the end means that the supervisor had not read this process's report.
+    with contextlib.suppress(ConnectionResetError):
+        while os.read(0, 4096):
+            pass
     os._exit(0)
 
 
@@ -207,8 +206,11 @@ def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
     """Send heartbeats; returns the exit code once this process can no longer serve."""
     engine.loaded.wait()
     if isinstance(engine.startup_error, StartupError):
-        settings.failure_path.write_text(str(engine.startup_error), errors="replace")
+        reason = str(engine.startup_error).encode(errors="replace").decode()
+        os.write(0, msgspec.json.encode(LoadReport(failure=reason)))
         return EX_CONFIG
+    if (info := engine.status().info) is not None:
+        os.write(0, msgspec.json.encode(LoadReport(device=info.device)))
     idle = threading.Event()
     last = time.monotonic()
     settings.heartbeat_path.touch()

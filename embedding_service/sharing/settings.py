@@ -1,4 +1,4 @@
-"""The settings passed to the supervisor and model processes as JSON arguments, and their exit codes."""
+"""What the master, the supervisor and the model processes tell each other, as JSON, and their exit codes."""
 
 from pathlib import Path
 
@@ -16,6 +16,13 @@ class ExitReason(msgspec.Struct, frozen=True):
 
     code: int
     reason: str
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """What a model process tells its supervisor once: the device it runs on, or why it has no model."""
+
+    device: str = ""
+    failure: str = ""
 
 
 class LogSettings(msgspec.Struct, frozen=True):
@@ -44,16 +51,6 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     def socket_path(self) -> Path:
         """Where it listens."""
         return self.folder.socket(self.index)
-
-    @property
-    def device_path(self) -> Path:
-        """Where it writes the device it runs on."""
-        return self.folder.device(self.index)
-
-    @property
-    def failure_path(self) -> Path:
-        """Where it writes why its model cannot be loaded."""
-        return self.folder.failure(self.index)
 
     @property
     def heartbeat_path(self) -> Path:

@@ -2,7 +2,8 @@
 
 Lifetimes depend on pipes, not signals: the master holds the supervisor's standard input, the supervisor
 holds each model process's. If a process dies, however it dies, the ones below it see end-of-file and
-exit. In the other direction, the master and its web workers see the end of the supervisor's report.
+exit. In the other direction, the master and its web workers see the end of the supervisor's report, and
+the supervisor has the exit code of a model process and the report that it wrote to its standard input.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import msgspec
 
 from embedding_service import logs, metrics
 from embedding_service.sharing.runtime_folder import RuntimeFolder
-from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, ProcessSettings
+from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, LoadReport, ProcessSettings
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.supervisor")
@@ -34,6 +35,7 @@ BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0)
 POLL_SECONDS = 0.1
 PAUSE_SECONDS = 5.0
 STOP_SECONDS = 3.0
+MAX_REPORT_BYTES = 1 << 16
 
 
 class Child:
@@ -66,8 +68,7 @@ class Child:
         """End the process, which exits when its standard input closes."""
         if self._process is None:
             return
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._socket.close()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -92,19 +93,16 @@ class Child:
         settings = self._settings
         settings.socket_path.unlink(missing_ok=True)
         settings.heartbeat_path.unlink(missing_ok=True)
-        if settings.device_path.exists():
-            # After a first run, only the same device will do: never fall back to the CPU silently.
-            device = settings.device_path.read_text()
-            model = msgspec.structs.replace(settings.model, device=device, cpu_fallback=False)
-            settings = msgspec.structs.replace(settings, model=model)
         argument = msgspec.json.encode(settings).decode()
         output = subprocess.PIPE if settings.log.log_format == "json" else None
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "embedding_service.sharing.server", argument],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output and subprocess.STDOUT,
-        )
+        self._socket, its_end = socket.socketpair()
+        with its_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "embedding_service.sharing.server", argument],
+                stdin=its_end.fileno(),
+                stdout=output,
+                stderr=output and subprocess.STDOUT,
+            )
         if self._process.stdout is not None:
             # Outside the lock, so that the last output of a crashing process is not lost.
             threading.Thread(target=_pass_on, args=[self._process.stdout], daemon=True).start()
@@ -113,8 +111,13 @@ class Child:
         now = time.monotonic()
         first = not self._deaths
         self._deaths.append(now)
+        report = self._report()
         if code == EX_CONFIG and first:
-            return ExitReason(EX_CONFIG, self._settings.failure_path.read_text())
+            return ExitReason(EX_CONFIG, report.failure)
+        if report.device:
+            # From now on, only the same device will do: never fall back to the CPU silently.
+            model = msgspec.structs.replace(self._settings.model, device=report.device, cpu_fallback=False)
+            self._settings = msgspec.structs.replace(self._settings, model=model)
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         process = f"the model process ({self._settings.model.device})"
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_SECONDS:
@@ -128,6 +131,13 @@ class Child:
         log.error("%s ended %s; starting it again in %.1f s", process.capitalize(), how, wait)
         self._start_at = now + wait
         return None
+
+    def _report(self) -> LoadReport:
+        """What the dead process wrote. Never blocks, even if a child of it has its standard input open."""
+        message = b""
+        with self._socket, contextlib.suppress(BlockingIOError):
+            message = self._socket.recv(MAX_REPORT_BYTES, socket.MSG_DONTWAIT)
+        return msgspec.json.decode(message or b"{}", type=LoadReport)
 
 
 def _pass_on(output: IO[bytes]) -> None:

@@ -111,4 +111,8 @@ def test_missing_cuda_falls_back_to_the_cpu_with_a_warning(start):
     running = start(DEVICE="cuda", CUDA_VISIBLE_DEVICES="").wait_ready()
     assert running.health()[1]["device"] == "cpu"
     assert requests.get(f"{running.url}/info", timeout=5).json()["device"] == "cpu"
-    assert "RUNNING ON THE CPU" in running.log()
+    running.model_process().kill()
+    wait_until(lambda: running.log().count("Loaded ") == 2, 60, "the model of the new process")
+    # It got the CPU as its device, so it had nothing to fall back from.
+    assert running.log().count("RUNNING ON THE CPU") == 1
+    assert "The model process (cpu) ended by signal 9" in running.log()
