@@ -165,11 +165,12 @@ def test_if_a_graph_cannot_be_recorded_the_kernels_are_launched_one_by_one(tiny,
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with caplog.at_level(logging.WARNING):
-        session = recording_session(model, monkeypatch)
+        session = recording_session(model, monkeypatch, worthwhile=False)
     assert [record.getMessage() for record in caplog.records] == [
-        "CUDA graphs do not work here, so small batches are slower: "
+        "No CUDA graph for batches of 1 × 16 tokens, which are slower: "
         "operation not permitted when stream is capturing"
     ]
+    assert session._graphs and session._graphs.max_tokens == 0
     expected = SentenceTransformer(str(tiny("bert")), device="cpu").encode(["the fox"])
     assert np.abs(session.run(features(model, ["the fox"])) - expected).max() < 1e-6
     assert gc.isenabled()
@@ -192,7 +193,6 @@ def test_shapes_grow_by_at_most_a_quarter_and_never_beyond_the_longest_text():
 def test_recording_ahead_ends_in_time(monkeypatch):
     times = iter(range(100))
     monkeypatch.setattr(cuda_graphs.time, "monotonic", lambda: next(times))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     graphs = CudaGraphs(lambda _inputs: torch.empty(0), ["attention_mask"], 64, torch.device("cpu"), None)
     graphs.max_tokens = 1000
     recorded: list[tuple[int, int]] = []

@@ -61,6 +61,8 @@ class Machine:
         # Functions, since a bound method would not receive the object that it is called on.
         monkeypatch.setattr(CudaSession, "run", lambda session, inputs: self._watched(session, inputs))  # noqa: PLW0108
         monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: self._read(tensor))  # noqa: PLW0108
+        # Graphs need batches with content; tests/inference/test_cuda_graphs.py has them.
+        monkeypatch.setattr(CudaSession, "record_ahead", lambda *_arguments: None)
         monkeypatch.setattr(torch.nn.Module, "_apply", apply)
 
     def _watched(self, session, inputs):

@@ -6,6 +6,7 @@ Launching a small model's kernels one by one takes the host longer than they tak
 
 import contextlib
 import gc
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
 
 # A graph is used only up to the size at which it takes this share of the time of a pass that is launched
 # kernel by kernel. The rest pays for padding batches to a recorded shape.
@@ -87,8 +90,9 @@ class CudaGraphs:
         self._shapes = Shapes(max_width)
         self._device = device
         self._stream = stream
-        self._pool = torch.cuda.graph_pool_handle()
-        self._recorded: dict[tuple[int, int], _Graph] = {}
+        self._pool: Any = None
+        # None for a shape that cannot be recorded.
+        self._recorded: dict[tuple[int, int], _Graph | None] = {}
 
     def fit(self, features: Arrays) -> bool:
         """Whether a graph can compute this batch: arrays of one shape, padded on the right if at all."""
@@ -97,16 +101,19 @@ class CudaGraphs:
         mask = features["attention_mask"]
         return mask.size <= self.max_tokens and bool(mask[:, 0].all())
 
-    def run(self, features: Arrays) -> torch.Tensor:
+    def run(self, features: Arrays) -> torch.Tensor | None:
         """Launch a batch; returns where its vectors will be, float32 of shape (rows, dimension).
 
-        Records the shape if it is new. The next batch of this shape overwrites the vectors.
+        Records the shape if it is new; returns None if that fails. The next batch of this shape overwrites
+        the vectors.
         """
         rows, width = features["attention_mask"].shape
         shape = self._shapes.around(rows, width)
-        recorded = self._recorded.get(shape)
+        if shape not in self._recorded:
+            self._record(shape)
+        recorded = self._recorded[shape]
         if recorded is None:
-            recorded = self._recorded[shape] = self._record(shape)
+            return None
         staged = recorded.staging.numpy()
         # Token 0 is in every vocabulary, and the mask hides it.
         staged.fill(0)
@@ -148,10 +155,19 @@ class CudaGraphs:
             if time.monotonic() > end:
                 break
             if shape not in self._recorded:
-                self._recorded[shape] = self._record(shape)
+                self._record(shape)
         return len(self._recorded)
 
-    def _record(self, shape: tuple[int, int]) -> "_Graph":
+    def _record(self, shape: tuple[int, int]) -> None:
+        try:
+            self._recorded[shape] = self._new_graph(shape)
+        except RuntimeError as error:
+            self._recorded[shape] = None
+            reason = str(error).partition("\n")[0]
+            log.warning("No CUDA graph for batches of %d × %d tokens, which are slower: %s", *shape, reason)
+
+    def _new_graph(self, shape: tuple[int, int]) -> "_Graph":
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         staging = torch.ones((len(self._names), *shape), dtype=torch.int64).pin_memory()
         inputs = staging.to(self._device)
         named = dict(zip(self._names, inputs, strict=True))

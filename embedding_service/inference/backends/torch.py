@@ -104,14 +104,9 @@ class CudaSession(TorchSession):
         return host.numpy().copy()
 
     def _launch(self, features: dict[str, Any]) -> torch.Tensor:
-        if self._graphs is None or not self._graphs.fit(features):
-            return self._embed(features)
-        try:
-            return self._graphs.run(features)
-        except RuntimeError as error:
-            self._give_up_graphs(error)
-        # If the device is lost, this fails too.
-        return self._embed(features)
+        graphs = self._graphs
+        vectors = graphs.run(features) if graphs is not None and graphs.fit(features) else None
+        return self._embed(features) if vectors is None else vectors
 
     @torch.inference_mode()
     def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
@@ -119,20 +114,17 @@ class CudaSession(TorchSession):
             isinstance(one, np.ndarray) for one in example.values()
         ):
             return
+        graphs = CudaGraphs(self._forward, list(example), max_width, self._device, self._stream)
+        self._graphs = graphs
         try:
-            graphs = CudaGraphs(self._forward, list(example), max_width, self._device, self._stream)
-            self._graphs = graphs
             graphs.find_limit(lambda batch: self.run(dict(batch)), example, max_tokens)
-            if self._graphs is not None:
-                with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                    count = graphs.record_ahead(RECORDING_SECONDS)
-                log.info("CUDA graphs: for batches of up to %d tokens, %d recorded", graphs.max_tokens, count)
-        except (RuntimeError, OutOfMemory) as error:
-            self._give_up_graphs(error)
-
-    def _give_up_graphs(self, error: Exception) -> None:
-        self._graphs = None
-        log.warning("CUDA graphs do not work here, so small batches are slower: %s", _first_line(error))
+        except OutOfMemory:
+            # The warm-up looks for the largest size that fits.
+            self._graphs = None
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            count = graphs.record_ahead(RECORDING_SECONDS)
+        log.info("CUDA graphs: for batches of up to %d tokens, %d recorded", graphs.max_tokens, count)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device from pinned memory, so that the copy runs beside the launching of kernels."""
@@ -149,9 +141,5 @@ def _failure(error: RuntimeError, device: str) -> OutOfMemory | DeviceLost | Non
     if isinstance(error, torch.AcceleratorError):
         # Every CUDA call of this process fails from now on: https://docs.nvidia.com/cuda/,
         # "sticky" errors corrupt the context. The message names the kernel at fault.
-        return DeviceLost(f"the {device} device failed: {_first_line(error)}")
+        return DeviceLost(f"the {device} device failed: {message.partition(chr(10))[0]}")
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
