@@ -26,9 +26,12 @@ def build() -> Flask:
         engine = RemoteEngine(supervisor, len(settings.devices))
     else:
         logs.setup(*msgspec.structs.astuple(msgspec.convert(settings, LogSettings, from_attributes=True)))
+        log = logging.getLogger("embedding_service")
+        for warning in started.warnings:
+            log.warning(warning)
         KeyRing(settings.api_keys, settings.api_keys_file).check()
         if settings.is_open_at(settings.host):
-            logging.getLogger("embedding_service").warning(OPEN_WARNING, settings.host)
+            log.warning(OPEN_WARNING, settings.host)
         model = msgspec.convert(settings, ModelSettings, from_attributes=True)
         preflight.check_model(model)
         preflight.check_traces(started.sends_traces)

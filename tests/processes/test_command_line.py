@@ -57,6 +57,14 @@ def test_the_env_file_of_the_working_folder_counts(start, tmp_path):
     assert len(service.web_workers()) == 1
 
 
+def test_without_gunicorn_the_warnings_are_logged_too(tmp_path):
+    (tmp_path / ".env").write_text("WEB_CONCURENCY=2\n")
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); "
+    code += "from embedding_service.app import build; build(); os._exit(0)"
+    ended = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr.count("did you mean WEB_CONCURRENCY?")) == (0, 1)
+
+
 def test_import_config_reads_the_env_file(tmp_path):
     (tmp_path / ".env").write_text("BATCH_SIZE=7\n")
     program = f"import sys; sys.path[0] = {str(ROOT)!r}; import config; print(config.load().batch_size)"
