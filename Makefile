@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file of tests per core at a time; no more than four, since each may start services of its own.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
@@ -14,7 +16,7 @@ serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
 
 test: $(VENV)/dev.stamp  ## run every test except those of test-long and test-deploy
-	$(BIN)/python -m pytest -m "not deploy and not long"
+	$(PYTEST) -m "not deploy and not long"
 
 test-long: $(VENV)/dev.stamp  ## run the full overload, soak and fuzz tests (`test` has short forms)
 	$(BIN)/python -m pytest -m "long and not deploy"
@@ -25,7 +27,7 @@ reliability: $(VENV)/dev.stamp  ## run the full fault tests and write docs/relia
 	$(BIN)/python -m tests.reliability
 
 test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test `pip install`, rolling restarts and Ray (as root)
-	$(BIN)/python -m pytest -m deploy -rP tests/deploy
+	$(PYTEST) -m deploy -rP tests/deploy
 
 coverage: $(VENV)/dev.stamp  ## run `test` and report which lines ran, including those in child processes
 	$(BIN)/coverage erase
