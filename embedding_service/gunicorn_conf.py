@@ -1,5 +1,6 @@
 """The production server: gunicorn's settings, and the model processes that its master runs."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,13 @@ def _new_addresses(server: Any) -> list[tuple[str, int]]:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """In a worker: close what belongs to the master."""
+    """In a worker: close what belongs to the master, and drop its signal handlers.
+
+    Until the worker has its own, they would swallow the signal to stop, and the master would wait for this
+    worker until its time to finish is over.
+    """
+    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     supervisor.forget()
 
 

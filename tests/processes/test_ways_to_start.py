@@ -1,6 +1,7 @@
 """Every documented command serves with one copy of the model, and responds from the first second."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,12 @@ def test_missing_cuda_falls_back_to_the_cpu_with_a_warning(start):
     # It got the CPU as its device, so it had nothing to fall back from.
     assert running.log().count("RUNNING ON THE CPU") == 1
     assert "The model process (cpu) ended by signal 9" in running.log()
+
+
+@pytest.mark.parametrize("delay", [0, 0.1, 0.3])
+def test_a_stop_while_the_worker_starts_is_not_lost(start, delay):
+    service = start()
+    wait_until(lambda: "Booting worker" in service.log(), 30, "a worker")
+    time.sleep(delay)
+    # Well before GRACEFUL_TIMEOUT_SECONDS, after which the master kills its workers.
+    assert service.stop(seconds=15) == 0
