@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from embedding_service.inference.backends import cuda_graphs
 from embedding_service.inference.backends.cuda_graphs import CudaGraphs, Shapes
 from embedding_service.inference.backends.torch import CudaSession
+from tests.inference.test_cuda_memory import Event, Stream
 from tests.inference.tiny_models import LONGEST
 
 
@@ -38,17 +39,6 @@ class Graph(TorchDispatchMode):
             for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
-
-
-class Event:
-    def __init__(self, blocking: bool) -> None:
-        pass
-
-    def record(self, stream) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -85,11 +75,6 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: to(tensor, *a, **k).clone())
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **named: empty(*shape, **named))  # noqa: PLW0108
     return made
-
-
-class Stream:
-    def wait_stream(self, _other) -> None:
-        pass
 
 
 def features(model: SentenceTransformer, texts: list[str]) -> dict[str, np.ndarray]:
@@ -145,6 +130,19 @@ def test_graphs_that_are_not_worthwhile_are_not_used(tiny, graphs, monkeypatch):
     replays = sum(graph.replays for graph in graphs)
     session.run(features(model, ["the fox"]))
     assert sum(graph.replays for graph in graphs) == replays
+
+
+def test_graphs_are_not_used_if_padding_changes_the_vectors(tiny, graphs, monkeypatch, caplog):
+    model = SentenceTransformer(str(tiny("bert")), device="cpu").eval()
+    forward = CudaSession._forward
+
+    def with_padding(session, placed):
+        return forward(session, placed) * placed["input_ids"].shape[1]
+
+    monkeypatch.setattr(CudaSession, "_forward", with_padding)
+    session = recording_session(model, monkeypatch)
+    assert session._graphs and session._graphs.max_tokens == 0
+    assert "CUDA graphs change this model's vectors" in caplog.text
 
 
 def test_a_batch_padded_on_the_left_or_with_a_prompt_is_launched_without_a_graph(tiny, graphs, monkeypatch):

@@ -16,11 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedding_service.engine import Vectors
+
 log = logging.getLogger(__name__)
 
 # A graph is used only up to the size at which it takes this share of the time of a pass that is launched
 # kernel by kernel. The rest pays for padding batches to a recorded shape.
 WORTHWHILE = 0.8
+
+# How far vectors of a graph may be from those of a single launch, as a share of the largest number: bfloat16
+# has three digits, which the layers of a model add up.
+TOLERANCE = 0.05
 
 # Tensor cores work on multiples of 8, and a few columns more cost a small batch nothing.
 NARROWEST = 16
@@ -125,11 +131,18 @@ class CudaGraphs:
         recorded.graph.replay()
         return recorded.vectors[:rows]
 
-    def find_limit(self, run: Callable[[Arrays], object], example: Arrays, most: int) -> None:
+    def find_limit(self, run: Callable[[Arrays], Vectors], example: Arrays, most: int) -> None:
         """Set `max_tokens` to the largest size for which a graph is worthwhile, at most `most`.
 
-        `run` embeds a batch and waits for it. `example` is a batch of one text.
+        It stays 0 if padding to a shape changes the model's vectors. `run` embeds a batch and waits for it.
+        `example` is a batch of one text.
         """
+        expected = run(example)
+        self.max_tokens = most
+        if np.abs(run(example) - expected).max() > TOLERANCE * np.abs(expected).max():
+            log.warning("CUDA graphs change this model's vectors and are not used, which is slower")
+            self.max_tokens = 0
+            return
         # As wide as a shape, so that both ways compute the same.
         width = example["attention_mask"].shape[1]
         missing = self._shapes.around(1, width)[1] - width
@@ -193,7 +206,7 @@ class _Graph:
     vectors: torch.Tensor
 
 
-def _seconds(run: Callable[[Arrays], object], batch: Arrays) -> float:
+def _seconds(run: Callable[[Arrays], Vectors], batch: Arrays) -> float:
     """The shortest of three runs; one before that records or prepares."""
     run(batch)
     took = []
