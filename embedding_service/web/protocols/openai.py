@@ -56,9 +56,10 @@ class OpenAIError(TypedDict):
 
 
 class OpenAIErrorAnswer(TypedDict):
-    """An error in OpenAI's format."""
+    """An error in OpenAI's format, with its message in `detail` for Voyage's SDK."""
 
     error: OpenAIError
+    detail: str
 
 
 def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
@@ -70,7 +71,7 @@ def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
         "param": failure.field,
         "code": CODES.get(failure.error_type),
     }
-    return {"error": error}, failure.status
+    return {"error": error, "detail": failure.message}, failure.status
 
 
 protocol = ApiProtocol(
