@@ -1,7 +1,7 @@
 """How much retrieval loses with smaller number formats: `python -m benchmarks.formats` (minutes on a CPU).
 
-The texts are spliced English sentences, none of which occurs twice: documents, queries, and others for
-the ranges of int8. Prints the table of docs/formats.md.
+The texts are spliced from English sentences and all different: documents, queries, and others for the
+ranges of int8. Prints the table of docs/formats.md.
 """
 
 from collections.abc import Iterator
@@ -30,9 +30,8 @@ def ways(documents: Vectors, queries: Vectors, ranges: Int8Ranges) -> Iterator[t
     yield "uint8 documents converted back to floats, float32 queries", dot(queries, restored)
     whole = (quantize(vectors, "int8", ranges).astype(np.float32) for vectors in (queries, documents))
     yield "int8, plain dot product", dot(*whole)
-    signs = np.where(documents > 0, np.float32(1), np.float32(-1))
-    yield "binary documents, float32 queries", dot(queries, signs)
-    hamming = dot(np.where(queries > 0, np.float32(1), np.float32(-1)), signs)
+    yield "binary documents, float32 queries", dot(queries, signs(documents))
+    hamming = dot(signs(queries), signs(documents))
     yield "binary, Hamming distance", hamming
     rescored = np.full_like(hamming, -np.inf)
     found = nearest(hamming, CANDIDATES)
@@ -43,6 +42,11 @@ def ways(documents: Vectors, queries: Vectors, ranges: Int8Ranges) -> Iterator[t
 def dot(queries: Scores, documents: Scores) -> Scores:
     product: Scores = queries @ documents.T
     return product
+
+
+def signs(vectors: Scores) -> Scores:
+    """1 for each bit that is set, -1 for the others: their products rank as Hamming distances do."""
+    return np.where(vectors > 0, np.float32(1), np.float32(-1))
 
 
 def restore(values: npt.NDArray[np.uint8], ranges: Int8Ranges) -> Scores:

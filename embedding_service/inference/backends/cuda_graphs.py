@@ -169,7 +169,7 @@ class CudaGraphs:
                 break
             if shape not in self._recorded:
                 self._record(shape)
-        return len(self._recorded)
+        return sum(graph is not None for graph in self._recorded.values())
 
     def _record(self, shape: tuple[int, int]) -> None:
         try:
