@@ -3,10 +3,10 @@
 import sys
 
 if __name__ == "__main__":
-    from embedding_service import cli
+    from embedding_service.server import cli
 
     sys.exit(cli.serve(sys.argv[1:]))
 
-from embedding_service.app import build
+from embedding_service.server.app import build
 
 app = build()

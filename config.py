@@ -1,11 +1,11 @@
-"""The settings, for code that says `import config`; embedding_service/config.py declares them."""
+"""The settings, for code that says `import config`; embedding_service/settings/config.py declares them."""
 
 from collections.abc import Mapping
 
-from embedding_service import environment
-from embedding_service.config import Config
-from embedding_service.config import load as _load
 from embedding_service.errors import ConfigError
+from embedding_service.settings import environment
+from embedding_service.settings.config import Config
+from embedding_service.settings.config import load as _load
 
 __all__ = ["Config", "ConfigError", "load"]
 

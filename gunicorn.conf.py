@@ -1,4 +1,4 @@
-"""Gunicorn's settings for `gunicorn app:app`; embedding_service/gunicorn_conf.py makes them."""
+"""Gunicorn's settings for `gunicorn app:app`; embedding_service/server/gunicorn_conf.py makes them."""
 
 import sys
 from pathlib import Path
@@ -6,4 +6,4 @@ from pathlib import Path
 # gunicorn executes this file before it applies --chdir.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from embedding_service.gunicorn_conf import *  # noqa: F403
+from embedding_service.server.gunicorn_conf import *  # noqa: F403

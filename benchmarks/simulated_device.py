@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.texts import Texts
-from embedding_service import metrics
 from embedding_service.engine import EmbedRequest, Vectors
 from embedding_service.inference import local, source
 from embedding_service.inference.budget import BatchBudget, BatchCost
@@ -35,6 +34,7 @@ from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor
 from embedding_service.inference.runtime import Batch
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.observability import metrics
 from embedding_service.sharing import server, wire
 
 DIMENSION, BATCH_TOKENS = 384, 32 * 256

@@ -2,6 +2,6 @@
 
 import sys
 
-from embedding_service import cli
+from embedding_service.server import cli
 
 sys.exit(cli.main())

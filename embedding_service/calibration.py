@@ -6,12 +6,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from embedding_service.config import Config
 from embedding_service.engine import EmbedRequest, Int8Ranges
 from embedding_service.errors import StartupError
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.quantization import find_ranges
+from embedding_service.settings.config import Config
 
 BATCH = 256
 BATCH_SECONDS = 600.0

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from embedding_service import environment, logs
 from embedding_service.bulk import outputs
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
 from embedding_service.bulk.part import BadRow, PartFile, RunRecord
@@ -24,7 +23,9 @@ from embedding_service.bulk.source import FORMATS, InputFile, require_texts
 from embedding_service.engine import Vectors
 from embedding_service.errors import StartupError
 from embedding_service.inference.fingerprint import with_ranges
+from embedding_service.observability import logs
 from embedding_service.quantization import Precision, quantize, read_ranges
+from embedding_service.settings import environment
 
 # Exit codes; argparse itself ends with 2.
 DONE, STOPPED, USAGE, SOME_BAD, INTERRUPTED = 0, 1, 2, 3, 130

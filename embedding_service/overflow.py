@@ -5,9 +5,9 @@ from typing import Literal, Protocol
 import msgspec
 import numpy as np
 
-from embedding_service import metrics
 from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Vectors
 from embedding_service.errors import ServiceError, TooLarge
+from embedding_service.observability import metrics
 
 Overflow = Literal["truncate", "error", "mean"]
 

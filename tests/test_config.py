@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from embedding_service import config, environment
+from embedding_service.settings import config, environment
 
 ROOT = Path(__file__).parent.parent
 FIELDS = msgspec.structs.fields(config.Config)

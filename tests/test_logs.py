@@ -15,7 +15,7 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 PROGRAM = """
 import logging, sys, threading, warnings
-from embedding_service import logs
+from embedding_service.observability import logs
 logs.setup("info", sys.argv[1], None)
 library = logging.getLogger("library")
 library.addHandler(logging.StreamHandler())

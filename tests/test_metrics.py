@@ -14,12 +14,12 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from embedding_service import metrics
 from embedding_service.engine import EmbedRequest
 from embedding_service.errors import StartupError
 from embedding_service.inference import sampling
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.runtime import OutOfMemory
+from embedding_service.observability import metrics
 from embedding_service.sharing import runtime_folder
 from tests.conftest import ROOT
 from tests.inference.fake_runtime import DIMENSION, FakeRuntime
@@ -410,7 +410,7 @@ def test_a_missing_driver_is_not_an_error(driver, monkeypatch, caplog):
 COSTS = """
 import sys, timeit
 from pathlib import Path
-from embedding_service import metrics
+from embedding_service.observability import metrics
 from embedding_service.web.monitoring import RequestCounter
 metrics.share(Path(sys.argv[1]))
 counter = RequestCounter()
@@ -437,7 +437,7 @@ def test_counting_costs_little(tmp_path):
 FORKS = """
 import os, sys
 from pathlib import Path
-from embedding_service import metrics
+from embedding_service.observability import metrics
 folder = Path(sys.argv[1])
 metrics.TRUNCATED_TEXTS.inc(1)  # before the folder is known
 metrics.QUEUED_TOKENS.set(10)

@@ -12,7 +12,7 @@ import pytest
 import requests
 import yaml
 
-from embedding_service import metrics
+from embedding_service.observability import metrics
 from tests.conftest import ROOT, require_program
 from tests.service import Service, free_port, wait_until
 

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from embedding_service import metrics
 from embedding_service.engine import EmbedRequest
 from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
 from embedding_service.inference.execution import Computed, execute
@@ -13,6 +12,7 @@ from embedding_service.inference.job import Job, Outcome, Part, Piece, Receiver,
 from embedding_service.inference.runtime import DeviceLost, Lane, Runtime
 from embedding_service.inference.schedule import Schedule
 from embedding_service.inference.tokenization import Tokenization
+from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
 

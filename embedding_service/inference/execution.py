@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedding_service import metrics
 from embedding_service.engine import Vectors
 from embedding_service.inference.job import Part, halves, merged
 from embedding_service.inference.runtime import DeviceLost, Lane, OutOfMemory, Runtime, Slice
+from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from embedding_service import logs, metrics
 from embedding_service.engine import (
     GRACE_SECONDS,
     Chunk,
@@ -36,6 +35,7 @@ from embedding_service.inference.job import Job, Outcome, Receiver
 from embedding_service.inference.runtime import Runtime
 from embedding_service.inference.sampling import Sampler, find_gpu
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.observability import logs, metrics
 
 log = logging.getLogger(__name__)
 

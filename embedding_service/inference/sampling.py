@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from embedding_service import metrics
+from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
 

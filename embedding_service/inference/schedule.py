@@ -4,7 +4,6 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from embedding_service import metrics
 from embedding_service.engine import EmbedRequest, Vectors
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.admission import Admission
@@ -21,6 +20,7 @@ from embedding_service.inference.job import (
 from embedding_service.inference.priority_queue import PriorityQueue
 from embedding_service.inference.runtime import Runtime
 from embedding_service.inference.vector_cache import VectorCache
+from embedding_service.observability import metrics
 
 # How long batches stay halved after running out of memory.
 LOWERED_SECONDS = 60.0

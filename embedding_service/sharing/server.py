@@ -17,11 +17,11 @@ from typing import Any
 
 import msgspec
 
-from embedding_service import logs, metrics
 from embedding_service.engine import Status, Vectors
 from embedding_service.errors import ModelFailure, ServiceError, StartupError
 from embedding_service.inference.job import Outcome
 from embedding_service.inference.local import LocalEngine
+from embedding_service.observability import logs, metrics
 from embedding_service.sharing import wire
 from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LoadReport, ProcessSettings
 

@@ -22,7 +22,7 @@ from typing import IO
 
 import msgspec
 
-from embedding_service import logs, metrics
+from embedding_service.observability import logs, metrics
 from embedding_service.sharing.runtime_folder import RuntimeFolder
 from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, LoadReport, ProcessSettings
 

@@ -7,7 +7,6 @@ from typing import TypeVar
 import msgspec
 from flask import Flask, current_app
 
-from embedding_service import metrics
 from embedding_service.engine import (
     Chunk,
     Embeddings,
@@ -22,6 +21,7 @@ from embedding_service.engine import (
     TokenVectors,
 )
 from embedding_service.errors import Overloaded, Unavailable
+from embedding_service.observability import metrics
 from embedding_service.web.settings import WebSettings
 
 KEY = "embedding_service"

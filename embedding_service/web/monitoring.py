@@ -4,8 +4,8 @@ from typing import Any
 
 from flask import Blueprint, Flask, Response, request
 
-from embedding_service import metrics, multiprocess
 from embedding_service.errors import ServiceError
+from embedding_service.observability import metrics, multiprocess
 from embedding_service.web.operation import operation
 from embedding_service.web.request import current
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from embedding_service import metrics
 from embedding_service.engine import Embeddings, EmbedRequest, Timings
 from embedding_service.errors import ServiceError
+from embedding_service.observability import metrics
 
 
 def embed_good_ones(

@@ -2,7 +2,7 @@
 
 from flask import Flask, Response
 
-from embedding_service import logs
+from embedding_service.observability import logs
 from embedding_service.web.request import current, current_id, current_trace_id
 
 

@@ -3,7 +3,7 @@
 import pytest
 import requests
 
-from embedding_service import config
+from embedding_service.settings import config
 from embedding_service.web.factory import create_app
 from embedding_service.web.settings import WebSettings
 from tests.clients.conftest import TEXTS

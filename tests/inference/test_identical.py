@@ -8,12 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from embedding_service import metrics
 from embedding_service.engine import Embeddings
 from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, Overloaded, Unavailable
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.job import normalize
 from embedding_service.inference.runtime import OutOfMemory
+from embedding_service.observability import metrics
 from tests.inference.fake_runtime import Answer, FakeRuntime, Gate, request, submit, text, vector_of
 from tests.service import wait_until
 

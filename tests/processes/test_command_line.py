@@ -19,7 +19,7 @@ CONFIG = str(ROOT / "gunicorn.conf.py")
 DOWNLOAD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from embedding_service import cli
+from embedding_service.server import cli
 sys.exit(cli.main(["download", "some/model"]))
 """
 
@@ -60,7 +60,7 @@ def test_the_env_file_of_the_working_folder_counts(start, tmp_path):
 def test_without_gunicorn_the_warnings_are_logged_too(tmp_path):
     (tmp_path / ".env").write_text("WEB_CONCURENCY=2\n")
     code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); "
-    code += "from embedding_service.app import build; build(); os._exit(0)"
+    code += "from embedding_service.server.app import build; build(); os._exit(0)"
     ended = run(sys.executable, "-c", code, cwd=tmp_path)
     assert (ended.returncode, ended.stderr.count("did you mean WEB_CONCURRENCY?")) == (0, 1)
 

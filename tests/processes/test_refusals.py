@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from embedding_service import preflight
 from embedding_service.errors import StartupError
 from embedding_service.inference import source
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.server import preflight
 from tests.service import ROOT, free_port
 
 GUNICORN = str(Path(sys.executable).with_name("gunicorn"))

@@ -12,7 +12,7 @@ from tests.service import ROOT, wait_until
 SERVER = """
 import os, resource, sys
 from pathlib import Path
-from embedding_service import logs
+from embedding_service.observability import logs
 from embedding_service.inference import local
 from embedding_service.sharing.server import ModelServer
 from embedding_service.sharing.settings import LogSettings, ModelSettings, ProcessSettings

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from embedding_service import logs
+from embedding_service.observability import logs
 from embedding_service.web.factory import create_app
 from embedding_service.web.settings import WebSettings
 from tests.fakes import FakeEngine

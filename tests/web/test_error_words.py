@@ -114,7 +114,7 @@ def test_a_number_out_of_range_is_explained(client):
 
 
 def test_log_lines_have_the_id_of_the_request_if_there_is_one(app):
-    from embedding_service.logs import TextFormatter
+    from embedding_service.observability.logs import TextFormatter
 
     log = logging.getLogger("embedding_service.test")
     lines = []

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from embedding_service.web import worker
+from embedding_service.server import worker
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from embedding_service import config, env_file
+from embedding_service.settings import config, env_file
 
 # The folder of app.py, in a checkout.
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parent.parent.parent
 
 
 class Environment(msgspec.Struct, frozen=True):

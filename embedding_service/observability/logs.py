@@ -76,7 +76,7 @@ def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
     """The configuration for `logging.config.dictConfig` and gunicorn's `logconfig_dict`."""
     # WatchedFileHandler reopens the file after logrotate has moved it.
     handler: dict[str, Any] = (
-        {"class": "embedding_service.logs.FileHandler", "filename": file, "encoding": "utf-8"}
+        {"class": "embedding_service.observability.logs.FileHandler", "filename": file, "encoding": "utf-8"}
         if file
         else {"class": "logging.StreamHandler", "stream": _stream()}
     )

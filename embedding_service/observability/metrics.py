@@ -8,7 +8,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.exposition import choose_encoder
 
-from embedding_service import __version__, multiprocess
+from embedding_service import __version__
+from embedding_service.observability import multiprocess
 
 # prometheus-client uses this class for the value of every metric.
 values.ValueClass = multiprocess.SharedValue

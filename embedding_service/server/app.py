@@ -5,9 +5,11 @@ import logging
 import msgspec
 from flask import Flask
 
-from embedding_service import environment, logs, preflight
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.observability import logs
+from embedding_service.server import preflight
+from embedding_service.settings import environment
 from embedding_service.sharing import supervisor_handle
 from embedding_service.sharing.client import RemoteEngine
 from embedding_service.sharing.settings import LogSettings

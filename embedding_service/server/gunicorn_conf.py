@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 from gunicorn import glogging, systemd
 
-from embedding_service import environment, logs, preflight
 from embedding_service.errors import StartupError
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.observability import logs
+from embedding_service.server import preflight
+from embedding_service.settings import environment
 from embedding_service.sharing import supervisor_handle
 from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings
 from embedding_service.web.keys import OPEN_WARNING, KeyRing
@@ -27,7 +29,7 @@ except StartupError as error:
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
-worker_class = "embedding_service.web.worker.Worker"
+worker_class = "embedding_service.server.worker.Worker"
 # For -k gthread, and sync, which becomes gthread; our own worker uses greenlets.
 threads = min(128, settings.max_concurrent_requests)
 # Connections per worker, idle ones included; each is a greenlet.
@@ -119,7 +121,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """In a worker with its app: connect its shutdown signal, and wait for the model's first status."""
-    from embedding_service import metrics  # not needed in the master
+    from embedding_service.observability import metrics  # not needed in the master
 
     metrics.share(supervisor.folder.metrics)
     context = worker.wsgi.extensions["embedding_service"]

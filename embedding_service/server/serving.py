@@ -4,7 +4,7 @@ import importlib.util
 import os
 from typing import Any
 
-from embedding_service import environment
+from embedding_service.settings import environment
 
 
 def serve() -> None:
@@ -12,7 +12,7 @@ def serve() -> None:
     settings = environment.current().settings
     if os.name == "posix" and importlib.util.find_spec("gunicorn"):
         _serve_with_gunicorn()
-    from embedding_service.app import build
+    from embedding_service.server.app import build
 
     build().run(settings.host, settings.port, threaded=True)
 
@@ -23,14 +23,14 @@ def _serve_with_gunicorn() -> None:
 
     class Service(Application):  # type: ignore[misc]
         def load_config(self) -> None:
-            self.load_config_from_module_name_or_filename("python:embedding_service.gunicorn_conf")
+            self.load_config_from_module_name_or_filename("python:embedding_service.server.gunicorn_conf")
             extra = self.cfg.parser().parse_args(self.cfg.get_cmd_args_from_env())
             for name, value in vars(extra).items():
                 if value is not None and name != "args":
                     self.cfg.set(name, value)
 
         def load(self) -> Any:
-            from embedding_service.app import build
+            from embedding_service.server.app import build
 
             return build()
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from embedding_service import __version__, config, environment, logs
+from embedding_service import __version__
 from embedding_service.errors import StartupError
+from embedding_service.observability import logs
+from embedding_service.settings import config, environment
 from embedding_service.sharing.settings import EX_CONFIG
 
 DESCRIPTION = "Text embeddings over HTTP."
@@ -48,7 +50,7 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
     parser.add_argument("--port", metavar="N", help="the setting PORT")
     given = vars(parser.parse_args(arguments))
     # Imported here, so that --help is fast.
-    from embedding_service import serving
+    from embedding_service.server import serving
 
     try:
         environment.start(**{name.upper(): value for name, value in given.items() if value is not None})

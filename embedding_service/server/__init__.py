@@ -1,0 +1,1 @@
+"""Starts the service: the command line, gunicorn, its worker, and checks before the start."""

@@ -1,0 +1,1 @@
+"""The settings: declared, and read from the environment and `.env`."""
