@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from embedding_service.errors import ConfigError
+from embedding_service.words import allowed
 
 DEVICE_PATTERN = r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|mps|cuda(:\d+)?))*)$"
 
@@ -325,8 +326,10 @@ def _convert(name: str, raw: str, wanted: Any) -> Any:
             return msgspec.json.decode(raw, type=dict[str, str])
         return msgspec.convert(raw, wanted, strict=False)
     except msgspec.MsgspecError:
-        allowed = extra.get("allowed") or _allowed(kind)
-        raise ConfigError(f"{name}={shown} is not allowed: it must be {allowed}. {description}") from None
+        wanted_value = extra.get("allowed") or allowed(kind)
+        raise ConfigError(
+            f"{name}={shown} is not allowed: it must be {wanted_value}. {description}"
+        ) from None
 
 
 def _split(wanted: Any) -> tuple[msgspec.inspect.Type, dict[str, Any]]:
@@ -335,26 +338,6 @@ def _split(wanted: Any) -> tuple[msgspec.inspect.Type, dict[str, Any]]:
     if not isinstance(kind, msgspec.inspect.Metadata):
         return kind, {}
     return kind.type, (kind.extra_json_schema or {}) | (kind.extra or {})
-
-
-def _allowed(kind: msgspec.inspect.Type) -> str:
-    match kind:
-        case msgspec.inspect.LiteralType(values=values):
-            return f"one of {', '.join(map(str, values))}"
-        case msgspec.inspect.BoolType():
-            return "true or false"
-        case msgspec.inspect.IntType(ge=least, le=most):
-            return f"a whole number{_bounds('from', least, most)}"
-        case msgspec.inspect.FloatType(gt=None, ge=least, le=most):
-            return f"a number{_bounds('from', least, most)}"
-        case msgspec.inspect.FloatType(gt=least, le=most):
-            return f"a number{_bounds('above', least, most)}"
-    return "text"
-
-
-def _bounds(relation: str, least: float | None, most: float | None) -> str:
-    low = f" {relation} {least}" if least is not None else ""
-    return f"{low} up to {most}" if most is not None else low
 
 
 def _plain_host(host: str) -> str:

@@ -1,6 +1,5 @@
 """Parses `.env` files strictly: an invalid line is an error with its number, and is never skipped."""
 
-import difflib
 import io
 import os
 import re
@@ -11,6 +10,7 @@ from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
 from embedding_service.errors import ConfigError
+from embedding_service.words import nearest
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
@@ -45,15 +45,8 @@ def read(file: Path, environ: Mapping[str, str]) -> dict[str, str]:
 
 def misspelt(names: Collection[str], known: Collection[str]) -> dict[str, str]:
     """Probable misspellings of known names, each with the nearest match."""
-    nearest: dict[str, str] = {}
-    for name in names:
-        if name not in known:
-            # Compared without underscores, so that BATCHSIZE matches BATCH_SIZE exactly.
-            plain = {each.replace("_", ""): each for each in known}
-            close = difflib.get_close_matches(name.upper().replace("_", ""), plain, 1, cutoff=0.85)
-            if close:
-                nearest[name] = plain[close[0]]
-    return nearest
+    others = {name: nearest(name, tuple(known)) for name in names if name not in known}
+    return {name: meant for name, meant in others.items() if meant is not None}
 
 
 def _text(file: Path) -> str:

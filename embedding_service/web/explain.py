@@ -1,13 +1,13 @@
 """Explains why a JSON body is invalid: the field, what was sent, and what is allowed."""
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from msgspec import inspect
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.words import allowed
 
 # Longer values are described instead of quoted.
 MAX_QUOTED_CHARACTERS = 40
@@ -52,10 +52,8 @@ def _fault(
             return next((fault for fault in items if fault), None)
     if any(_accepts(member, value) for member in members):
         return None
-    allowed = _either(_allowed(member) for member in members if not isinstance(member, inspect.NoneType))
-    if field is None:
-        return InvalidRequest(f"the body must be {allowed}, not {_sent(value)}")
-    return InvalidRequest(f"must be {allowed}, not {_sent(value)}", field=field, index=index)
+    reason = f"must be {allowed(kind, _quoted)}, not {_sent(value)}"
+    return InvalidRequest(f"the body {reason}" if field is None else reason, field=field, index=index)
 
 
 def _fault_in_fields(
@@ -92,26 +90,13 @@ def _accepts(kind: inspect.Type, value: Any) -> bool:
     return isinstance(value, PLAIN.get(type(kind), object))
 
 
-def _allowed(kind: inspect.Type) -> str:
-    if isinstance(kind, inspect.LiteralType):
-        return _either(msgspec.json.encode(value).decode() for value in kind.values)
-    if isinstance(kind, inspect.IntType):
-        return "a whole number" if kind.ge is None else f"a whole number from {kind.ge} to {kind.le}"
-    if isinstance(kind, inspect.ListType):
-        return "an array of strings"
-    if isinstance(kind, inspect.StrType) and kind.max_length is not None:
-        return f"a string of at most {kind.max_length} characters"
-    return NAMES[PLAIN[type(kind)]]
+def _quoted(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _sent(value: Any) -> str:
     if isinstance(value, str | int | float):
-        quoted = msgspec.json.encode(value).decode()
+        quoted = _quoted(value)
         if len(quoted) <= MAX_QUOTED_CHARACTERS:
             return quoted
     return NAMES.get(type(value), "a number")
-
-
-def _either(words: Iterable[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} or {last}" if first else last

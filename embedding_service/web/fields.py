@@ -4,12 +4,11 @@ Callers send ids, model names and other fields that change nothing here. A field
 another API is rejected, since ignoring it would return other vectors than the caller expects.
 """
 
-import difflib
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.words import nearest
 
 # Fields that change the vectors in some API or library, with the values that ask for what we do anyway.
 VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -69,9 +68,6 @@ TEXT_FIELDS = (
     "query",
 )
 
-# Names at least this similar (0 to 1) count as misspellings: `normalise` and `normalize` score 0.89.
-MIN_SIMILARITY = 0.8
-
 
 def check_others(
     known: Iterable[str],
@@ -91,7 +87,7 @@ def check_others(
             continue
         path = f"{parent}{name[:50]}"
         if near:
-            meant = _nearest(name[:50], names)
+            meant = nearest(name[:50], names)
             if meant is None and name in TEXT_FIELDS and "texts" not in sent:
                 meant = "texts"
             if meant is not None:
@@ -99,17 +95,3 @@ def check_others(
         accepted = (normalizes,) if name in NORMALIZE_FIELDS else VECTOR_FIELDS.get(name)
         if accepted is not None and value not in accepted:
             raise InvalidRequest("is not supported here, and would change the vectors", field=path)
-
-
-# Cached, since a client that sends an unknown field sends it with every request.
-@functools.lru_cache(maxsize=1024)
-def _nearest(name: str, known: tuple[str, ...]) -> str | None:
-    """The known name that this one probably misspells."""
-    by_spelling = {_spelling(each): each for each in known}
-    alike = difflib.get_close_matches(_spelling(name), by_spelling, 1, MIN_SIMILARITY)
-    return by_spelling[alike[0]] if alike else None
-
-
-def _spelling(name: str) -> str:
-    """The name in a form that is the same for snake_case, kebab-case and camelCase."""
-    return name.lower().replace("_", "").replace("-", "")
