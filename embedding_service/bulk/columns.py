@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO
 
-from embedding_service.bulk.rows import BadRow, Row, decode, make_row, shown
+from embedding_service.bulk.rows import BadRow, Row, decode, make_row, position, shown
 from embedding_service.errors import StartupError
 
 BATCH_ROWS = 1024
@@ -16,11 +16,17 @@ BATCH_ROWS = 1024
 def read(file: io.BufferedReader, field: str) -> Iterator[Row]:
     """Yield a row for each value of the column. Raises StartupError if it is missing or not text."""
     with _opened(file) as table:
-        kind = _text_type(table.schema_arrow, field)
+        pyarrow, _ = import_pyarrow()
+        path = _path(table.schema_arrow, field)
         number = 0
         for batch in table.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
+            column = batch.column(0)
+            for name in path[1:]:
+                column = pyarrow.compute.struct_field(column, name)
+            kind = column.type
             # Read as bytes, so that invalid UTF-8 fails only its own row.
-            for raw in batch.column(0).cast(kind).cast("large_binary").to_pylist():
+            plain = column.cast(kind.value_type) if pyarrow.types.is_dictionary(kind) else column
+            for raw in plain.cast("large_binary").to_pylist():
                 yield make_row(number, number + 1, _text, raw)
                 number += 1
 
@@ -36,6 +42,7 @@ def import_pyarrow() -> tuple[Any, Any]:
     """Import pyarrow and pyarrow.parquet. Raises StartupError if pyarrow is not installed."""
     try:
         import pyarrow
+        import pyarrow.compute
         from pyarrow import parquet
     except ImportError:
         raise StartupError("a .parquet file needs pyarrow: pip install -r requirements-parquet.txt") from None
@@ -57,15 +64,29 @@ def _opened(file: io.BufferedReader) -> Iterator[Any]:
             raise StartupError(f"it is not a valid parquet file: {error}") from None
 
 
-def _text_type(schema: Any, field: str) -> Any:
+def _path(schema: Any, field: str) -> list[str]:
+    """The names that lead to the text: one, or those of structs and the field in the last of them.
+
+    Raises StartupError if they do not lead to text, which may be stored as bytes.
+    """
     pyarrow, _ = import_pyarrow()
-    if field not in schema.names:
-        raise StartupError(f"there is no column {field!r}; the columns are {shown(schema.names)}")
-    kind = schema.field(field).type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    path = [field] if field in schema.names else field.split(".")
+    kind = schema.field(position(schema.names, path[0])).type
+    for depth, name in enumerate(path[1:], 1):
+        outer = ".".join(path[:depth])
+        if not pyarrow.types.is_struct(kind):
+            raise StartupError(f"the column {outer!r} holds {kind}, which has no fields")
+        names = [kind.field(index).name for index in range(kind.num_fields)]
+        if name not in names:
+            raise StartupError(f"{outer!r} has no field {name!r}; its fields are {shown(names)}")
+        kind = kind.field(name).type
+    plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if pyarrow.types.is_struct(plain):
+        names = [f"{field}.{plain.field(index).name}" for index in range(plain.num_fields)]
+        raise StartupError(f"the column {field!r} is a struct; choose one of its fields: {shown(names)}")
+    if str(plain).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
         raise StartupError(f"the column {field!r} holds {kind}, not text")
-    return kind
+    return path
 
 
 def _text(raw: bytes | None) -> str:

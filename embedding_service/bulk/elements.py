@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 
-from embedding_service.bulk.rows import MAX_BYTES, TOO_LONG, Row, make_row
+from embedding_service.bulk.rows import MAX_BYTES, TOO_LONG, Row, line_ends, make_row
 from embedding_service.errors import StartupError
 
 BLOCK_BYTES = 1 << 18
@@ -18,8 +18,8 @@ def read(file: io.BufferedReader, parse: Callable[[bytes], str]) -> Iterator[Row
     line = _skip_to_array(file)
     for number, raw in enumerate(_elements(file)):
         text = raw.lstrip()
-        first_line = line + raw.count(b"\n", 0, len(raw) - len(text))
-        line += raw.count(b"\n")
+        first_line = line + line_ends(raw[: len(raw) - len(text)])
+        line += line_ends(raw)
         yield make_row(number, first_line, parse, text)
 
 

@@ -9,8 +9,11 @@ from typing import TextIO
 
 import msgspec
 
-from embedding_service.bulk.rows import MAX_BYTES, TOO_LONG, BadRow, Row, encodable, make_row, shown
+from embedding_service.bulk.rows import MAX_BYTES, TOO_LONG, BadRow, Row, encodable, make_row, position
 from embedding_service.errors import StartupError
+
+# Excel writes and reads such a first line; it is not part of the table.
+EXCEL_DELIMITER = re.compile(r"sep=(.)")
 
 
 def read(file: io.BufferedReader, field: str, delimiter: str) -> Iterator[Row]:
@@ -27,9 +30,10 @@ def read(file: io.BufferedReader, field: str, delimiter: str) -> Iterator[Row]:
 
 def _rows(lines: "_Lines", field: str, delimiter: str) -> Iterator[Row]:
     header = _header(lines, delimiter)
-    if field not in header:
-        raise StartupError(f"there is no column {field!r}; the header is {shown(header)}")
-    column = header.index(field)
+    if excel := EXCEL_DELIMITER.fullmatch(delimiter.join(header)):
+        header = _header(lines, excel[1])
+        delimiter = excel[1]
+    column = position(header, field)
 
     def parse(record: list[str] | str) -> str:
         if isinstance(record, str):

@@ -1,11 +1,13 @@
 """Rows: the numbered texts of the input, or the errors in their place, parsed from raw bytes."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import UNSET
+
+from embedding_service.errors import StartupError
 
 # Longer lines, records and elements are not read into memory.
 MAX_BYTES = 16 << 20
@@ -39,6 +41,21 @@ def make_row(number: int, line: int, parse: Callable[[Any], str], raw: Any) -> R
         return Row(number, line, text=parse(raw))
     except BadRow as error:
         return Row(number, line, error=str(error))
+
+
+def line_ends(raw: bytes) -> int:
+    """How many lines end here: in LF, CR LF or CR."""
+    return raw.count(b"\n") + raw.count(b"\r") - raw.count(b"\r\n")
+
+
+def position(names: Sequence[str], field: str) -> int:
+    """The index of the column that holds the text. Raises StartupError unless there is exactly one."""
+    count = names.count(field)
+    if not count:
+        raise StartupError(f"there is no column {field!r}; the columns are {shown(names)}")
+    if count > 1:
+        raise StartupError(f"there are {count} columns {field!r}; rename all but one")
+    return names.index(field)
 
 
 def decode(raw: bytes) -> str:

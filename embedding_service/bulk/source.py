@@ -19,6 +19,9 @@ from embedding_service.errors import StartupError
 # If all of this many rows at the start are bad, the options are probably wrong, not the rows.
 HEAD_ROWS = 100
 
+# How much of a file shows its encoding.
+HEAD_BYTES = 512
+
 
 class Format(msgspec.Struct, frozen=True):
     """How to read rows, given a field and a delimiter, and how to count them if that is faster."""
@@ -92,6 +95,13 @@ class InputFile:
         self.stat = self._stat()
         return self.identify() != identity
 
+    def _looks_like_utf16(self, file: io.BufferedReader) -> bool:
+        """Whether most bytes at even or at odd places are zero, as in UTF-16 without a byte order mark."""
+        head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+        if self.format == "parquet" or len(head) < 2:
+            return False
+        return any(2 * head[first::2].count(0) > len(head[first::2]) for first in (0, 1))
+
     def _looks_changed(self) -> bool:
         now, then = self._stat(), self.stat
         return (now.st_ino, now.st_size, now.st_mtime_ns) != (then.st_ino, then.st_size, then.st_mtime_ns)
@@ -123,7 +133,9 @@ class InputFile:
             try:
                 file = compression.decompressed(raw)
                 head = file.peek(3)
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or self._looks_like_utf16(
+                    file
+                ):
                     raise StartupError("it is UTF-16; only UTF-8 is supported")
                 if head.startswith(codecs.BOM_UTF8):
                     file.read(len(codecs.BOM_UTF8))
