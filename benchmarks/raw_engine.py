@@ -27,8 +27,9 @@ from embedding_service.inference import source
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.job import Outcome
 from embedding_service.inference.loading import load
-from embedding_service.inference.runtime import Batch, Lane, Runtime, Slice
+from embedding_service.inference.runtime import Lane, Runtime
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.tokenized import Batch, Rows
 
 Encode = Callable[[list[str]], Any]
 
@@ -125,7 +126,7 @@ class RawEngine:
         return (self.model.whole or self.model.lanes[0]).forward(self._prepared(batch))
 
     def _prepared(self, batch: list[str]) -> Batch:
-        return [Slice.of(self.model.prepare(batch, None, None))]
+        return [Rows.all_of(self.model.prepare(batch, None, None))]
 
     def _padding(self, batches: list[list[str]]) -> float:
         real = padded = 0

@@ -32,8 +32,8 @@ from embedding_service.inference.budget import BatchBudget, BatchCost
 from embedding_service.inference.loading import load
 from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.runtime import Batch
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.tokenized import Batch
 from embedding_service.observability import metrics
 from embedding_service.sharing import server, wire
 

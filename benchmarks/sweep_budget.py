@@ -14,8 +14,8 @@ from benchmarks.texts import Texts
 from embedding_service.inference import source
 from embedding_service.inference.loading import load
 from embedding_service.inference.model import Model
-from embedding_service.inference.runtime import Batch, Slice
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.tokenized import Batch, Rows
 
 LENGTHS = (11, 64, 256)
 SWEPT = (64, 128, 256, 384, 512, 768, 1024, 2048)
@@ -29,7 +29,7 @@ def sweep(model: Model, budgets: tuple[int, ...], rounds: int) -> dict[int, dict
         for budget in budgets:
             if budget >= length:
                 pool = texts.of_length(length, budget // length)
-                batches[length, budget] = [Slice.of(model.prepare(pool, None, None))]
+                batches[length, budget] = [Rows.all_of(model.prepare(pool, None, None))]
     fastest: dict[tuple[int, int], float] = {}
     with ThreadPoolExecutor(len(model.lanes)) as threads:
         for _ in range(rounds):

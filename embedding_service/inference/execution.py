@@ -9,7 +9,8 @@ import numpy as np
 
 from embedding_service.engine import Vectors
 from embedding_service.inference.job import Part, halves, merged
-from embedding_service.inference.runtime import DeviceLost, Lane, OutOfMemory, Runtime, Slice
+from embedding_service.inference.runtime import DeviceLost, Lane, OutOfMemory, Runtime
+from embedding_service.inference.tokenized import Rows
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ class Computed:
     """The vectors of a batch, of shape (rows, dimension), and when they were computed (monotonic clock)."""
 
     batch: list[Part]
-    slices: list[Slice]
+    slices: list[Rows]
     vectors: Vectors
     began: float
     ended: float

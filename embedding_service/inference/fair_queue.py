@@ -8,7 +8,7 @@ from itertools import accumulate, count
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.inference.runtime import IntArray
+from embedding_service.inference.tokenized import IntArray
 
 # A request with more texts than this is bulk; small requests go first if both are due. If `separate_bulk` is
 # set, bulk texts share no batch with those of small requests, which would only wait longer for it.

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedding_service.inference.fair_queue import Flow
 from embedding_service.inference.priority_queue import PriorityQueue
-from embedding_service.inference.runtime import IntArray
+from embedding_service.inference.tokenized import IntArray
 from embedding_service.inference.vector_cache import Cached, VectorCache
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from embedding_service.engine import Embeddings, EmbedRequest, Timings, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.inference.identical import Reduction, Sharer
-from embedding_service.inference.runtime import BoolArray, IntArray, Prepared, Slice
+from embedding_service.inference.tokenized import BoolArray, IntArray, Rows, TokenizedTexts
 from embedding_service.inference.vector_cache import vectors_of
 
 Outcome = Embeddings | ServiceError
@@ -23,7 +23,7 @@ class Piece:
 
     first: int
     count: int
-    prepared: Prepared
+    prepared: TokenizedTexts
     offset: int
 
     @property
@@ -43,7 +43,7 @@ class Part:
 
     job: "Job"
     rows: IntArray
-    slices: list[Slice]
+    slices: list[Rows]
 
     def cut(self, first: int, last: int) -> "Part":
         """Some of the rows, by position."""
@@ -89,11 +89,11 @@ class Job(Sharer):
         """These rows as a part of a batch."""
         if len(self.pieces) == 1:
             piece = self.pieces[0]
-            return Part(self, rows, [Slice(piece.prepared, rows + piece.offset if piece.offset else rows)])
+            return Part(self, rows, [Rows(piece.prepared, rows + piece.offset if piece.offset else rows)])
         rows = np.sort(rows)
         cuts = [*np.searchsorted(rows, [piece.first for piece in self.pieces]).tolist(), len(rows)]
         slices = [
-            Slice(piece.prepared, rows[low:high] - (piece.first - piece.offset))
+            Rows(piece.prepared, rows[low:high] - (piece.first - piece.offset))
             for piece, low, high in zip(self.pieces, cuts, cuts[1:], strict=False)
             if high > low
         ]
@@ -165,28 +165,28 @@ class Job(Sharer):
         return sum([lengths[place] for place in places]), cut_places
 
 
-def merged(batch: Sequence[Part]) -> list[Slice]:
+def merged(batch: Sequence[Part]) -> list[Rows]:
     """A batch as the model takes it; neighbours that were tokenized together become one slice."""
     slices = [one for part in batch for one in part.slices]
     if len(slices) == 1:
         return slices
-    runs: list[tuple[Prepared, list[IntArray]]] = []
+    runs: list[tuple[TokenizedTexts, list[IntArray]]] = []
     for one in slices:
-        if runs and runs[-1][0] is one.texts:
+        if runs and runs[-1][0] is one.tokenized:
             runs[-1][1].append(one.rows)
         else:
-            runs.append((one.texts, [one.rows]))
-    return [Slice(texts, rows[0] if len(rows) == 1 else np.concatenate(rows)) for texts, rows in runs]
+            runs.append((one.tokenized, [one.rows]))
+    return [Rows(texts, rows[0] if len(rows) == 1 else np.concatenate(rows)) for texts, rows in runs]
 
 
-def lengths_of(slices: Sequence[Slice]) -> list[int]:
+def lengths_of(slices: Sequence[Rows]) -> list[int]:
     """The tokens of each text."""
-    return [length for one in slices for length in one.texts.lengths[one.rows].tolist()]
+    return [length for one in slices for length in one.tokenized.lengths[one.rows].tolist()]
 
 
-def truncated_of(slices: Sequence[Slice]) -> list[bool]:
+def truncated_of(slices: Sequence[Rows]) -> list[bool]:
     """Whether each text was cut."""
-    return [cut for one in slices for cut in one.texts.truncated[one.rows].tolist()]
+    return [cut for one in slices for cut in one.tokenized.truncated[one.rows].tolist()]
 
 
 def halves(batch: Sequence[Part], at: int) -> tuple[list[Part], list[Part]]:

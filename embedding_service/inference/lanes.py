@@ -6,7 +6,8 @@ from collections.abc import Callable
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends import Session
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.runtime import Batch, Lane, Prepared, Slice
+from embedding_service.inference.runtime import Lane
+from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 
 class SessionLane:
@@ -19,10 +20,10 @@ class SessionLane:
     def forward(self, batch: Batch) -> Vectors:
         return self._session.run(self._preprocessor.pack(batch))
 
-    def record_ahead(self, text: Prepared, max_seq_length: int, max_batch_tokens: int) -> None:
+    def record_ahead(self, text: TokenizedTexts, max_seq_length: int, max_batch_tokens: int) -> None:
         """Let the session prepare for batches of other sizes; `text` is a single one."""
         self._session.record_ahead(
-            self._preprocessor.pack([Slice.of(text)]), max_seq_length, max_batch_tokens
+            self._preprocessor.pack([Rows.all_of(text)]), max_seq_length, max_batch_tokens
         )
 
 

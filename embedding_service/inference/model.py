@@ -20,9 +20,10 @@ from embedding_service.engine import (
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.budget import BatchBudget
 from embedding_service.inference.preprocessing import Preprocessor, check_unicode
-from embedding_service.inference.runtime import Lane, Prepared, Side, Slice
+from embedding_service.inference.runtime import Lane, Side
 from embedding_service.inference.splitting import Splitter
 from embedding_service.inference.token_list import TokenLister
+from embedding_service.inference.tokenized import Rows, TokenizedTexts
 
 
 @dataclass(kw_only=True, eq=False)
@@ -73,7 +74,7 @@ class Model:
         side: Side | None = None,
         *,
         parallel: bool = False,
-    ) -> Prepared:
+    ) -> TokenizedTexts:
         return self.preprocessor.prepare(texts, prompt, task, side, parallel=parallel)
 
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
@@ -92,7 +93,7 @@ class Model:
             raise InvalidRequest("this model has no vectors of tokens")
         return [one.float().cpu().numpy() for one in found]
 
-    def forward_exact(self, one: Slice) -> Vectors:
+    def forward_exact(self, one: Rows) -> Vectors:
         return self.exact.forward([one])
 
     # Made when first needed, which for most services is never. Two threads may both make one; either will do.

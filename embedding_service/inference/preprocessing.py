@@ -1,11 +1,10 @@
 """From texts to the model's input: by the Rust tokenizer if it equals the model's own `preprocess`."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from tokenizers import Encoding, Tokenizer
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.checkpoint import find_pooling, length_limit
-from embedding_service.inference.runtime import Batch, IntArray, Prepared, Side, Slice
+from embedding_service.inference.runtime import Side
+from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Preprocessor(Protocol):
 
     def prepare(
         self, texts: Sequence[str], prompt: str | None, task: str | None, side: Side | None, *, parallel: bool
-    ) -> Prepared:
+    ) -> TokenizedTexts:
         """As Runtime.prepare."""
 
     def pack(self, batch: Batch) -> Features:
@@ -61,8 +61,8 @@ def choose_preprocessor(
         probes = [prompt + text for prompt in {"", *with_prompts} for text in PROBES]
         try:
             expected = {k: v for k, v in model.preprocess(probes).items() if isinstance(v, torch.Tensor)}
-            tokenizer = RustTokenizer(model, max_length, names=set(expected), threads=threads)
-            packed = tokenizer.pack([Slice.of(tokenizer.prepare(probes))])
+            tokenizer = _rust_tokenizer(model, max_length, names=set(expected), threads=threads)
+            packed = tokenizer.pack([Rows.all_of(tokenizer.prepare(probes))])
             if packed.keys() == expected.keys() and all(
                 np.array_equal(packed[name], expected[name].numpy()) for name in expected
             ):
@@ -76,27 +76,23 @@ def choose_preprocessor(
 # The Rust tokenizer
 
 
-@dataclass(slots=True, frozen=True, eq=False)
-class TokenIds:
-    """The token ids of several texts, one text after another; text i is `ids[offsets[i]:offsets[i + 1]]`.
-
-    `prompt_length` counts the tokens of the prompt if the model's pooling leaves the prompt out.
-    """
-
-    ids: IntArray
-    offsets: IntArray
-    prompt_length: int | None
-
-    def of_rows(self, rows: IntArray) -> IntArray:
-        """The ids of these texts, concatenated."""
-        if len(rows) == len(self.offsets) - 1 == 1:
-            return self.ids
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        ends = np.cumsum(lengths)
-        positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
-        ids: IntArray = self.ids[positions]
-        return ids
+def _rust_tokenizer(
+    model: SentenceTransformer, max_length: int, *, names: set[str], threads: int
+) -> "RustTokenizer":
+    """The tokenizer of a model whose inputs have these `names`."""
+    own: Any = model.tokenizer
+    pooling = find_pooling(model)
+    without_prompt = pooling is not None and not pooling.include_prompt
+    return RustTokenizer(
+        own.backend_tokenizer.to_str(),
+        max_length,
+        truncation_side=own.truncation_side,
+        pad_id=own.pad_token_id or 0,
+        pads_left=own.padding_side == "left",
+        with_type_ids="token_type_ids" in names,
+        prompt_length=model[0]._get_prompt_length if without_prompt else None,
+        threads=threads,
+    )
 
 
 class RustTokenizer:
@@ -105,24 +101,32 @@ class RustTokenizer:
     makes_arrays = True
 
     def __init__(
-        self, model: SentenceTransformer, max_length: int, *, names: set[str], threads: int = 1
+        self,
+        tokenizer_json: str,
+        max_length: int,
+        *,
+        truncation_side: Side,
+        pad_id: int,
+        pads_left: bool,
+        with_type_ids: bool,
+        prompt_length: Callable[[str], int | None] | None,
+        threads: int = 1,
     ) -> None:
-        """`names` are the model's inputs; `threads` is how many a parallel `prepare` may use."""
-        own: Any = model.tokenizer
-        # A copy, since truncation and padding are state: the default model's tokenizer.json says
-        # truncation=128 and padding=128, but the model reads 256 tokens.
-        tokenizer = Tokenizer.from_str(own.backend_tokenizer.to_str())
+        """`prompt_length` counts the tokens of a prompt if the model's pooling leaves the prompt out.
+
+        `threads` is how many a parallel `prepare` may use.
+        """
+        # Truncation and padding are state: the default model's tokenizer.json says truncation=128 and
+        # padding=128, but the model reads 256 tokens.
+        tokenizer = Tokenizer.from_str(tokenizer_json)
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length, direction=own.truncation_side)
+        tokenizer.enable_truncation(max_length, direction=truncation_side)
         self._max_length = max_length
-        self._by_side: dict[Side | None, Tokenizer] = {None: tokenizer, own.truncation_side: tokenizer}
-        self._pad_id: int = own.pad_token_id or 0
-        self._pads_left = own.padding_side == "left"
-        self._with_type_ids = "token_type_ids" in names
-        pooling = find_pooling(model)
-        self._prompt_length = (
-            model[0]._get_prompt_length if pooling is not None and not pooling.include_prompt else None
-        )
+        self._by_side: dict[Side | None, Tokenizer] = {None: tokenizer, truncation_side: tokenizer}
+        self._pad_id = pad_id
+        self._pads_left = pads_left
+        self._with_type_ids = with_type_ids
+        self._prompt_length = prompt_length
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
@@ -134,7 +138,7 @@ class RustTokenizer:
         side: Side | None = None,
         *,
         parallel: bool = False,
-    ) -> Prepared:
+    ) -> TokenizedTexts:
         prompt_length = None
         if prompt:
             prompt_length = self._prompt_length(prompt) if self._prompt_length else None
@@ -145,14 +149,16 @@ class RustTokenizer:
             check_unicode(texts)
             raise
         lists = [encoding.ids for encoding in encodings]
-        offsets = np.array([0, *accumulate(map(len, lists))], np.int32)
+        ends = list(accumulate(map(len, lists)))
+        offsets = np.array([0, *ends], np.int32)
         lengths = offsets[1:] - offsets[:-1]
-        ids = np.fromiter(chain.from_iterable(lists), np.int32, int(offsets[-1]))
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, ends[-1])
         truncated = lengths >= self._max_length
-        for row in truncated.nonzero()[0].tolist():
-            # A text may also be exactly as long as the limit.
-            truncated[row] = bool(encodings[row].overflowing)
-        return Prepared(lengths, truncated, prompt_length, TokenIds(ids, offsets, prompt_length))
+        if truncated.any():
+            for row in truncated.nonzero()[0].tolist():
+                # A text may also be exactly as long as the limit.
+                truncated[row] = bool(encodings[row].overflowing)
+        return TokenizedTexts(lengths, truncated, prompt_length, ids, offsets[:-1])
 
     def _cutting(self, side: Side | None) -> Tokenizer:
         """The tokenizer that truncates at this side; most requests use the model's own side."""
@@ -171,20 +177,24 @@ class RustTokenizer:
         return list(chain.from_iterable(self._pool.map(tokenizer.encode_batch_fast, pieces)))
 
     def pack(self, batch: Batch) -> Features:
-        contents: list[TokenIds] = [part.texts.content for part in batch]
+        found = [part.tokenized.ids_of(part.rows) for part in batch]
         lengths = np.concatenate([part.lengths for part in batch])
         width = int(lengths.max())
-        columns = np.arange(width)
-        mask = columns >= (width - lengths)[:, None] if self._pads_left else columns < lengths[:, None]
-        ids = np.full(mask.shape, self._pad_id, np.int64)
-        ids[mask] = np.concatenate(
-            [content.of_rows(part.rows) for content, part in zip(contents, batch, strict=True)]
-        )
-        packed: Features = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if len(lengths) * width == sum(map(len, found)):
+            mask = np.ones((len(lengths), width), np.int64)
+            ids = np.concatenate(found).astype(np.int64).reshape(mask.shape)
+        else:
+            columns = np.arange(width)
+            real = columns >= (width - lengths)[:, None] if self._pads_left else columns < lengths[:, None]
+            ids = np.full(real.shape, self._pad_id, np.int64)
+            ids[real] = np.concatenate(found)
+            mask = real.astype(np.int64)
+        packed: Features = {"input_ids": ids, "attention_mask": mask}
         if self._with_type_ids:
             packed["token_type_ids"] = np.zeros_like(ids)
-        if contents[0].prompt_length is not None:
-            packed["prompt_length"] = contents[0].prompt_length
+        prompt_length = batch[0].tokenized.group
+        if prompt_length is not None:
+            packed["prompt_length"] = prompt_length
         return packed
 
     def for_copy(self, model: SentenceTransformer) -> "RustTokenizer":
@@ -192,15 +202,6 @@ class RustTokenizer:
 
 
 # The model's own preprocess
-
-
-@dataclass(slots=True, frozen=True, eq=False)
-class PromptedTexts:
-    """Texts, and the prompt and the task with which the model will read them."""
-
-    texts: Sequence[str]
-    prompt: str | None
-    task: str | None
 
 
 class OwnPreprocessor:
@@ -222,7 +223,7 @@ class OwnPreprocessor:
         side: Side | None = None,
         *,
         parallel: bool = False,
-    ) -> Prepared:
+    ) -> TokenizedTexts:
         if side == "left":
             raise InvalidRequest(
                 "cannot be chosen: this model cuts its texts itself", field="truncation_side"
@@ -232,7 +233,7 @@ class OwnPreprocessor:
         truncated = lengths > self._max_length if self._cuts else np.zeros(len(texts), np.bool_)
         lengths[truncated] = self._max_length
         task = task if self._routed else None
-        return Prepared(lengths, truncated, (prompt, task), PromptedTexts(texts, prompt, task))
+        return TokenizedTexts(lengths, truncated, (prompt, task), texts=list(texts))
 
     def _count(self, text: str) -> int:
         """The number of tokens in a text, as far as the model's tokenizer can tell."""
@@ -244,11 +245,8 @@ class OwnPreprocessor:
         return max(1, len(text) // 4)
 
     def pack(self, batch: Batch) -> Features:
-        contents: list[PromptedTexts] = [part.texts.content for part in batch]
-        texts = [
-            content.texts[row] for content, part in zip(contents, batch, strict=True) for row in part.rows
-        ]
-        prompt, task = contents[0].prompt, contents[0].task
+        texts = [part.tokenized.texts[row] for part in batch for row in part.rows]
+        prompt, task = cast(tuple[str | None, str | None], batch[0].tokenized.group)
         extra = {"task": task} if task else {}
         return {**self._model.preprocess(texts, prompt=prompt, **extra), **extra}
 

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 
 from embedding_service.inference.fair_queue import Batch, FairQueue, Flow
-from embedding_service.inference.runtime import IntArray
+from embedding_service.inference.tokenized import IntArray
 
 # While normal requests wait, they get this many tokens for each token of the background, which therefore
 # never starves. All background requests share that, whatever their number and size.

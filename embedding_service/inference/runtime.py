@@ -1,11 +1,7 @@
 """What the batcher needs from a loaded model, and the two device failures that it can handle."""
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 from embedding_service.engine import (
     Chunk,
@@ -17,9 +13,8 @@ from embedding_service.engine import (
     Vectors,
 )
 from embedding_service.inference.budget import BatchBudget
+from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
-IntArray = npt.NDArray[np.int32]
-BoolArray = npt.NDArray[np.bool_]
 Side = Literal["left", "right"]
 
 
@@ -29,43 +24,6 @@ class OutOfMemory(Exception):
 
 class DeviceLost(Exception):
     """The device can no longer be used by this process."""
-
-
-@dataclass(slots=True, frozen=True, eq=False)
-class Prepared:
-    """Some texts of one request, in their order, as the model reads them.
-
-    `lengths` counts the tokens of each text after truncation, special tokens included. Only texts of
-    equal `group` may share a batch. `content` belongs to the preprocessor that made it.
-    """
-
-    lengths: IntArray
-    truncated: BoolArray
-    group: Hashable
-    content: Any
-
-
-@dataclass(slots=True, frozen=True, eq=False)
-class Slice:
-    """Rows of one Prepared, as part of a batch; `rows` are indices into its texts."""
-
-    texts: Prepared
-    rows: IntArray
-
-    @classmethod
-    def of(cls, texts: Prepared) -> "Slice":
-        """All of its rows."""
-        return cls(texts, np.arange(len(texts.lengths), dtype=np.int32))
-
-    @property
-    def lengths(self) -> IntArray:
-        """The tokens of each row."""
-        lengths: IntArray = self.texts.lengths[self.rows]
-        return lengths
-
-
-# All slices of a batch are of one group.
-Batch = Sequence[Slice]
 
 
 class Lane(Protocol):
@@ -108,7 +66,7 @@ class Runtime(Protocol):
         side: Side | None = None,
         *,
         parallel: bool = False,
-    ) -> Prepared:
+    ) -> TokenizedTexts:
         """Tokenize texts, cut at `side`; `parallel` uses several cores.
 
         Raises InvalidRequest, with the index, for a text that is not Unicode.
@@ -123,5 +81,5 @@ class Runtime(Protocol):
     def embed_tokens(self, texts: Sequence[str], request: TokensRequest) -> list[Vectors]:
         """The vectors of each text's tokens, of shape (tokens, dimension); raises InvalidRequest."""
 
-    def forward_exact(self, one: Slice) -> Vectors:
+    def forward_exact(self, one: Rows) -> Vectors:
         """The vector of one text, of shape (1, dimension), computed in float32 throughout."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, ServiceError
 from embedding_service.inference.job import Job, Piece, refuse_truncated
-from embedding_service.inference.runtime import Prepared, Runtime
+from embedding_service.inference.runtime import Runtime
+from embedding_service.inference.tokenized import TokenizedTexts
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Tokenization:
             offset += size
         self._on_tokenized(made, time.monotonic() - began)
 
-    def _refuse_truncated(self, pieces: list[tuple[Job, int, int]], prepared: Prepared) -> None:
+    def _refuse_truncated(self, pieces: list[tuple[Job, int, int]], prepared: TokenizedTexts) -> None:
         if all(job.request.truncate for job, _, _ in pieces):
             return
         if len(pieces) > 1:

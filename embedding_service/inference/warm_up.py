@@ -14,7 +14,8 @@ from embedding_service.inference.budget import BatchBudget, BatchCost, fit, meas
 from embedding_service.inference.cost_cache import CostCache
 from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.runtime import Batch, Lane, OutOfMemory, Prepared, Slice
+from embedding_service.inference.runtime import Lane, OutOfMemory
+from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,12 @@ def warm_up(
     return WarmUp(dimension=dimension, max_batch_tokens=max_batch_tokens, budget=budget)
 
 
-def batch_of(text: Prepared, tokens: int) -> Batch:
+def batch_of(text: TokenizedTexts, tokens: int) -> Batch:
     """One text repeated to fill `tokens`, at least once."""
-    return [Slice(text, np.zeros(max(1, tokens // int(text.lengths[0])), np.int32))]
+    return [Rows(text, np.zeros(max(1, tokens // int(text.lengths[0])), np.int32))]
 
 
-def medium(preprocessor: Preprocessor, max_seq_length: int) -> Prepared:
+def medium(preprocessor: Preprocessor, max_seq_length: int) -> TokenizedTexts:
     """A text whose length is halfway, by factors, between the shortest and the longest."""
     words = " ".join(["up"] * max(1, math.isqrt(max_seq_length) - 2))
     return preprocessor.prepare([words], None, None, None, parallel=False)
@@ -114,7 +115,11 @@ def forward_at_once(lanes: Sequence[Lane], batch: Batch) -> None:
 
 
 def fit_memory(
-    lanes: Sequence[Lane], short: Prepared, long: Prepared, max_batch_tokens: int, max_seq_length: int
+    lanes: Sequence[Lane],
+    short: TokenizedTexts,
+    long: TokenizedTexts,
+    max_batch_tokens: int,
+    max_seq_length: int,
 ) -> int:
     """The tokens a batch may hold so that the batches of all lanes fit in the device's memory at once.
 

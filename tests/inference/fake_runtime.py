@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Vector
 from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.budget import BatchBudget
-from embedding_service.inference.runtime import Batch, Prepared, Slice
+from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 DIMENSION = 8
 LOG_NORMAL = (3.2, 0.8)  # tokens per text: median 25, one text in a hundred over 150
@@ -23,7 +23,7 @@ class Text(NamedTuple):
 
     text: str
     length: int
-    group: Hashable
+    group: Any
 
 
 class FixedBudget(BatchBudget):
@@ -113,7 +113,7 @@ class FakeRuntime:
         side: str | None = None,
         *,
         parallel: bool = False,
-    ) -> Prepared:
+    ) -> TokenizedTexts:
         self.on_prepare(texts)
         self.prepared += texts
         self.parallel.append(parallel)
@@ -122,7 +122,7 @@ class FakeRuntime:
                 raise InvalidRequest("is not valid Unicode", index=index)
         wanted = np.array([int(text.split(" ")[0]) for text in texts], np.int32)
         most = self.max_seq_length
-        return Prepared(np.minimum(wanted, most), wanted > most, task, (list(texts), side))
+        return TokenizedTexts(np.minimum(wanted, most), wanted > most, (task, side), texts=list(texts))
 
     def forward(self, batch: Batch, lane: FakeLane) -> Vectors:
         texts = texts_of(batch)
@@ -133,7 +133,7 @@ class FakeRuntime:
             time.sleep(self.seconds_per_token * padded(texts))
         return own if own is not None else vectors_of(batch)
 
-    def forward_exact(self, one: Slice) -> Vectors:
+    def forward_exact(self, one: Rows) -> Vectors:
         self.exact += texts_of([one])
         return vectors_of([one])
 
@@ -141,7 +141,7 @@ class FakeRuntime:
 def texts_of(batch: Batch) -> list[Text]:
     """The texts of a batch, in order."""
     return [
-        Text(one.texts.content[0][row], int(one.texts.lengths[row]), one.texts.group)
+        Text(one.tokenized.texts[row], int(one.tokenized.lengths[row]), one.tokenized.group)
         for one in batch
         for row in one.rows.tolist()
     ]
@@ -151,7 +151,7 @@ def vectors_of(batch: Batch) -> Vectors:
     """The vectors of a batch, which differ for each text, task and side."""
     return np.stack(
         [
-            vector_of(one.texts.content[0][row], one.texts.group, one.texts.content[1])
+            vector_of(one.tokenized.texts[row], *cast(Any, one.tokenized.group))
             for one in batch
             for row in one.rows.tolist()
         ]

@@ -10,8 +10,8 @@ import numpy as np
 from embedding_service.engine import EmbedRequest, Vectors
 from embedding_service.inference.loading import load as load_runtime
 from embedding_service.inference.model import Model
-from embedding_service.inference.runtime import Batch, Prepared, Slice
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 from tests.inference import tiny_models
 
 TEXTS_IN_A_BATCH = 9
@@ -64,14 +64,14 @@ def embed(model: Model, requests: list[EmbedRequest]) -> list[Answer]:
     ]
 
 
-def prepare(model: Model, one: EmbedRequest) -> Prepared:
+def prepare(model: Model, one: EmbedRequest) -> TokenizedTexts:
     """Like the batcher."""
     return model.prepare(one.texts, model.prompt(one), one.input_type, one.truncation_side)
 
 
-def alone(model: Model, text: str, prompt: str | None = None, task: str | None = None) -> Slice:
+def alone(model: Model, text: str, prompt: str | None = None, task: str | None = None) -> Rows:
     """One text, prepared."""
-    return Slice.of(model.prepare([text], prompt, task))
+    return Rows.all_of(model.prepare([text], prompt, task))
 
 
 def unit(vectors: Vectors) -> Vectors:
@@ -79,7 +79,7 @@ def unit(vectors: Vectors) -> Vectors:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _mixed(prepared: list[Prepared]) -> Iterator[tuple[list[int], Batch]]:
+def _mixed(prepared: list[TokenizedTexts]) -> Iterator[tuple[list[int], Batch]]:
     """Batches with texts of several requests, and the number of the request of each slice."""
     places = [(number, row) for number, one in enumerate(prepared) for row in range(len(one.lengths))]
     random.Random(0).shuffle(places)
@@ -90,5 +90,5 @@ def _mixed(prepared: list[Prepared]) -> Iterator[tuple[list[int], Batch]]:
             by_request: dict[int, list[int]] = {}
             for number, row in members[first : first + TEXTS_IN_A_BATCH]:
                 by_request.setdefault(number, []).append(row)
-            slices = [Slice(prepared[n], np.array(rows, np.int32)) for n, rows in by_request.items()]
+            slices = [Rows(prepared[n], np.array(rows, np.int32)) for n, rows in by_request.items()]
             yield list(by_request), slices

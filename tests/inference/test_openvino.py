@@ -11,7 +11,7 @@ import torch
 
 from embedding_service.errors import StartupError
 from embedding_service.inference.model import Model
-from embedding_service.inference.runtime import Slice
+from embedding_service.inference.tokenized import Rows
 from tests.inference import running
 from tests.inference.running import alone
 
@@ -152,7 +152,7 @@ def test_int8_is_close_to_float32_on_real_sentences(model_folder, oracle, tmp_pa
     assert (model.info.dtype, model.info.backend) == ("int8", "openvino")
     batches = [SENTENCES[first : first + 32] for first in range(0, len(SENTENCES), 32)]
     got = np.concatenate(
-        [model.lanes[0].forward([Slice.of(model.prepare(batch, None, None))]) for batch in batches]
+        [model.lanes[0].forward([Rows.all_of(model.prepare(batch, None, None))]) for batch in batches]
     )
     expected = oracle.encode(SENTENCES, normalize_embeddings=True)
     cosines = (got * expected).sum(axis=1)

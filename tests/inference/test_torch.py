@@ -14,7 +14,8 @@ from embedding_service.errors import StartupError
 from embedding_service.inference.backends import torch as backend
 from embedding_service.inference.backends.torch import CudaSession, TorchSession, torch_backend
 from embedding_service.inference.device import choose_device, prepare_libraries
-from embedding_service.inference.runtime import DeviceLost, OutOfMemory, Prepared, Slice
+from embedding_service.inference.runtime import DeviceLost, OutOfMemory
+from embedding_service.inference.tokenized import Rows, TokenizedTexts
 from embedding_service.inference.warm_up import fit_memory
 from tests.inference.running import alone, embed, load, request, texts
 
@@ -234,8 +235,8 @@ class Lane:
         return np.zeros((sum(len(part.rows) for part in batch), 4), np.float32)
 
 
-def texts_of(tokens: int) -> Prepared:
-    return Prepared(np.array([tokens], np.int32), np.array([False]), None, None)
+def texts_of(tokens: int) -> TokenizedTexts:
+    return TokenizedTexts(np.array([tokens], np.int32), np.array([False]), None, None)
 
 
 @pytest.mark.parametrize(("most", "budget"), [(10_000, 1536), (3072, 1536), (2000, 768), (200, 96), (96, 48)])
@@ -280,7 +281,7 @@ def test_cuda_graphs_run_and_give_the_vectors_of_single_launches(model_folder):
     assert graphs and graphs.max_tokens >= 256
     source = random.Random(3)
     for count in (1, 7, 40):
-        batch = [Slice.of(model.prepare(texts(source, count), None, None))]
+        batch = [Rows.all_of(model.prepare(texts(source, count), None, None))]
         features = model.preprocessor.pack(batch)
         assert graphs.fit(features)
         session._graphs = graphs

@@ -14,8 +14,8 @@ from embedding_service.inference.backends import Backend, Session
 from embedding_service.inference.backends.torch import TorchSession, torch_backend
 from embedding_service.inference.checkpoint import Checkpoint
 from embedding_service.inference.preprocessing import PROBES, Preprocessor
-from embedding_service.inference.runtime import Slice
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.inference.tokenized import Rows
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def convert(
 
 def _difference(model: SentenceTransformer, preprocessor: Preprocessor, session: Session) -> float:
     """How far a session is from torch, as a share of the largest number, on texts of all lengths."""
-    batch = [Slice.of(preprocessor.prepare(PROBES, None, None, None, parallel=False))]
+    batch = [Rows.all_of(preprocessor.prepare(PROBES, None, None, None, parallel=False))]
     expected = TorchSession(model).run(preprocessor.pack(batch))
     got = session.run(preprocessor.pack(batch))
     return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-12))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Words:
-    """The texts that contain a word, by the id of their Prepared, which is kept so that no id is reused."""
+    """The texts that contain a word, by the id of their arrays, which are kept so that no id is reused."""
 
     def __init__(self):
         self._kept = {}
@@ -30,7 +30,7 @@ class Words:
         """The text of each row of a batch, empty if it contains no word."""
         found = []
         for part in batch:
-            _, texts = self._kept.get(id(part.texts), (None, None))
+            _, texts = self._kept.get(id(part.tokenized), (None, None))
             found += [texts[row] if texts and "@@" in texts[row] else "" for row in part.rows]
         return found
 

@@ -1,0 +1,66 @@
+"""Texts as the model reads them: one set of arrays for all texts that were tokenized together."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+NO_ROWS: IntArray = np.empty(0, np.int32)
+NO_FLAGS: BoolArray = np.empty(0, np.bool_)
+
+
+@dataclass(slots=True, eq=False)
+class TokenizedTexts:
+    """Texts in their order, one a row. Only rows of equal `group` may share a batch.
+
+    `lengths` counts the tokens of each text after truncation, special tokens included. The token ids of
+    text i are `ids[offsets[i]:offsets[i] + lengths[i]]`, unless the model tokenizes `texts` for itself.
+    """
+
+    lengths: IntArray
+    truncated: BoolArray
+    group: Hashable
+    ids: IntArray = field(default_factory=lambda: NO_ROWS)
+    offsets: IntArray = field(default_factory=lambda: NO_ROWS)
+    texts: list[str] = field(default_factory=list)
+
+    def ids_of(self, rows: IntArray) -> IntArray:
+        """The token ids of these rows, one after another."""
+        lengths = self.lengths
+        if len(lengths) == 1:
+            return self.ids if len(rows) == 1 else np.tile(self.ids, len(rows))
+        if len(rows) == 1:
+            (row,) = rows.tolist()
+            return self.ids[self.offsets[row] : self.offsets[row] + lengths[row]]
+        lengths = lengths[rows]
+        ends = lengths.cumsum()
+        positions = np.arange(ends[-1]) + (self.offsets[rows] - ends + lengths).repeat(lengths)
+        ids: IntArray = self.ids[positions]
+        return ids
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Rows:
+    """Rows of tokenized texts, as part of a batch."""
+
+    tokenized: TokenizedTexts
+    rows: IntArray
+
+    @classmethod
+    def all_of(cls, tokenized: TokenizedTexts) -> "Rows":
+        """Every row."""
+        return cls(tokenized, np.arange(len(tokenized.lengths), dtype=np.int32))
+
+    @property
+    def lengths(self) -> IntArray:
+        """The tokens of each row."""
+        lengths: IntArray = self.tokenized.lengths[self.rows]
+        return lengths
+
+
+# The rows of a batch are all of one group.
+Batch = Sequence[Rows]
