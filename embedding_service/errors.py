@@ -4,6 +4,7 @@ ServiceError
 ├── InvalidRequest         400  the caller can fix it
 ├── Unauthorized           401
 ├── NotFound               404
+├── SlowUpload             408
 ├── TooLarge               413
 ├── UnsupportedMediaType   415
 ├── Overloaded             429  the queue is full; carries how long to wait
@@ -67,6 +68,13 @@ class NotFound(ServiceError):
 
     status = 404
     error_type = "not_found"
+
+
+class SlowUpload(ServiceError):
+    """The body arrives too slowly."""
+
+    status = 408
+    error_type = "timeout"
 
 
 class TooLarge(ServiceError):

@@ -88,6 +88,11 @@ def test_prompts_are_read_as_json():
         pytest.param("PROMPTS", '{"query": 1}', "a JSON object of names and texts", id="not a text"),
         pytest.param("CORS_ORIGINS", "https://a.example/path", "origins such as", id="a URL with a path"),
         pytest.param("CORS_ORIGINS", "example.com", "origins such as", id="no scheme"),
+        pytest.param("CORS_ORIGINS", "*.example.com", "origins such as", id="a pattern without a scheme"),
+        pytest.param("CORS_ORIGINS", "https://a*.example", "origins such as", id="a star within a label"),
+        pytest.param(
+            "CORS_ORIGINS", "https://bücher.example", "names in ASCII", id="a name as people read it"
+        ),
         pytest.param("CORS_ORIGINS", "*, https://a.example", "origins such as", id="a star and more"),
     ],
 )

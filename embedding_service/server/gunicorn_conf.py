@@ -35,8 +35,8 @@ threads = min(128, settings.max_concurrent_requests)
 # Connections per worker, idle ones included; each is a greenlet.
 worker_connections = 8192
 graceful_timeout = settings.graceful_timeout_seconds
-# Longer than nginx's 60 s, so that we never close a connection that nginx is about to use.
-keepalive = 75
+# By default longer than nginx's 60 s, so that we never close a connection that nginx is about to use.
+keepalive = settings.keep_alive_seconds
 # In memory, so that the heartbeat does not wait for a slow disk.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 control_socket_disable = True

@@ -5,8 +5,10 @@ import datetime
 import errno
 import functools
 import os
+import re
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import gevent
@@ -17,8 +19,8 @@ from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
 from gevent.server import StreamServer
-from gunicorn import http, util
-from gunicorn.http import errors, wsgi
+from gunicorn import util
+from gunicorn.http import Request, RequestParser, errors, wsgi
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
@@ -38,11 +40,16 @@ PAUSE_SECONDS = 0.5
 
 MAX_BACKLOG = 2048
 
+# How often the log says that all connections are taken.
+FULL_LOG_SECONDS = 60.0
+
 # An unread body up to this size is read and discarded, so that the connection can be reused.
 MAX_DISCARDED_BYTES = 32_768
 
 # Maximum number of large bodies in memory at once; other clients wait before they can send theirs.
 LARGE_BODY_BYTES, MAX_LARGE_BODIES = 65_536, 128
+
+ORIGIN = re.compile(rb"\r\norigin:[ \t]*([^\r\n]+?)[ \t]*\r\n", re.IGNORECASE)
 
 # Responses to requests that never reach Flask, by gunicorn's error class; the first match counts.
 REFUSALS = [
@@ -72,13 +79,13 @@ class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
 
     def expect(self, seconds: float) -> None:
         """Wait at most this long for the first byte of the next request; READ_SECONDS apply from then on."""
-        self._begun = False
+        self.first = b""
         self._read_by = time.monotonic() + seconds
 
     @property
     def begun(self) -> bool:
-        """Whether any of the expected request has arrived."""
-        return self._begun
+        """Whether any of the expected request has arrived; `first` is what arrived first."""
+        return bool(self.first)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         # With a timeout of 0 gevent still returns data that has already arrived.
@@ -87,8 +94,8 @@ class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
             data: bytes = super().recv(size, flags)
         except BlockingIOError:
             raise TimeoutError("the client sends too slowly") from None
-        if not self._begun:
-            self._begun = True
+        if not self.first:
+            self.first = data
             self._read_by = time.monotonic() + READ_SECONDS
         self._read_by += len(data) / MIN_BYTES_PER_SECOND
         return data
@@ -103,6 +110,33 @@ class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
             super().sendall(view, flags)
 
 
+class UnrepeatedRequest(Request):  # type: ignore[misc]
+    """Gunicorn's request, which takes a header that is sent twice in the same words as sent once."""
+
+    def parse_headers(self, data: bytes, from_trailer: bool = False) -> list[tuple[str, str]]:
+        headers: list[tuple[str, str]] = super().parse_headers(_unrepeated(data), from_trailer)
+        return headers
+
+
+class Parser(RequestParser):  # type: ignore[misc]
+    """Reads a connection's requests."""
+
+    mesg_class = UnrepeatedRequest
+
+
+def _unrepeated(data: bytes) -> bytes:
+    """The headers without repetitions, except of those that decide where a request goes or ends."""
+    lines = data.lower().replace(b" ", b"").split(b"\r\n")
+    if len(set(lines)) == len(lines):
+        return data
+    once: dict[tuple[bytes, bytes, int], bytes] = {}
+    for number, line in enumerate(data.split(b"\r\n")):
+        name, _, value = line.partition(b":")
+        is_strict = name.lower() in (b"host", b"transfer-encoding")
+        once.setdefault((name.lower(), value.strip(), number if is_strict else 0), line)
+    return b"\r\n".join(once.values())
+
+
 class Listener(StreamServer):  # type: ignore[misc]
     """Accepts connections, and pauses while there are no file descriptors left."""
 
@@ -110,6 +144,8 @@ class Listener(StreamServer):  # type: ignore[misc]
         super().__init__(sock, handle=worker.handle_client, spawn=worker.pool, **options)
         self._log = worker.log
         self.name = sock.getsockname()
+        self.full = worker.is_full
+        self._unused_seconds = max(READ_SECONDS, worker.cfg.keepalive)
         if worker.cfg.workers > 1:
             self.max_accept = 1
 
@@ -129,7 +165,7 @@ class Listener(StreamServer):  # type: ignore[misc]
             return None
         client = PatientSocket(self.socket.family, self.socket.type, self.socket.proto, fileno=fd)
         client.listener = self.name
-        client.expect(READ_SECONDS)
+        client.expect(self._unused_seconds)
         return client, address
 
     def drain(self) -> None:
@@ -157,9 +193,12 @@ class ServiceResponse(wsgi.Response):  # type: ignore[misc]
     _head = b""
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        """Announce that the connection will be closed if too much of the body was not read."""
+        """Announce that the connection will be closed if the body was late or much of it was not read."""
         body = self.req.body.reader
-        if getattr(body, "length", 0) > MAX_DISCARDED_BYTES or getattr(body, "parser", None) is not None:
+        is_left = (
+            getattr(body, "length", 0) > MAX_DISCARDED_BYTES or getattr(body, "parser", None) is not None
+        )
+        if is_left or status.startswith("408"):
             self.force_close()
         return super().start_response(status, headers, exc_info)
 
@@ -227,7 +266,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
         # one lookup each instead of three.
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         self.pool = Pool(self.worker_connections)
-        self._idle: set[PatientSocket] = set()
+        # The longest idle first.
+        self._idle: dict[PatientSocket, None] = {}
+        self._full_logged = -FULL_LOG_SECONDS
         self._large_bodies = BoundedSemaphore(MAX_LARGE_BODIES)
         self._ended = Event()
         super().init_process()
@@ -270,8 +311,23 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def _hang_up(self) -> None:
         for client in self._idle:
-            with contextlib.suppress(OSError):
-                client.shutdown(gevent_socket.SHUT_RD)
+            _end(client)
+
+    def is_full(self) -> bool:
+        """Whether all connections are taken while another waits; if so, end the one that is idle longest."""
+        if not self.pool.full():
+            return False
+        if time.monotonic() - self._full_logged > FULL_LOG_SECONDS:
+            self._full_logged = time.monotonic()
+            self.log.warning(
+                "All %d connections are taken (--worker-connections); idle ones are closed first",
+                self.worker_connections,
+            )
+        idle = next((client for client in self._idle if not client.begun), None)
+        if idle is not None:
+            del self._idle[idle]
+            _end(idle)
+        return True
 
     # One connection, in its greenlet
 
@@ -291,7 +347,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def _serve(self, client: PatientSocket, address: Any) -> None:
         """Answer requests until the connection ends. Raises OSError if the client is gone."""
-        parser = http.get_parser(self.cfg, client, address)
+        parser = Parser(self.cfg, client, address)
         request = None
         keep = True
         try:
@@ -313,11 +369,11 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self.handle_error(request, client, address, error)
 
     def _next_request(self, parser: Any, client: PatientSocket) -> Any:
-        self._idle.add(client)
+        self._idle[client] = None
         try:
             return next(parser)
         finally:
-            self._idle.discard(client)
+            self._idle.pop(client, None)
 
     def _answer(self, request: Any, client: PatientSocket, address: Any) -> bool:
         """Answer a request; returns whether the connection stays open."""
@@ -340,7 +396,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self.log.info("This worker has served %d requests (max_requests) and is stopping", self.nr)
             self.alive = False
             self._ended.set()
-        if not self.alive or not self.cfg.keepalive:
+        if not self.alive or not self.cfg.keepalive or self.pool.full():
             answer.force_close()
         try:
             chunks = self.wsgi(environ, answer.start_response)
@@ -380,7 +436,21 @@ class Worker(GeventWorker):  # type: ignore[misc]
         body = orjson.dumps({"error": message, "error_type": kind, "request_id": request_id})
         head = (
             f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
         )
+        head += "".join(f"{name}: {value}\r\n" for name, value in self._permissions(client))
         with contextlib.suppress(OSError):
-            client.sendall(head.encode() + body)
+            client.sendall(head.encode() + b"\r\n" + body)
+
+    def _permissions(self, client: Any) -> Iterable[tuple[str, str]]:
+        """The headers that let a page read this response, if its origin is among what arrived first."""
+        from embedding_service.web import cors  # not needed in the master
+
+        origin = ORIGIN.search(getattr(client, "first", b""))
+        return cors.permissions(self.wsgi, origin[1].decode("latin-1") if origin else "")
+
+
+def _end(client: PatientSocket) -> None:
+    """Let an idle client's connection end, unless a request is already on its way."""
+    with contextlib.suppress(OSError):
+        client.shutdown(gevent_socket.SHUT_RD)

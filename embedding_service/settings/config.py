@@ -23,8 +23,11 @@ HOST_ALLOWED = (
 )
 
 
-# A scheme and a host, without a path.
-ORIGIN = r"https?://[^/?#,\s]+/?"
+# What a browser sends as Origin: a scheme and a host without a path, or null. A star stands for the labels
+# before a domain, or for any port.
+ORIGIN = (
+    r"(null|(?!null)[A-Za-z][A-Za-z0-9+.-]*://((\*\.)?[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])?(:(\d+|\*))?/?)"
+)
 ORIGINS_PATTERN = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
 
 ROUTE_PATTERN = r"^/[^\s<>?#]+$"
@@ -149,10 +152,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         Meta(
             pattern=ORIGINS_PATTERN,
-            extra={"allowed": "*, or origins such as https://example.com and http://localhost:3000"},
+            extra={
+                "allowed": (
+                    "*, or origins such as https://example.com, https://*.example.com, http://localhost:*, "
+                    "chrome-extension://… and null, without a path, names in ASCII (xn--…)"
+                )
+            },
             description=(
-                "Comma-separated origins, such as https://example.com, whose pages may call the service from "
-                "a browser; * allows all."
+                "Comma-separated origins, such as https://example.com, https://*.example.com or "
+                "http://localhost:*, whose pages may call the service from a browser; * allows all."
             ),
         ),
     ] = ""
@@ -193,6 +201,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     request_timeout_seconds: Annotated[
         float, Meta(gt=0, le=3600, description="Time limit of a request in seconds; a late request gets 504.")
     ] = 60.0
+    keep_alive_seconds: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=3600,
+            description=(
+                "Seconds that an idle or unused connection stays open; it must be longer than that of the "
+                "proxy or load balancer in front."
+            ),
+        ),
+    ] = 75
     graceful_timeout_seconds: Annotated[
         int, Meta(ge=1, le=3600, description="Seconds that requests in flight get to finish on shutdown.")
     ] = 30

@@ -9,7 +9,7 @@ import msgspec
 import orjson
 from flask import Response, request
 
-from embedding_service.errors import InvalidRequest, ServiceError, TooLarge, UnsupportedMediaType
+from embedding_service.errors import InvalidRequest, ServiceError, SlowUpload, TooLarge, UnsupportedMediaType
 from embedding_service.web.context import context
 from embedding_service.web.explain import explain
 from embedding_service.web.fields import check_others
@@ -114,7 +114,7 @@ def _not_json(reason: str) -> ServiceError:
 
 
 def read() -> bytes:
-    """The whole body. Raises TooLarge, UnsupportedMediaType, or InvalidRequest if it is empty."""
+    """The whole body. Raises SlowUpload, TooLarge, UnsupportedMediaType, or InvalidRequest if it is empty."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", *GZIP):
         raise UnsupportedMediaType(
@@ -128,6 +128,8 @@ def read() -> bytes:
     # large. The stream ends with the body.
     try:
         raw: bytes = request.environ["wsgi.input"].read(limit + 1 if length is None else length)
+    except TimeoutError:
+        raise SlowUpload("the request did not arrive in time") from None
     except Exception as error:
         # Each server raises its own errors for malformed chunks and slow or disconnected clients.
         raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None

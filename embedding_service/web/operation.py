@@ -11,6 +11,7 @@ from embedding_service.errors import (
     ModelFailure,
     Overloaded,
     ServiceError,
+    SlowUpload,
     TooLarge,
     Unavailable,
     UnsupportedMediaType,
@@ -24,6 +25,7 @@ View = TypeVar("View", bound=Callable[..., Any])
 # A view with a body passes it to the model, and may raise all of these.
 ON_BODY = (
     InvalidRequest,
+    SlowUpload,
     TooLarge,
     UnsupportedMediaType,
     Overloaded,

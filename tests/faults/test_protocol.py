@@ -22,6 +22,11 @@ HIDDEN = b"0\r\n\r\nGET /info HTTP/1.1\r\nHost: x\r\n\r\n"
 REFUSED = {
     "both Content-Length and Transfer-Encoding": HOST + b"Content-Length: 4\r\n" + CHUNKED + b"\r\n" + HIDDEN,
     "two different Content-Lengths": HOST + b"Content-Length: 18\r\nContent-Length: 5\r\n\r\n" + BODY,
+    "two different Content-Types": HOST
+    + b"Content-Type: application/json\r\nContent-Type: text/plain\r\nContent-Length: 18\r\n\r\n"
+    + BODY,
+    "a second Host": HOST + b"Host: x\r\nContent-Length: 18\r\n\r\n" + BODY,
+    "a Transfer-Encoding twice": HOST + CHUNKED + CHUNKED + b"\r\n" + HIDDEN,
     "a list as Content-Length": HOST + b"Content-Length: 18, 18\r\n\r\n" + BODY,
     "a signed Content-Length": HOST + b"Content-Length: +18\r\n\r\n" + BODY,
     "a hexadecimal Content-Length": HOST + b"Content-Length: 0x12\r\n\r\n" + BODY,
@@ -235,11 +240,65 @@ def test_a_response_announces_that_the_connection_will_close(service):
                 assert answered.headers["Connection"] == "keep-alive"
 
 
+UNFINISHED = {
+    "headers": HOST,
+    "no body": HOST + b"Content-Length: 18\r\n\r\n",
+    "half a body": HOST + b"Content-Length: 18\r\n\r\n" + BODY[:9],
+    "half a large body": HOST + b"Content-Length: 400000\r\n\r\n" + b" " * 100_000,
+    "half a chunk": HOST + CHUNKED + b"\r\n12\r\n" + BODY[:9],
+}
+
+
 def test_a_request_that_is_never_finished_gets_a_408(service):
-    answer = exchange(service.port, HOST, 20)
-    assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-    body = json.loads(answer.partition(b"\r\n\r\n")[2])
-    assert (body["error"], body["error_type"]) == ("the request did not arrive in time", "timeout")
+    """Meanwhile a connection that has never been used stays open for a first request."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as unused:
+        with ThreadPoolExecutor(len(UNFINISHED)) as clients:
+            answers = list(clients.map(lambda sent: exchange(service.port, sent, 20), UNFINISHED.values()))
+        for name, answer in zip(UNFINISHED, answers, strict=True):
+            assert answer.lower().startswith(b"http/1.1 408 request timeout\r\n"), name
+            assert b"\r\nConnection: close\r\n" in answer, name
+            body = json.loads(answer.partition(b"\r\n\r\n")[2])
+            assert (body["error"], body["error_type"]) == ("the request did not arrive in time", "timeout")
+        unused.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert unused.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Content-Type: application/json\r\ncontent-type:application/json\r\n",
+        b"Content-Length: 18\r\n",
+        b"X-Request-ID: mine\r\nX-Request-ID: mine\r\n",
+    ],
+    ids=["Content-Type", "Content-Length", "X-Request-ID"],
+)
+def test_a_header_that_is_repeated_in_the_same_words_counts_once(service, header):
+    answer = exchange(service.port, HOST + header + b"Content-Length: 18\r\nConnection: close\r\n\r\n" + BODY)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert (b"X-Request-ID: mine\r\n" in answer) == (b"mine" in header)
+
+
+def test_with_all_connections_taken_the_longest_idle_one_makes_room(start):
+    """A refusal below Flask also tells the browser of an allowed page that the page may read it."""
+    command = [sys.executable, "-m", "gunicorn", "--worker-connections", "8"]
+    command += ["-b", "127.0.0.1:{port}", "app:app"]
+    service = start(command, CORS_ORIGINS="http://localhost:*", KEEP_ALIVE_SECONDS="600").wait_ready()
+    live = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        idle = []
+        for _ in range(8):
+            idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", service.port), 10)))
+            idle[-1].sendall(live)
+            assert b"Connection: " in idle[-1].recv(65536)
+        for _ in range(20):
+            assert service.post("/embed", {"texts": "hello"}).status_code == 200
+        assert idle[0].recv(100) == b""
+    assert service.log().count("All 8 connections are taken") == 1
+    flood = live.replace(b"\r\n\r\n", b"\r\nOrigin: %b\r\nX-A: " + b"a" * 10_000 + b"\r\n\r\n")
+    for origin, allowed in ((b"http://localhost:5173", True), (b"http://other.example", False)):
+        refused = exchange(service.port, flood.replace(b"%b", origin))
+        assert refused.startswith(b"HTTP/1.1 431")
+        assert (b"\r\nAccess-Control-Allow-Origin: " + origin in refused) == allowed
 
 
 def test_a_web_worker_without_descriptors_waits_and_serves_again(start):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from embedding_service.settings import config
 from embedding_service.web.factory import create_app
 from embedding_service.web.settings import WebSettings
 from tests.fakes import FakeEngine
@@ -60,3 +61,28 @@ def test_a_star_allows_every_origin():
     answer = client("*").post("/embed", json={"texts": "a"}, headers={"Origin": OTHER})
     assert cors_of(answer) == {"Access-Control-Allow-Origin": "*"}
     assert "Vary" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed", "refused"),
+    [
+        ("http://localhost:*", ["http://localhost", "http://localhost:5173"], ["http://localhost.example"]),
+        ("https://*.example.com", ["https://a.example.com", "https://b.a.example.com"], [HERE, "null"]),
+        ("https://*.example.com", [], ["https://evil.com/.example.com", "https://example.com.evil.com"]),
+        ("https://Example.com", [HERE], ["http://example.com", "https://exampleXcom"]),
+        ("https://example.com:443", [HERE], ["https://example.com:8443"]),
+        ("http://example.com:80/", ["http://example.com"], [HERE]),
+        ("app://obsidian.md, null", ["app://obsidian.md", "null"], ["app://other"]),
+        ("chrome-extension://abcdef", ["chrome-extension://abcdef"], ["chrome-extension://abcdeg"]),
+        ("file://", ["file://"], ["null"]),
+        ("http://[::1]:3000", ["http://[::1]:3000"], ["http://[::1]"]),
+    ],
+)
+def test_origins_are_matched_as_browsers_send_them(setting, allowed, refused):
+    served = client(config.load({"CORS_ORIGINS": setting}).cors_origins)
+    for origin in allowed:
+        assert cors_of(served.get("/health", headers={"Origin": origin})) == {
+            "Access-Control-Allow-Origin": origin
+        }
+    for origin in refused:
+        assert cors_of(served.get("/health", headers={"Origin": origin})) == {}
