@@ -95,18 +95,21 @@ def clients(sock: socket.socket, count: int, texts: int, sentences: list[str], f
     channel = wire.Channel(sock)
     numbers = iter(range(10**9))
 
-    def call() -> wire.Call:
-        number = next(numbers)
+    def call(number: int) -> EmbedRequest:
         # The texts in flight differ, since identical texts are computed only once.
         own = [f"{first} {sentences[(number * texts + n) % len(sentences)]}" for n in range(texts)]
-        return wire.Call(number, EmbedRequest(texts=own, deadline=time.monotonic() + 60))
+        return EmbedRequest(texts=own, deadline=time.monotonic() + 60)
+
+    def send(count: int) -> None:
+        chosen = [next(numbers) for _ in range(count)]
+        channel.send(wire.Calls(chosen, [call(number) for number in chosen]))
 
     with contextlib.suppress(wire.Closed):
-        channel.send(*[call() for _ in range(count)])
+        send(count)
         while True:
-            message, _ = channel.receive()
+            message = channel.receive()
             if isinstance(message, wire.Replies):
-                channel.send(*[call() for _ in message.answers])
+                send(len(message.answers))
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def ranges_of(texts: list[str], settings: Config) -> Int8Ranges:
     if info is None:
         raise StartupError(engine.status().reason)
     vectors = [
-        engine.embed(
+        engine.call(
             EmbedRequest(texts=texts[first : first + BATCH], deadline=time.monotonic() + BATCH_SECONDS)
         ).vectors
         for first in range(0, len(texts), BATCH)

@@ -1,36 +1,20 @@
 """The engine: the web half's only interface to a model, whether it runs in this process or another."""
 
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from embedding_service.errors import ServiceError, TooLarge
 
 Vectors = npt.NDArray[np.float32]
 # How long an answer may still be in transit after the request's deadline.
 GRACE_SECONDS = 0.25
 
 State = Literal["loading", "healthy", "unhealthy", "draining"]
-
-
-class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Texts to embed, and how. `deadline` is in seconds on the clock of `time.monotonic()`.
-
-    `prompt` is put in front of each text as it is; `prompt_name` and `input_type` choose one of the model's.
-    A background request waits for all others. `truncation_side` is the end at which over-long texts are
-    truncated, by default the tokenizer's choice.
-    """
-
-    texts: list[str]
-    deadline: float
-    normalize: bool = True
-    prompt_name: str | None = None
-    input_type: Literal["query", "document"] | None = None
-    dimensions: int | None = None
-    truncate: bool = True
-    truncation_side: Literal["left", "right"] | None = None
-    prompt: str | None = None
-    priority: Literal["normal", "background"] = "normal"
+Overflow = Literal["truncate", "error", "mean", "chunks"]
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
@@ -41,13 +25,30 @@ class Timings(msgspec.Struct, frozen=True, array_like=True):
     inference_ms: float = 0.0
 
 
-class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer: `vectors` is float32 of shape (texts, dimension), in the order of the request's texts.
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of a text: its characters from `start` to before `stop`, and how many tokens they are."""
+
+    start: int
+    stop: int
+    tokens: int
+
+
+class TextError(msgspec.Struct, frozen=True, array_like=True):
+    """Why a text has no vector: `error_type` and `reason` of a ServiceError."""
+
+    index: int
+    error_type: str
+    reason: str
+
+
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="embed"):
+    """`vectors` is float32 of shape (texts, dimension), in the order of the request's texts.
 
     `tokens` counts what the model read, special tokens and prompt included;
     `truncated` lists the indices of the texts that were cut; `cache_hits` counts those that a cache
-    answered, and is None if there is no cache. `chunks` counts the pieces that over-long texts were
-    embedded in, one for each other text; it is None if texts were not cut into pieces.
+    answered, and is None if there is no cache. `chunks` holds the pieces of each text if over-long texts
+    were embedded in pieces; with overflow "chunks" there is a row for each piece. With on_error "null",
+    `errors` lists the texts without a vector: their rows are NaN, and they have no pieces.
     """
 
     vectors: Vectors
@@ -55,15 +56,8 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
     truncated: list[int]
     timings: Timings
     cache_hits: int | None = None
-    chunks: int | None = None
-
-
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts of any length to split into tokens; `deadline` as in EmbedRequest."""
-
-    texts: list[str]
-    deadline: float
-    add_special_tokens: bool = True
+    chunks: list[list[Chunk]] | None = None
+    errors: list[TextError] = []
 
 
 class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
@@ -78,6 +72,79 @@ class TokenizedText(msgspec.Struct, frozen=True, array_like=True):
     special: dict[int, str]
 
 
+class TokenLists(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
+    """The tokens of each text."""
+
+    texts: list[TokenizedText]
+
+
+class TokenVectors(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="token vectors"):
+    """The vectors of all tokens, float32 of shape (tokens, dimension), and the number of tokens per text."""
+
+    vectors: Vectors
+    counts: list[int]
+
+
+Answer = Embeddings | TokenLists | TokenVectors
+Outcome = Answer | ServiceError
+# Receives outcomes that finished together, each with the number of its request.
+Receiver = Callable[[Sequence[tuple[int, Outcome]]], None]
+AnswerT = TypeVar("AnswerT", Embeddings, TokenLists, TokenVectors)
+
+
+class Request(msgspec.Struct, Generic[AnswerT], frozen=True, kw_only=True, array_like=True):
+    """Texts, and a `deadline` in seconds on the clock of `time.monotonic()`; the parameter is its answer."""
+
+    texts: list[str]
+    deadline: float
+
+
+class EmbedRequest(Request[Embeddings], frozen=True, kw_only=True, array_like=True, tag="embed"):
+    """Texts to embed, and how.
+
+    `prompt` is put in front of each text as it is; `prompt_name` and `input_type` choose one of the model's.
+    A background request waits for all others. `truncation_side` is the end at which over-long texts are
+    truncated, by default the tokenizer's choice.
+
+    `overflow` says how to handle over-long texts: truncate them, fail, or embed them in pieces, of which
+    neighbours share at most `overlap` tokens, and return their mean or the vector of each. A request that
+    makes more than `max_chunks` pieces fails. With `on_error` "null" a text that fails, or that has more than
+    `max_characters`, does not fail the others.
+    """
+
+    normalize: bool = True
+    prompt_name: str | None = None
+    input_type: Literal["query", "document"] | None = None
+    dimensions: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    prompt: str | None = None
+    priority: Literal["normal", "background"] = "normal"
+    overflow: Overflow = "truncate"
+    overlap: int = 0
+    max_chunks: int | None = None
+    on_error: Literal["fail", "null"] = "fail"
+    max_characters: int | None = None
+
+
+class ListTokensRequest(Request[TokenLists], frozen=True, kw_only=True, array_like=True, tag="tokens"):
+    """Texts of any length to split into tokens."""
+
+    add_special_tokens: bool = True
+
+
+class TokenVectorsRequest(
+    Request[TokenVectors], frozen=True, kw_only=True, array_like=True, tag="token vectors"
+):
+    """Texts to embed token by token; the prompt as in EmbedRequest. Over-long texts are truncated."""
+
+    prompt_name: str | None = None
+    input_type: Literal["query", "document"] | None = None
+    prompt: str | None = None
+
+
+AnyRequest = EmbedRequest | ListTokensRequest | TokenVectorsRequest
+
+
 class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
     """The smallest and largest number of each dimension in the normalised vectors of calibration texts.
 
@@ -87,45 +154,6 @@ class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     minimum: list[float]
     maximum: list[float]
-
-
-class TokensRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts to embed token by token; fields as in EmbedRequest. Over-long texts are truncated."""
-
-    texts: list[str]
-    deadline: float
-    prompt_name: str | None = None
-    input_type: Literal["query", "document"] | None = None
-    prompt: str | None = None
-
-
-class TokenVectors(msgspec.Struct, frozen=True, kw_only=True):
-    """The vectors of all tokens, float32 of shape (tokens, dimension), and the number of tokens per text."""
-
-    vectors: Vectors
-    counts: list[int]
-
-
-class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts to cut into pieces that fit the model with the prompt in front.
-
-    Neighbouring pieces share at most `overlap` tokens. `deadline` and the prompt as in EmbedRequest.
-    """
-
-    texts: list[str]
-    deadline: float
-    prompt_name: str | None = None
-    input_type: Literal["query", "document"] | None = None
-    prompt: str | None = None
-    overlap: int = 0
-
-
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
-    """A piece of a text: its characters from `start` to before `stop`, and how many tokens they are."""
-
-    start: int
-    stop: int
-    tokens: int
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,17 +191,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 class Engine(Protocol):
     """One model, here or in another process. Safe to call from any thread."""
 
-    def embed(self, request: EmbedRequest) -> Embeddings:
-        """Embed the texts. Returns, or raises a ServiceError, by the request's deadline."""
-
-    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        """The tokens of the untruncated texts. Returns or raises as `embed` does."""
-
-    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
-        """A vector for each token. Returns or raises as `embed` does."""
-
-    def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        """The pieces of each text. Returns or raises as `embed` does."""
+    def call(self, request: Request[AnswerT]) -> AnswerT:
+        """The answer. Returns, or raises a ServiceError, by the request's deadline."""
 
     def status(self) -> Status:
         """The state of the model; never blocks."""
@@ -183,3 +202,10 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the model's resources."""
+
+
+def check_characters(texts: Sequence[str], most: int) -> None:
+    """Raises TooLarge if a text has more than `most` characters."""
+    if len(max(texts, key=len)) > most:
+        index = next(i for i, text in enumerate(texts) if len(text) > most)
+        raise TooLarge(f"has {len(texts[index])} characters; at most {most} are allowed", index=index)

@@ -38,7 +38,7 @@ class Embed:
         request = EmbedRequest(
             texts=[str(text) for text in batch[self._text]], deadline=time.monotonic() + PATIENCE_SECONDS
         )
-        return batch | {"embedding": self._engine.embed(request).vectors}
+        return batch | {"embedding": self._engine.call(request).vectors}
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from embedding_service.engine import (
     EmbedRequest,
     Engine,
     ModelInfo,
+    Request,
     Status,
     Timings,
-    TokensRequest,
     TokenVectors,
+    TokenVectorsRequest,
 )
 from embedding_service.web.factory import create_app
 from embedding_service.web.settings import WebSettings
@@ -60,7 +61,13 @@ class FakeEngine:
             timings=Timings(tokenization_ms=1, queue_ms=2, inference_ms=3),
         )
 
-    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
+    def call(self, request: Request[Any]) -> Any:
+        if isinstance(request, TokenVectorsRequest):
+            return self.embed_tokens(request)
+        assert isinstance(request, EmbedRequest)
+        return self.embed(request)
+
+    def embed_tokens(self, request: TokenVectorsRequest) -> TokenVectors:
         if self.error is not None:
             raise self.error
         counts = [len(text) for text in request.texts]

@@ -41,8 +41,8 @@ from embedding_service.bulk.part import PartFile, Place, RunRecord
 from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
 from embedding_service.bulk.source import FORMATS, InputFile
-from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Timings
-from embedding_service.errors import StartupError
+from embedding_service.engine import Chunk, Embeddings, EmbedRequest, Timings
+from embedding_service.errors import StartupError, TooLarge
 from tests.fakes import FakeEngine, Served
 from tests.service import ROOT, wait_until
 
@@ -1059,8 +1059,17 @@ def test_a_text_of_which_a_chunk_is_missing_is_dropped_and_done_again(tmp_path, 
 class InChunks(Numbers):
     """Cuts a text into as many chunks as it has characters; the vector of a chunk starts with its digit."""
 
-    def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        return [[Chunk(i, i + 1, 1) for i in range(len(text))] for text in request.texts]
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        if request.overflow != "chunks":
+            return super().embed(request)
+        chunks = [[Chunk(i, i + 1, 1) for i in range(len(text))] for text in request.texts]
+        count = sum(map(len, chunks))
+        if request.max_chunks is not None and count > request.max_chunks:
+            raise TooLarge(f"make {count} pieces; at most {request.max_chunks} are allowed", field="texts")
+        digits = [digit for text in request.texts for digit in text]
+        return msgspec.structs.replace(
+            super().embed(msgspec.structs.replace(request, texts=digits)), chunks=chunks
+        )
 
 
 def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
@@ -1131,7 +1140,7 @@ def test_a_text_of_more_chunks_than_the_service_takes_is_a_bad_row(tmp_path, mon
     finally:
         served.stop()
     said = capsys.readouterr().err
-    assert "line 2: texts make 7 pieces of the length that the model reads; at most 6 are" in said
+    assert "line 2: texts make 7 pieces; at most 6 are" in said
     assert [row["row"] for row in read_lines(output)] == [0, 0, 1, 2, 2, 2]
 
 

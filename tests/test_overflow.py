@@ -8,10 +8,10 @@ import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_service.engine import Chunk, Embeddings, EmbedRequest, SplitRequest, Timings
+from embedding_service.engine import Chunk, Embeddings, EmbedRequest, Timings
 from embedding_service.errors import InvalidRequest
+from embedding_service.inference.pieces import embed_in_passes, means
 from embedding_service.inference.splitting import Splitter, end_of_piece, start_of_next
-from embedding_service.overflow import embed_chunks, means
 from tests.service import ROOT
 
 SENTENCES = (ROOT / "benchmarks" / "sentences.txt").read_text().split("\n")
@@ -105,23 +105,41 @@ def test_a_prompt_that_fills_the_window_is_named_in_the_error(splitter):
     assert info.value.field is None
 
 
-class CuttingEngine:
-    """Splits "a b" and "c" into letters, and truncates "b"."""
+def split_into_letters(request: EmbedRequest) -> list[list[Chunk]]:
+    return [[Chunk(i, i + 1, 1) for i in range(0, len(text), 2)] for text in request.texts]
 
-    def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        return [[Chunk(i, i + 1, 1) for i in range(0, len(text), 2)] for text in request.texts]
 
-    def embed(self, request: EmbedRequest) -> Embeddings:
-        cut = [index for index, text in enumerate(request.texts) if text == "b"]
-        vectors = np.ones((len(request.texts), 2), np.float32)
-        return Embeddings(vectors=vectors, tokens=3, truncated=cut, timings=Timings())
+def embed_letters(request: EmbedRequest) -> Embeddings:
+    """Truncates "b", and fails on "x"."""
+    if "x" in request.texts:
+        raise InvalidRequest("is bad", index=request.texts.index("x"))
+    cut = [index for index, text in enumerate(request.texts) if text == "b"]
+    vectors = np.array([[ord(text), 1] for text in request.texts], np.float32)
+    return Embeddings(vectors=vectors, tokens=len(vectors), truncated=cut, timings=Timings())
+
+
+def embed_in_letters(*texts: str, **fields) -> Embeddings:
+    request = EmbedRequest(texts=list(texts), deadline=0, **fields)
+    return embed_in_passes(request, embed_letters, split_into_letters, 2)
 
 
 def test_a_truncated_piece_is_reported_as_its_text():
-    request = EmbedRequest(texts=["c", "a b", "b b"], deadline=0)
-    result, chunks = embed_chunks(CuttingEngine(), request, 0, 10)
-    assert (result.truncated, result.chunks) == ([1, 2], 5)
-    assert [len(own) for own in chunks] == [1, 2, 2]
+    result = embed_in_letters("c", "a b", "b b", overflow="mean")
+    assert result.truncated == [1, 2]
+    assert [len(own) for own in result.chunks] == [1, 2, 2]
+
+
+def test_a_text_with_a_bad_piece_has_no_chunks_and_the_others_have():
+    result = embed_in_letters("c", "a x", "b b", "x", overflow="chunks", on_error="null")
+    assert result.vectors[:, 0].tolist() == [ord("c"), ord("b"), ord("b")]
+    assert [len(own) for own in result.chunks] == [1, 0, 2, 0]
+    assert [(error.index, error.reason) for error in result.errors] == [(1, "is bad"), (3, "is bad")]
+    assert (result.truncated, result.tokens) == ([2], 3)
+
+
+def test_if_every_text_is_bad_there_are_no_chunks():
+    result = embed_in_letters("x", "x a", overflow="chunks", on_error="null")
+    assert (result.vectors.shape, result.chunks) == ((0, 2), [[], []])
 
 
 def test_a_model_that_reads_everything_gets_whole_texts(oracle):
@@ -190,7 +208,6 @@ def test_mean_counts_its_pieces_and_keeps_dimensions(service):
         ({"overflow": "truncate", "truncate": False}, "truncate", "contradicts overflow"),
         ({"overflow": "mean", "chunk_overlap": 254}, "chunk_overlap", "must be below 254"),
         ({"overflow": "mean", "chunk_overlap": -1}, "chunk_overlap", "must be a whole number from 0"),
-        ({"overflow": "chunks", "on_error": "null"}, "on_error", "cannot be null with overflow: chunks"),
         ({"overflow": "window"}, "overflow", 'must be "chunks", "error", "mean" or "truncate"'),
     ],
     ids=str,
@@ -231,6 +248,18 @@ def test_a_bad_text_does_not_fail_the_others(service, oracle):
     expected = oracle.encode([texts[index] for index in good], normalize_embeddings=True)
     assert np.abs(np.array([body["embeddings"][index] for index in good]) - expected).max() < 1e-5
     assert body["count"] == len(texts)
+
+
+def test_chunks_of_the_good_texts(service, oracle):
+    texts = ["good", "x" * 100_001, LONG]
+    body = ask(service, texts=texts, overflow="chunks", on_error="null").json()
+    assert [error["index"] for error in body["errors"]] == [1]
+    owners = [piece["text"] for piece in body["chunks"]]
+    assert owners == [0] + [2] * (len(owners) - 1)
+    pieces = [texts[piece["text"]][piece["start"] : piece["end"]] for piece in body["chunks"]]
+    assert body["count"] == body["usage"]["chunks"] == len(pieces) > 5
+    expected = oracle.encode(pieces, normalize_embeddings=True)
+    assert np.abs(np.array(body["embeddings"]) - expected).max() < 1e-5
 
 
 def test_without_a_bad_text_the_list_of_errors_is_empty(service):

@@ -13,9 +13,8 @@ import httpx2
 import msgspec
 import numpy as np
 
-from embedding_service.engine import EmbedRequest, Engine, Vectors
-from embedding_service.errors import ServiceError, StartupError, TooLarge, Unavailable
-from embedding_service.overflow import Overflow, embed_chunks, embed_means
+from embedding_service.engine import EmbedRequest, Engine, Overflow, Vectors, check_characters
+from embedding_service.errors import ServiceError, StartupError, Unavailable
 
 # A request may wait in the service's queue behind many others.
 REQUEST_SECONDS = 600.0
@@ -28,7 +27,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     prompt_name: str | None = None
     prompt: str | None = None
     dimensions: int | None = None
-    overflow: Overflow | Literal["chunks"] | None = None
+    overflow: Overflow | None = None
     chunk_overlap: int | None = None
     priority: Literal["background"] | None = None
 
@@ -206,34 +205,27 @@ class LocalEmbedder:
         return Description(model=info.model_name, fingerprint=info.fingerprint, most_texts=sys.maxsize)
 
     def embed(self, texts: list[str]) -> Embedded:
-        longest = max(map(len, texts))
-        if longest > self._max_text_characters:
-            raise TooLarge(
-                f"has {longest} characters; at most {self._max_text_characters} are allowed",
-                index=next(i for i, text in enumerate(texts) if len(text) == longest),
-            )
+        check_characters(texts, self._max_text_characters)
+        options = self._options
+        request = EmbedRequest(
+            texts=texts,
+            deadline=time.monotonic() + REQUEST_SECONDS,
+            input_type=options.input_type,
+            prompt_name=options.prompt_name,
+            prompt=options.prompt,
+            dimensions=options.dimensions,
+            overflow=options.overflow or "truncate",
+            overlap=options.chunk_overlap or 0,
+        )
         try:
-            request = EmbedRequest(
-                texts=texts,
-                deadline=time.monotonic() + REQUEST_SECONDS,
-                input_type=self._options.input_type,
-                prompt_name=self._options.prompt_name,
-                prompt=self._options.prompt,
-                dimensions=self._options.dimensions,
-                truncate=self._options.overflow != "error",
-            )
-            overlap, spans = self._options.chunk_overlap or 0, None
-            if self._options.overflow == "chunks":
-                result, chunks = embed_chunks(self._engine, request, overlap, sys.maxsize)
-                spans = [[(chunk.start, chunk.stop) for chunk in own] for own in chunks]
-            elif self._options.overflow == "mean":
-                result = embed_means(self._engine, request, overlap, sys.maxsize)
-            else:
-                result = self._engine.embed(request)
+            result = self._engine.call(request)
         except Unavailable as error:
             if self._engine.must_restart():
                 raise Stopped(f"the model is lost: {error.message}") from None
             raise
+        spans = None
+        if options.overflow == "chunks" and result.chunks is not None:
+            spans = [[(chunk.start, chunk.stop) for chunk in chunks] for chunks in result.chunks]
         return Embedded(result.vectors, len(result.truncated), spans)
 
     def close(self) -> None:

@@ -4,23 +4,27 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
 
 import numpy as np
 
 from embedding_service.engine import (
     GRACE_SECONDS,
+    AnswerT,
+    AnyRequest,
     Chunk,
     Embeddings,
     EmbedRequest,
+    ListTokensRequest,
     ModelInfo,
-    SplitRequest,
+    Outcome,
+    Receiver,
+    Request,
     Status,
-    TokenizedText,
-    TokenizeRequest,
-    TokensRequest,
+    TokenLists,
     TokenVectors,
-    Vectors,
+    TokenVectorsRequest,
 )
 from embedding_service.errors import (
     DeadlineExceeded,
@@ -31,7 +35,7 @@ from embedding_service.errors import (
     Unavailable,
 )
 from embedding_service.inference.batcher import Batcher
-from embedding_service.inference.job import Job, Outcome, Receiver
+from embedding_service.inference.pieces import embed_in_passes, takes_passes
 from embedding_service.inference.runtime import Runtime
 from embedding_service.inference.sampling import Sampler, find_gpu
 from embedding_service.inference.settings import ModelSettings
@@ -40,16 +44,25 @@ from embedding_service.observability import logs, metrics
 log = logging.getLogger(__name__)
 
 # How many texts are tokenized before the deadline is checked again.
-TOKENIZE_PIECE_TEXTS = 64
+STEP_TEXTS = 64
+
+FAILURES = {
+    ListTokensRequest: "the tokens of the request could not be listed",
+    TokenVectorsRequest: "the vectors of the request's tokens could not be computed",
+    EmbedRequest: "the request could not be split into pieces",
+}
 
 # An answer with vectors of tokens may hold this many numbers: about 40 MB of JSON.
 MAX_NUMBERS = 4_000_000
 
-Tokenized = TypeVar("Tokenized")
+# Requests in pieces or with bad texts wait for their passes through the batcher in as many threads.
+PASSES_THREADS = 64
+
+Item = TypeVar("Item")
 
 
 class LocalEngine:
-    """Loads the model in a thread of its own; until it is there, `embed` raises Unavailable."""
+    """Loads the model in a thread of its own; until it is there, `call` raises Unavailable."""
 
     def __init__(
         self,
@@ -65,100 +78,98 @@ class LocalEngine:
         self._sampler: Sampler | None = None
         self._runtime: Runtime | None = None
         self._closed = False
+        # Threads of their own: no kind of request delays another, nor those that go to the batcher directly.
+        self._threads = {
+            ListTokensRequest: ThreadPoolExecutor(1, "tokens"),
+            TokenVectorsRequest: ThreadPoolExecutor(1, "token vectors"),
+            EmbedRequest: ThreadPoolExecutor(PASSES_THREADS, "passes"),
+        }
+        # One text at a time is split, whatever the number of requests.
+        self._splitting = threading.Lock()
         self._status = Status(state="loading", reason=f"loading {settings.embedding_model}")
         self.startup_error: StartupError | None = None
         self.loaded = threading.Event()
         self._thread = threading.Thread(target=self._load, name="load", daemon=True)
         self._thread.start()
 
-    def submit(self, request: EmbedRequest, on_done: Callable[[Outcome], None]) -> Job:
-        """Queue a request as Batcher.submit does."""
-        return self._loaded_batcher().submit(request, on_done)
+    def submit(self, calls: Sequence[tuple[int, AnyRequest]], receiver: Receiver) -> None:
+        """Answer numbered requests that came together; `receiver` gets the outcome of each, once.
 
-    def submit_all(self, calls: Sequence[tuple[int, EmbedRequest]], receiver: Receiver) -> None:
-        """Queue requests that came together as Batcher.submit_all does."""
-        try:
-            batcher = self._loaded_batcher()
-        except Unavailable as error:
+        It may be called from any thread, even this one.
+        """
+        if self._batcher is None:
+            error = Unavailable(self._status.reason, retry_after_seconds=1)
             receiver([(number, error) for number, _ in calls])
             return
-        batcher.submit_all(calls, receiver)
-
-    def cancel(self, job: Job) -> None:
-        """Drop a request that nothing waits for."""
-        if self._batcher is not None:
-            self._batcher.cancel(job)
+        together: list[tuple[int, EmbedRequest]] = []
+        for number, request in calls:
+            if isinstance(request, EmbedRequest) and not takes_passes(request):
+                together.append((number, request))
+            else:
+                self._threads[type(request)].submit(self._answer, number, request, receiver)
+        if together:
+            self._batcher.submit_all(together, receiver)
 
     def cancel_all(self, receiver: Receiver) -> None:
         """Drop all requests of a receiver that is gone."""
         if self._batcher is not None:
             self._batcher.cancel_all(receiver)
 
-    def _loaded_batcher(self) -> Batcher:
+    def call(self, request: Request[AnswerT]) -> AnswerT:
+        return cast(AnswerT, self._call(cast(AnyRequest, request)))
+
+    def _answer(self, number: int, request: AnyRequest, receiver: Receiver) -> None:
+        try:
+            outcome: Outcome = self._call(request)
+        except ServiceError as error:
+            outcome = error
+        except Exception:
+            log.exception("A request failed")
+            outcome = ModelFailure("the service failed on this request")
+        receiver([(number, outcome)])
+
+    def _call(self, request: AnyRequest) -> Embeddings | TokenLists | TokenVectors:
+        runtime = self._runtime
+        if runtime is None:
+            raise Unavailable(self._status.reason, retry_after_seconds=1)
+        if isinstance(request, ListTokensRequest):
+            return TokenLists(
+                _in_steps(request, lambda texts: runtime.list_tokens(texts, request.add_special_tokens))
+            )
+        if isinstance(request, TokenVectorsRequest):
+            _check_size(request, runtime)
+            found = _in_steps(request, lambda texts: runtime.embed_tokens(texts, request))
+            return TokenVectors(vectors=np.concatenate(found), counts=[len(one) for one in found])
+        if takes_passes(request):
+            return embed_in_passes(request, self._embed, self._split, runtime.info.embedding_dimension)
+        return self._embed(request)
+
+    def _embed(self, request: EmbedRequest) -> Embeddings:
         if self._batcher is None:
             raise Unavailable(self._status.reason, retry_after_seconds=1)
-        return self._batcher
-
-    def embed(self, request: EmbedRequest) -> Embeddings:
         done = threading.Event()
-        outcomes: list[Outcome] = []
+        outcomes: list[Embeddings | ServiceError] = []
 
-        def finish(outcome: Outcome) -> None:
+        def finish(outcome: Embeddings | ServiceError) -> None:
             outcomes.append(outcome)
             done.set()
 
-        job = self.submit(request, finish)
+        job = self._batcher.submit(request, finish)
         if not done.wait(request.deadline - time.monotonic() + GRACE_SECONDS):
-            self.cancel(job)
+            self._batcher.cancel(job)
             raise DeadlineExceeded("the model did not answer before the deadline")
         outcome = outcomes[0]
         if isinstance(outcome, ServiceError):
             raise outcome
         return outcome
 
-    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        def list_tokens(runtime: Runtime, texts: list[str]) -> list[TokenizedText]:
-            return runtime.list_tokens(texts, request.add_special_tokens)
+    def _split(self, request: EmbedRequest) -> list[list[Chunk]]:
+        def split(texts: list[str]) -> list[list[Chunk]]:
+            assert self._runtime is not None
+            with self._splitting:
+                return self._runtime.split(texts, request)
 
-        return self._in_pieces(request, list_tokens)
-
-    def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        def split(runtime: Runtime, texts: list[str]) -> list[list[Chunk]]:
-            return runtime.split(texts, request)
-
-        return self._in_pieces(request, split)
-
-    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
-        def embed(runtime: Runtime, texts: list[str]) -> list[Vectors]:
-            return runtime.embed_tokens(texts, request)
-
-        if self._runtime is not None:
-            _check_size(request, self._runtime)
-        found = self._in_pieces(request, embed)
-        return TokenVectors(vectors=np.concatenate(found), counts=[len(one) for one in found])
-
-    def _in_pieces(
-        self,
-        request: TokenizeRequest | SplitRequest | TokensRequest,
-        step: Callable[[Runtime, list[str]], list[Tokenized]],
-    ) -> list[Tokenized]:
-        """Tokenize some of the texts at a time, so that the deadline is kept."""
-        if self._runtime is None:
-            raise Unavailable(self._status.reason, retry_after_seconds=1)
-        found: list[Tokenized] = []
-        for first in range(0, len(request.texts), TOKENIZE_PIECE_TEXTS):
-            if time.monotonic() > request.deadline:
-                raise DeadlineExceeded("the deadline passed before the texts were tokenized")
-            try:
-                found += step(self._runtime, request.texts[first : first + TOKENIZE_PIECE_TEXTS])
-            except ServiceError as error:
-                if error.index is not None:
-                    error.index += first
-                raise
-            except Exception:
-                log.exception("Tokenization failed")
-                raise ModelFailure("the request could not be tokenized") from None
-        return found
+        return _in_steps(request, split)
 
     def status(self) -> Status:
         return self._status
@@ -242,7 +253,7 @@ def _load_model(settings: ModelSettings) -> Runtime:
     return load(settings)
 
 
-def _check_size(request: TokensRequest, runtime: Runtime) -> None:
+def _check_size(request: TokenVectorsRequest, runtime: Runtime) -> None:
     """Raises TooLarge if the vectors of all tokens could be too many numbers."""
     info = runtime.info
     # A token is at least a character or a byte of one, and two are special. Each text has the prompt too.
@@ -254,3 +265,21 @@ def _check_size(request: TokensRequest, runtime: Runtime) -> None:
             f"{MAX_NUMBERS} numbers are allowed, so send fewer texts",
             field="texts",
         )
+
+
+def _in_steps(request: Request[AnswerT], step: Callable[[list[str]], list[Item]]) -> list[Item]:
+    """The results for some of the texts at a time, so that the deadline is kept."""
+    items: list[Item] = []
+    for first in range(0, len(request.texts), STEP_TEXTS):
+        if time.monotonic() > request.deadline:
+            raise DeadlineExceeded("the deadline passed before all texts were read")
+        try:
+            items += step(request.texts[first : first + STEP_TEXTS])
+        except ServiceError as error:
+            if error.index is not None:
+                error.index += first
+            raise
+        except Exception:
+            log.exception("A request failed")
+            raise ModelFailure(FAILURES[type(request)]) from None
+    return items

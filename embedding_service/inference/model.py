@@ -12,9 +12,8 @@ from embedding_service.engine import (
     Chunk,
     EmbedRequest,
     ModelInfo,
-    SplitRequest,
     TokenizedText,
-    TokensRequest,
+    TokenVectorsRequest,
     Vectors,
 )
 from embedding_service.errors import InvalidRequest
@@ -45,7 +44,7 @@ class Model:
     # Token vectors are computed one request at a time, beside the lanes, in torch, whatever the backend.
     _tokens_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def prompt(self, request: EmbedRequest | SplitRequest | TokensRequest) -> str | None:
+    def prompt(self, request: EmbedRequest | TokenVectorsRequest) -> str | None:
         """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it."""
         prompts, prompt_name = self.info.prompts, request.prompt_name
         if request.prompt is not None:
@@ -80,10 +79,10 @@ class Model:
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         return self._lister.list(texts, add_special_tokens)
 
-    def split(self, texts: Sequence[str], request: SplitRequest) -> list[list[Chunk]]:
+    def split(self, texts: Sequence[str], request: EmbedRequest) -> list[list[Chunk]]:
         return self._splitter.split(texts, self.prompt(request), request.overlap)
 
-    def embed_tokens(self, texts: Sequence[str], request: TokensRequest) -> list[Vectors]:
+    def embed_tokens(self, texts: Sequence[str], request: TokenVectorsRequest) -> list[Vectors]:
         check_unicode(texts)
         with self._tokens_lock:
             found = self.sentence_transformer.encode(

@@ -7,9 +7,8 @@ from embedding_service.engine import (
     Chunk,
     EmbedRequest,
     ModelInfo,
-    SplitRequest,
     TokenizedText,
-    TokensRequest,
+    TokenVectorsRequest,
     Vectors,
 )
 from embedding_service.inference.budget import BatchBudget
@@ -55,7 +54,7 @@ class Runtime(Protocol):
     uses_accelerator: bool
     info: ModelInfo
 
-    def prompt(self, request: EmbedRequest | SplitRequest | TokensRequest) -> str | None:
+    def prompt(self, request: EmbedRequest | TokenVectorsRequest) -> str | None:
         """The text to put in front of each text; raises InvalidRequest for a name the model lacks."""
 
     def prepare(
@@ -75,10 +74,10 @@ class Runtime(Protocol):
     def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         """Every token of the texts, for display; raises InvalidRequest."""
 
-    def split(self, texts: Sequence[str], request: SplitRequest) -> list[list[Chunk]]:
+    def split(self, texts: Sequence[str], request: EmbedRequest) -> list[list[Chunk]]:
         """The pieces of some of the request's texts that the model can read whole; raises InvalidRequest."""
 
-    def embed_tokens(self, texts: Sequence[str], request: TokensRequest) -> list[Vectors]:
+    def embed_tokens(self, texts: Sequence[str], request: TokenVectorsRequest) -> list[Vectors]:
         """The vectors of each text's tokens, of shape (tokens, dimension); raises InvalidRequest."""
 
     def forward_exact(self, one: Rows) -> Vectors:

@@ -94,7 +94,7 @@ class Schedule:
 
     def _reduce(self, request: EmbedRequest, context: Hashable) -> Reduction | None:
         reduction = reduce(request.texts, context, self._cache)
-        if reduction is not None and not request.truncate:
+        if reduction is not None and request.overflow == "error":
             refuse_truncated(reduction.cut_places(), self._runtime.max_seq_length)
         return reduction
 

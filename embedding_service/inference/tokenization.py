@@ -131,7 +131,7 @@ class Tokenization:
         self._on_tokenized(made, time.monotonic() - began)
 
     def _refuse_truncated(self, pieces: list[tuple[Job, int, int]], prepared: TokenizedTexts) -> None:
-        if all(job.request.truncate for job, _, _ in pieces):
+        if not any(job.request.overflow == "error" for job, _, _ in pieces):
             return
         if len(pieces) > 1:
             raise ValueError("each for itself")

@@ -8,20 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import cast
 
-from embedding_service.engine import (
-    GRACE_SECONDS,
-    Chunk,
-    Embeddings,
-    EmbedRequest,
-    SplitRequest,
-    Status,
-    TokenizedText,
-    TokenizeRequest,
-    TokensRequest,
-    TokenVectors,
-)
+from embedding_service.engine import GRACE_SECONDS, AnswerT, AnyRequest, Outcome, Request, Status
 from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
 from embedding_service.sharing import wire
 from embedding_service.sharing.supervisor_handle import SupervisorHandle
@@ -33,8 +22,6 @@ RETRY_AFTER_SECONDS = 1.0
 
 # How often overdue requests are looked for.
 EXPIRY_SECONDS = 0.1
-
-Outcome = Embeddings | list[TokenizedText] | list[list[Chunk]] | TokenVectors | ServiceError
 
 
 class Waiter:
@@ -71,7 +58,7 @@ class ModelConnection:
         self._on_refused = on_refused
         self._channel: wire.Channel | None = None
         self._waiters: dict[int, Waiter] = {}
-        self._unsent: dict[int, wire.Call | wire.Tokenize | wire.Split | wire.CallTokens] = {}
+        self._unsent: dict[int, AnyRequest] = {}
         # Released if there are calls to send; `_is_sending` says that the sender will look again.
         self._calls = threading.Lock()
         self._calls.acquire()
@@ -88,31 +75,8 @@ class ModelConnection:
         """Requests not yet answered."""
         return len(self._waiters)
 
-    def embed(self, request: EmbedRequest) -> Embeddings:
-        """Send the request and wait for its outcome."""
-        outcome = self._ask(wire.Call, request)
-        assert isinstance(outcome, Embeddings)
-        return outcome
-
-    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        """Send the request and wait for its outcome."""
-        outcome = self._ask(wire.Tokenize, request)
-        assert isinstance(outcome, list)
-        return outcome
-
-    def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        """Send the request and wait for its outcome."""
-        outcome: Any = self._ask(wire.Split, request)
-        assert isinstance(outcome, list)
-        return outcome
-
-    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
-        """Send the request and wait for its outcome."""
-        outcome = self._ask(wire.CallTokens, request)
-        assert isinstance(outcome, TokenVectors)
-        return outcome
-
-    def _ask(self, kind: Any, request: Any) -> Any:
+    def call(self, request: Request[AnswerT]) -> AnswerT:
+        """Send the request and wait for its answer."""
         waiter = Waiter(request.deadline + GRACE_SECONDS)
         number = next(self._numbers)
         self._waiters[number] = waiter
@@ -120,14 +84,14 @@ class ModelConnection:
             # Checked only now: if the connection is lost in between, `_disconnect` has seen this waiter.
             self._waiters.pop(number, None)
             raise self._lost()
-        self._unsent[number] = kind(number, request)
+        self._unsent[number] = cast(AnyRequest, request)
         if not self._is_sending:
             self._is_sending = True
             self._wake_sender()
         outcome = waiter.wait()
         if isinstance(outcome, ServiceError):
             raise outcome
-        return outcome
+        return cast(AnswerT, outcome)
 
     def _wake_sender(self) -> None:
         # Two threads may both have seen that nobody sends; greenlets cannot.
@@ -138,27 +102,26 @@ class ModelConnection:
         while True:
             self._calls.acquire()
             self._is_sending = False
-            # Another thread may fail a request meanwhile, whose call is then gone.
-            waiting = [self._unsent.pop(number, None) for number in list(self._unsent)]
-            calls = [call for call in waiting if call is not None]
+            # Another thread may fail a request meanwhile, which is then gone.
+            waiting = [(number, self._unsent.pop(number, None)) for number in list(self._unsent)]
+            calls = [(number, request) for number, request in waiting if request is not None]
             channel = self._channel
-            if channel is None or not calls:
-                continue
-            try:
-                with contextlib.suppress(wire.Closed):
-                    channel.send(*calls)
-            except Exception:
-                self._send_one_by_one(channel, calls)
+            if channel is not None and calls:
+                self._send(channel, calls)
 
-    def _send_one_by_one(self, channel: wire.Channel, calls: list[Any]) -> None:
-        """Fail only those that cannot be encoded; nothing has been sent of any."""
-        for call in calls:
-            try:
-                with contextlib.suppress(wire.Closed):
-                    channel.send(call)
-            except Exception:
-                log.exception("A request could not be sent to the model process")
-                self._finish(call.number, ModelFailure("the service failed on this request"))
+    def _send(self, channel: wire.Channel, calls: list[tuple[int, AnyRequest]]) -> None:
+        """Send calls in one message. Only those that cannot be encoded fail."""
+        try:
+            with contextlib.suppress(wire.Closed):
+                channel.send(wire.Calls([number for number, _ in calls], [request for _, request in calls]))
+        except Exception:
+            # Nothing has been sent of any.
+            if len(calls) > 1:
+                for call in calls:
+                    self._send(channel, [call])
+                return
+            log.exception("A request could not be sent to the model process")
+            self._finish(calls[0][0], ModelFailure("the service failed on this request"))
 
     def _expire_forever(self) -> None:
         pause = threading.Event()
@@ -193,7 +156,7 @@ class ModelConnection:
             self._channel = channel = wire.Channel(sock)
             try:
                 while True:
-                    self._receive(*channel.receive())
+                    self._receive(channel.receive())
             except wire.Closed:
                 pass
             except Exception:
@@ -201,15 +164,11 @@ class ModelConnection:
             self._disconnect()
             channel.close()
 
-    def _receive(self, message: wire.Message, payload: bytearray) -> None:
+    def _receive(self, message: wire.Message) -> None:
         match message:
             case wire.Replies():
-                for number, result in message.results(payload):
-                    self._finish(number, result)
-            case wire.Tokenized() | wire.Chunks():
-                self._finish(message.number, message.texts)
-            case wire.TokenReply():
-                self._finish(message.number, message.result(payload))
+                for number, answer in zip(message.numbers, message.answers, strict=True):
+                    self._finish(number, answer)
             case wire.ErrorReply():
                 self._finish(message.number, message.error())
             case wire.StatusNotice():
@@ -252,17 +211,8 @@ class RemoteEngine:
         self._alive()
         os.register_at_fork(after_in_child=self._leave)
 
-    def embed(self, request: EmbedRequest) -> Embeddings:
-        return self._least_loaded().embed(request)
-
-    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        return self._least_loaded().tokenize(request)
-
-    def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        return self._least_loaded().split(request)
-
-    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
-        return self._least_loaded().embed_tokens(request)
+    def call(self, request: Request[AnswerT]) -> AnswerT:
+        return self._least_loaded().call(request)
 
     def _least_loaded(self) -> ModelConnection:
         ready = [connection for connection in self._alive() if connection.status.state == "healthy"]

@@ -12,14 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import msgspec
 
-from embedding_service.engine import Status, Vectors
-from embedding_service.errors import ModelFailure, ServiceError, StartupError
-from embedding_service.inference.job import Outcome
+from embedding_service.engine import AnyRequest, Outcome, Status
+from embedding_service.errors import StartupError
 from embedding_service.inference.local import LocalEngine
 from embedding_service.observability import logs, metrics
 from embedding_service.sharing import wire
@@ -45,14 +42,14 @@ class Connection:
     def __init__(self, sock: socket.socket, server: "ModelServer") -> None:
         self._channel = wire.Channel(sock)
         self._server = server
-        self._outbox: deque[Any] = deque()
+        self._outbox: deque[wire.Message] = deque()
         self._sending = threading.Lock()
         # What the socket did not accept; the thread that puts it here leaves `_sending` locked.
         self._rest: queue.SimpleQueue[list[memoryview] | None] = queue.SimpleQueue()
         for target in (self._read_forever, self._write_forever):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
-    def send(self, message: Any) -> None:
+    def send(self, message: wire.Message) -> None:
         """Send a message, or leave it to the writer: a worker that does not read must not block the model."""
         self._outbox.append(message)
         self._flush()
@@ -74,15 +71,11 @@ class Connection:
         engine = self._server.engine
         try:
             while True:
-                messages = self._channel.receive_all()
-                calls = [(m.number, m.request) for m in messages if isinstance(m, wire.Call)]
-                if calls:
-                    engine.submit_all(calls, self._answer)
-                for message in messages:
-                    if isinstance(message, wire.Tokenize | wire.Split):
-                        self._server.tokenizing.submit(self._tokenize, message)
-                    elif isinstance(message, wire.CallTokens):
-                        self._server.embedding_tokens.submit(self._tokenize, message)
+                calls: list[tuple[int, AnyRequest]] = []
+                for message in self._channel.receive_all():
+                    if isinstance(message, wire.Calls):
+                        calls += zip(message.numbers, message.requests, strict=True)
+                engine.submit(calls, self._answer)
         except wire.Closed:
             pass
         except Exception:
@@ -102,34 +95,8 @@ class Connection:
 
     def _answer(self, outcomes: Sequence[tuple[int, Outcome]]) -> None:
         """Send outcomes that came together, in one system call."""
-        answers: list[wire.Answer] = []
-        vectors: list[Vectors] = []
-        for number, outcome in outcomes:
-            if isinstance(outcome, ServiceError):
-                self._outbox.append(wire.ErrorReply.of(number, outcome))
-            else:
-                answers.append(wire.Answer.of(number, outcome))
-                vectors.append(outcome.vectors)
-        if answers:
-            self._outbox.append((wire.Replies(answers), vectors))
+        self._outbox += wire.replies(outcomes)
         self._flush()
-
-    def _tokenize(self, message: wire.Tokenize | wire.Split | wire.CallTokens) -> None:
-        engine, number = self._server.engine, message.number
-        try:
-            if isinstance(message, wire.Split):
-                self.send(wire.Chunks(number, engine.split(message.request)))
-            elif isinstance(message, wire.CallTokens):
-                found = engine.embed_tokens(message.request)
-                reply = wire.TokenReply(number, found.counts, found.vectors.shape[1])
-                self.send((reply, [found.vectors]))
-            else:
-                self.send(wire.Tokenized(number, engine.tokenize(message.request)))
-        except ServiceError as error:
-            self.send(wire.ErrorReply.of(number, error))
-        except Exception:
-            log.exception("Tokenization failed")
-            self.send(wire.ErrorReply.of(number, ModelFailure("the request could not be tokenized")))
 
 
 class ModelServer:
@@ -141,9 +108,6 @@ class ModelServer:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(settings.socket_path))
         self._listener.listen(128)
-        # Threads of their own: listing tokens must not delay requests to embed, nor token vectors the lists.
-        self.tokenizing = ThreadPoolExecutor(1, "tokenizing")
-        self.embedding_tokens = ThreadPoolExecutor(1, "token vectors")
         self.engine = LocalEngine(settings.model, on_status=self._broadcast)
         threading.Thread(target=self._accept_forever, name="accept", daemon=True).start()
 
@@ -179,7 +143,7 @@ class ModelServer:
                 connection.send(wire.StatusNotice(status))
 
 
-def _emptied(outbox: deque[Any]) -> list[Any]:
+def _emptied(outbox: deque[wire.Message]) -> list[wire.Message]:
     messages = []
     with contextlib.suppress(IndexError):
         while True:

@@ -1,31 +1,20 @@
-"""The messages between web workers and a model process, and their framing on a unix socket.
+"""The four messages between web workers and a model process, and their framing on a unix socket.
 
-A frame is two little-endian uint32, the sizes of what follows: a msgpack message, then raw float32
-vectors (empty but for Replies). Nothing is ever pickled.
+A frame is two little-endian uint32, the sizes of what follows: raw float32 vectors (empty but for Replies),
+and a msgpack message, which has the shapes of the vectors in their order. Nothing is ever pickled.
 """
 
 import contextlib
 import select
 import socket
 import struct
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self
 
 import msgspec
 import numpy as np
 
-from embedding_service.engine import (
-    Chunk,
-    Embeddings,
-    EmbedRequest,
-    SplitRequest,
-    Status,
-    Timings,
-    TokenizedText,
-    TokenizeRequest,
-    TokensRequest,
-    TokenVectors,
-)
+from embedding_service.engine import Answer, AnyRequest, Outcome, Status, Vectors
 from embedding_service.errors import BY_NAME, ServiceError
 
 _SIZES = struct.Struct("<II")
@@ -33,103 +22,18 @@ _SIZES = struct.Struct("<II")
 BUFFER_BYTES = 1 << 16
 
 
-class Call(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Web to model: embed this; `number` comes back with the answer."""
+class Calls(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Web to model: requests that arrived together, each with the number that comes back with its answer."""
 
-    number: int
-    request: EmbedRequest
-
-
-class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """One embedded request without its vectors."""
-
-    number: int
-    texts: int
-    dimension: int
-    tokens: int
-    truncated: list[int]
-    timings: Timings
-    cache_hits: int | None
-
-    @classmethod
-    def of(cls, number: int, result: Embeddings) -> Self:
-        """The details of a result, without its vectors."""
-        texts, dimension = result.vectors.shape
-        return cls(
-            number, texts, dimension, result.tokens, result.truncated, result.timings, result.cache_hits
-        )
+    numbers: list[int]
+    requests: list[AnyRequest]
 
 
 class Replies(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Model to web: all answers of a batch, followed by their vectors in the same order."""
+    """Model to web: answers that finished together, followed by their vectors."""
 
+    numbers: list[int]
     answers: list[Answer]
-
-    def results(self, payload: Any) -> Iterator[tuple[int, Embeddings]]:
-        """Each request's number and its result; the vectors are views of the payload."""
-        numbers = np.frombuffer(payload, np.float32)
-        first = 0
-        for answer in self.answers:
-            last = first + answer.texts * answer.dimension
-            yield (
-                answer.number,
-                Embeddings(
-                    vectors=numbers[first:last].reshape(answer.texts, answer.dimension),
-                    tokens=answer.tokens,
-                    truncated=answer.truncated,
-                    timings=answer.timings,
-                    cache_hits=answer.cache_hits,
-                ),
-            )
-            first = last
-
-
-class Tokenize(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Web to model: list the tokens of this."""
-
-    number: int
-    request: TokenizeRequest
-
-
-class Tokenized(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Model to web: the tokens asked for."""
-
-    number: int
-    texts: list[TokenizedText]
-
-
-class Split(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Web to model: cut these texts into pieces."""
-
-    number: int
-    request: SplitRequest
-
-
-class Chunks(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Model to web: the pieces asked for."""
-
-    number: int
-    texts: list[list[Chunk]]
-
-
-class CallTokens(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Web to model: embed the tokens of this."""
-
-    number: int
-    request: TokensRequest
-
-
-class TokenReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Model to web: how many vectors follow for each text, and of what dimension."""
-
-    number: int
-    counts: list[int]
-    dimension: int
-
-    def result(self, payload: Any) -> TokenVectors:
-        """The answer; the vectors are a view of the payload."""
-        vectors = np.frombuffer(payload, np.float32).reshape(-1, self.dimension)
-        return TokenVectors(vectors=vectors, counts=self.counts)
 
 
 class ErrorReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -164,40 +68,23 @@ class StatusNotice(msgspec.Struct, frozen=True, tag=True, array_like=True):
     status: Status
 
 
-Message = (
-    Call
-    | Replies
-    | Tokenize
-    | Tokenized
-    | Split
-    | Chunks
-    | CallTokens
-    | TokenReply
-    | ErrorReply
-    | StatusNotice
-)
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+Message = Calls | Replies | ErrorReply | StatusNotice
 
 
 class Closed(ConnectionError):
     """The other side has closed the connection."""
 
 
-# A message, or one with the vectors that follow it.
-Sendable = Message | tuple[Replies | TokenReply, Sequence[Any]]
-
-
-def _framed(messages: Sequence[Sendable]) -> list[memoryview]:
-    views = []
-    for item in messages:
-        message, vectors = item if isinstance(item, tuple) else (item, ())
-        body = _encoder.encode(message)
-        payload = [memoryview(one).cast("B") for one in vectors if one.size]
-        size = sum([view.nbytes for view in payload])
-        views += [memoryview(_SIZES.pack(len(body), size) + body), *payload]
-    return views
+def replies(outcomes: Sequence[tuple[int, Outcome]]) -> list[Message]:
+    """The messages that carry outcomes which finished together."""
+    messages: list[Message] = [
+        ErrorReply.of(number, outcome) for number, outcome in outcomes if isinstance(outcome, ServiceError)
+    ]
+    answers = [(number, outcome) for number, outcome in outcomes if not isinstance(outcome, ServiceError)]
+    if answers:
+        numbers, found = zip(*answers, strict=True)
+        messages.append(Replies(list(numbers), list(found)))
+    return messages
 
 
 class Channel:
@@ -207,17 +94,25 @@ class Channel:
         self._socket = sock
         self._received = memoryview(bytearray(BUFFER_BYTES))
         self._first = self._last = 0
+        # The vectors of the message that is being encoded, and the frame of the one that is being decoded.
+        self._outgoing: list[Vectors] = []
+        self._frame = bytearray()
+        self._offset = 0
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._set_aside)
+        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
+            Message, dec_hook=self._take_vectors
+        )
 
-    def send(self, *messages: Sendable) -> None:
+    def send(self, *messages: Message) -> None:
         """Send messages, all of them in one system call if the socket has room. Raises Closed."""
-        self.send_rest(_framed(messages))
+        self.send_rest(self._framed(messages))
 
-    def try_send(self, *messages: Sendable) -> list[memoryview]:
+    def try_send(self, *messages: Message) -> list[memoryview]:
         """Send as much as the socket has room for, and return the rest for `send_rest`. Raises Closed.
 
         The caller must send nothing else before the rest.
         """
-        views = _framed(messages)
+        views = self._framed(messages)
         while views and self._send(views):
             pass
         return views
@@ -228,34 +123,49 @@ class Channel:
             if not self._send(views):
                 self._wait_writable()
 
-    def receive(self) -> tuple[Message, bytearray]:
-        """The next message and its payload. Raises Closed."""
-        body_size, payload_size = _SIZES.unpack(self._exactly(_SIZES.size))
-        message = _decoder.decode(self._exactly(body_size))
-        return message, self._exactly(payload_size)
+    def receive(self) -> Message:
+        """The next message; its vectors are views of what was received. Raises Closed."""
+        payload_size, size = _SIZES.unpack(self._exactly(_SIZES.size))
+        self._frame, self._offset = self._exactly(payload_size + size), 0
+        return self._decoder.decode(memoryview(self._frame)[payload_size:])
 
     def receive_all(self) -> list[Message]:
-        """The next message, and any without a payload that arrived with it. Raises Closed."""
-        messages = [self.receive()[0]]
-        while (size := self._next_size()) is not None:
-            first = self._first + _SIZES.size
-            self._first = first + size
-            messages.append(_decoder.decode(self._received[first : self._first]))
+        """The next message, and those that arrived with it. Raises Closed."""
+        messages = [self.receive()]
+        while self._has_message():
+            messages.append(self.receive())
         return messages
-
-    def _next_size(self) -> int | None:
-        """The size of the next message, if it has fully arrived."""
-        here = self._last - self._first - _SIZES.size
-        if here < 0:
-            return None
-        body_size, payload_size = _SIZES.unpack_from(self._received, self._first)
-        return body_size if body_size <= here and not payload_size else None
 
     def close(self) -> None:
         """Close, and wake the thread that receives."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def _framed(self, messages: Sequence[Message]) -> list[memoryview]:
+        views = []
+        for message in messages:
+            self._outgoing = []
+            body = self._encoder.encode(message)
+            payload = [vectors.data.cast("B") for vectors in self._outgoing if vectors.size]
+            size = sum([view.nbytes for view in payload])
+            head = _SIZES.pack(size, len(body))
+            views += [memoryview(head), *payload, memoryview(body)] if payload else [memoryview(head + body)]
+        return views
+
+    def _set_aside(self, vectors: Vectors) -> tuple[int, ...]:
+        self._outgoing.append(vectors)
+        return vectors.shape
+
+    def _take_vectors(self, _kind: type, shape: list[int]) -> Vectors:
+        vectors = np.ndarray(shape, np.float32, self._frame, self._offset)
+        self._offset += vectors.nbytes
+        return vectors
+
+    def _has_message(self) -> bool:
+        """Whether the next message has fully arrived."""
+        here = self._last - self._first - _SIZES.size
+        return here >= 0 and sum(_SIZES.unpack_from(self._received, self._first)) <= here
 
     def _send(self, views: list[memoryview]) -> bool:
         """Send as much as the socket has room for and drop it from the list; False if it is full."""

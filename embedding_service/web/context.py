@@ -2,32 +2,15 @@
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
 import msgspec
 from flask import Flask, current_app
 
-from embedding_service.engine import (
-    Chunk,
-    Embeddings,
-    EmbedRequest,
-    Engine,
-    ModelInfo,
-    SplitRequest,
-    Status,
-    TokenizedText,
-    TokenizeRequest,
-    TokensRequest,
-    TokenVectors,
-)
+from embedding_service.engine import AnswerT, Engine, ModelInfo, Request, Status
 from embedding_service.errors import Overloaded, Unavailable
-from embedding_service.observability import metrics
 from embedding_service.web.settings import WebSettings
 
 KEY = "embedding_service"
-
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
 
 # Weight of the latest request in the moving average of request times.
 LATEST_WEIGHT = 0.1
@@ -46,31 +29,11 @@ class ServiceContext:
         self._places = [None] * settings.max_concurrent_requests
         self._seconds_per_request = 0.0
 
-    def embed(self, request: EmbedRequest) -> Embeddings:
-        """As Engine.embed. Raises Overloaded if this worker has too many requests in flight."""
-        result = self._limited(self.engine.embed, request)
-        timings = result.timings
-        metrics.record_embedding(
-            timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
-        )
-        return result
-
-    def tokenize(self, request: TokenizeRequest) -> list[TokenizedText]:
-        """As Engine.tokenize, with the same limit as `embed`."""
-        return self._limited(self.engine.tokenize, request)
-
-    def split(self, request: SplitRequest) -> list[list[Chunk]]:
-        """As Engine.split, with the same limit as `embed`."""
-        return self._limited(self.engine.split, request)
-
-    def embed_tokens(self, request: TokensRequest) -> TokenVectors:
-        """As Engine.embed_tokens, with the same limit as `embed`."""
-        return self._limited(self.engine.embed_tokens, request)
-
-    def _limited(self, call: Callable[[Request], Answer], request: Request) -> Answer:
+    def call(self, request: Request[AnswerT]) -> AnswerT:
+        """As Engine.call. Raises Overloaded if this worker has too many requests in flight."""
         began = self._enter()
         try:
-            return call(request)
+            return self.engine.call(request)
         finally:
             self._leave(began)
 

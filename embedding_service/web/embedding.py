@@ -11,9 +11,9 @@ import numpy.typing as npt
 from flask import Response, request
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, EmbedRequest, Vectors
+from embedding_service.engine import Embeddings, EmbedRequest, Overflow, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError
-from embedding_service.overflow import Overflow, embed_means
+from embedding_service.observability import metrics
 from embedding_service.quantization import Precision, quantize
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
@@ -89,7 +89,7 @@ def listed(texts: str | list[str]) -> list[str]:
 
 
 OverflowField = Annotated[
-    Overflow,
+    Literal["truncate", "error", "mean"],
     Meta(
         description=(
             "How to handle texts that are too long for the model: truncate them, return an error, or embed "
@@ -122,30 +122,31 @@ Priority = Annotated[
 Place = Callable[[int], tuple[str, int | None]]
 
 
-def ask(
-    wanted: EmbedRequest,
-    place: Place | None = None,
-    *,
-    overflow: Overflow | None = None,
-    overlap: int | None = None,
-) -> Embeddings:
-    """Check the limits and embed the texts. If `overflow` is given, `wanted.truncate` is ignored.
+def ask(wanted: EmbedRequest, place: Place | None = None) -> Embeddings:
+    """Check the limits and embed the texts.
 
     `place` maps the index of a text to the field and item in which the caller sent it, by default the same
     item of the protocol's field for texts.
     """
+    service = context()
     try:
-        check_texts(wanted.texts)
-        if overflow is None or overflow == "truncate":
-            return context().embed(wanted)
-        if overflow == "mean":
-            most = context().settings.max_texts_per_request
-            return embed_means(context(), wanted, overlap or 0, most)
-        return context().embed(msgspec.structs.replace(wanted, truncate=False))
+        check_texts(wanted.texts, characters=wanted.on_error == "fail")
+        if wanted.overflow in ("mean", "chunks") or wanted.on_error == "null":
+            wanted = msgspec.structs.replace(
+                wanted,
+                max_chunks=service.settings.max_texts_per_request,
+                max_characters=service.settings.max_text_characters,
+            )
+        result = service.call(wanted)
     except ServiceError as error:
         if place is not None and error.index is not None:
             error.field, error.index = place(error.index)
         raise
+    timings = result.timings
+    metrics.record_embedding(
+        timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
+    )
+    return result
 
 
 def in_precision(vectors: Vectors, precision: Precision | None, field: str = "precision") -> npt.NDArray[Any]:

@@ -1,6 +1,6 @@
 """Rejects requests over the limits before they are queued."""
 
-from embedding_service.engine import ModelInfo
+from embedding_service.engine import ModelInfo, check_characters
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.context import context
 from embedding_service.web.request import current
@@ -14,20 +14,18 @@ def max_tokens(info: ModelInfo) -> int:
     return context().settings.max_text_characters if info.reads_whole_texts else info.max_seq_length
 
 
-def check_texts(texts: list[str]) -> None:
-    """Raises InvalidRequest if there are no texts, and TooLarge if there are too many or one is too long."""
+def check_texts(texts: list[str], *, characters: bool = True) -> None:
+    """Raises InvalidRequest if there are no texts, and TooLarge if there are too many.
+
+    It also raises TooLarge if one has too many `characters`.
+    """
     settings = context().settings
-    # With on_error: null, parts of the request come here again.
-    current().texts = max(current().texts or 0, len(texts))
+    current().texts = len(texts)
     if not texts:
         raise InvalidRequest("is empty; send at least one text", field="texts")
     if len(texts) > settings.max_texts_per_request:
         raise TooLarge(
             f"has {len(texts)} texts; at most {settings.max_texts_per_request} are allowed", field="texts"
         )
-    if len(max(texts, key=len)) > settings.max_text_characters:
-        index = next(i for i, t in enumerate(texts) if len(t) > settings.max_text_characters)
-        raise TooLarge(
-            f"has {len(texts[index])} characters; at most {settings.max_text_characters} are allowed",
-            index=index,
-        )
+    if characters:
+        check_characters(texts, settings.max_text_characters)

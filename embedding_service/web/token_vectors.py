@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import TokensRequest, Vectors
+from embedding_service.engine import TokenVectorsRequest, Vectors
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
 from embedding_service.web.embedding import MATRIX, add_headers
@@ -16,10 +16,10 @@ from embedding_service.web.request import current
 Matrices = Annotated[Any, Meta(description="float32", extra_json_schema={"type": "array", "items": MATRIX})]
 
 
-def ask_tokens(request: TokensRequest) -> list[Vectors]:
+def ask_tokens(request: TokenVectorsRequest) -> list[Vectors]:
     """The vectors of each text's tokens. Raises TooLarge if there could be too many."""
     check_texts(request.texts)
-    found = context().embed_tokens(request)
+    found = context().call(request)
     current().tokens = sum(found.counts)
     return list(_by_text(found.vectors, found.counts))
 

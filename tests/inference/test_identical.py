@@ -201,7 +201,7 @@ def test_a_cached_text_that_was_truncated_is_rejected_if_truncation_is_off(build
     batcher = build(FakeRuntime(max_seq_length=20), cache_bytes=1 << 20)
     submit(batcher, [text(5), text(30)]).wait()
     with pytest.raises(InvalidRequest) as refused:
-        submit(batcher, [text(5), text(30)], truncate=False)
+        submit(batcher, [text(5), text(30)], overflow="error")
     assert refused.value.index == 1
 
 

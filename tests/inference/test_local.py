@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from embedding_service.engine import TokenizedText, TokenizeRequest
+from embedding_service.engine import ListTokensRequest, TokenizedText
 from embedding_service.errors import DeadlineExceeded, ModelFailure, Unavailable
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.settings import ModelSettings
@@ -34,19 +34,19 @@ def engine():
 
 def test_many_texts_are_listed_in_their_order(engine):
     texts = ["x" * length for length in range(200)]
-    listed = engine.tokenize(TokenizeRequest(texts=texts, deadline=float("inf")))
+    listed = engine.call(ListTokensRequest(texts=texts, deadline=float("inf"))).texts
     assert [text.ids for text in listed] == [[length] for length in range(200)]
 
 
 def test_listing_ends_at_the_deadline(engine):
     with pytest.raises(DeadlineExceeded):
-        engine.tokenize(TokenizeRequest(texts=["x"], deadline=0.0))
+        engine.call(ListTokensRequest(texts=["x"], deadline=0.0))
 
 
 def test_a_tokenizer_bug_fails_only_its_request(engine):
     with pytest.raises(ModelFailure):
-        engine.tokenize(TokenizeRequest(texts=["broken"], deadline=float("inf")))
-    assert len(engine.tokenize(TokenizeRequest(texts=["fine"], deadline=float("inf")))) == 1
+        engine.call(ListTokensRequest(texts=["broken"], deadline=float("inf")))
+    assert len(engine.call(ListTokensRequest(texts=["fine"], deadline=float("inf"))).texts) == 1
 
 
 def test_an_engine_that_is_closed_while_it_loads_stays_closed():
@@ -65,4 +65,4 @@ def test_an_engine_that_is_closed_while_it_loads_stays_closed():
     assert engine.loaded.wait(10)
     assert set(states) == {"draining"}
     with pytest.raises(Unavailable):
-        engine.embed(request([text(5)]))
+        engine.call(request([text(5)]))

@@ -23,7 +23,7 @@ class ModelProcess:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(1)
-        self.calls: list[wire.Call] = []
+        self.numbers: list[int] = []
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
@@ -32,15 +32,17 @@ class ModelProcess:
         self.channel = wire.Channel(self._sock)
         try:
             while True:
-                self.calls += [call for call in self.channel.receive_all() if isinstance(call, wire.Call)]
+                message = self.channel.receive()
+                assert isinstance(message, wire.Calls)
+                self.numbers += message.numbers
         except wire.Closed:
             pass
 
     def answer(self) -> None:
         vector = np.ones((1, 3), np.float32)
         result = Embeddings(vectors=vector, tokens=1, truncated=[], timings=Timings())
-        for call in self.calls:
-            self.channel.send((wire.Replies([wire.Answer.of(call.number, result)]), [vector]))
+        for number in self.numbers:
+            self.channel.send(wire.Replies([number], [result]))
 
     def close(self) -> None:
         self._listener.close()
@@ -73,7 +75,7 @@ class Asked:
 
     def _ask(self, connection: ModelConnection, request: EmbedRequest) -> None:
         try:
-            self.outcome = connection.embed(request)
+            self.outcome = connection.call(request)
         except Exception as error:
             self.outcome = error
 
@@ -84,7 +86,7 @@ class Asked:
 
 def test_every_request_gets_its_answer(connection, process):
     asked = [Asked(connection, f"text {number}") for number in range(50)]
-    wait_until(lambda: len(process.calls) == 50)
+    wait_until(lambda: len(process.numbers) == 50)
     process.answer()
     assert all(isinstance(one.wait(), Embeddings) for one in asked)
     assert connection.load == 0
@@ -94,14 +96,14 @@ def test_a_request_that_cannot_be_encoded_fails_alone(connection, process):
     bad = Asked(connection, "lone \ud800 surrogate")
     assert isinstance(bad.wait(), ModelFailure)
     good = Asked(connection, "good")
-    wait_until(lambda: process.calls)
+    wait_until(lambda: process.numbers)
     process.answer()
     assert isinstance(good.wait(), Embeddings)
 
 
 def test_requests_in_flight_fail_with_the_connection(connection, process):
     asked = Asked(connection, "text")
-    wait_until(lambda: process.calls)
+    wait_until(lambda: process.numbers)
     process.channel.close()
     assert isinstance(asked.wait(), Unavailable)
 

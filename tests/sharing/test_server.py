@@ -65,7 +65,7 @@ def test_a_process_out_of_descriptors_accepts_workers_once_it_has_some_again(tmp
         process.stdin.write("free\n")
         process.stdin.flush()
         sock.settimeout(10)
-        message, _ = wire.Channel(sock).receive()
+        message = wire.Channel(sock).receive()
         assert isinstance(message, wire.StatusNotice)
         assert isinstance(message.status, Status)
         sock.close()

@@ -6,8 +6,19 @@ import threading
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from embedding_service.engine import Embeddings, EmbedRequest, Status, Timings
+from embedding_service.engine import (
+    Chunk,
+    Embeddings,
+    EmbedRequest,
+    Status,
+    TextError,
+    Timings,
+    TokenizedText,
+    TokenLists,
+    TokenVectors,
+)
 from embedding_service.errors import InvalidRequest, Overloaded
 from embedding_service.sharing import wire
 from embedding_service.sharing.server import Connection
@@ -21,24 +32,33 @@ def ends():
         one.close()
 
 
-def call(number: int, *texts: str) -> wire.Call:
-    return wire.Call(number, EmbedRequest(texts=list(texts), deadline=1.5, prompt_name="query"))
+def calls(first: int, *texts: list[str]) -> wire.Calls:
+    requests = [EmbedRequest(texts=own, deadline=1.5, prompt_name="query") for own in texts]
+    return wire.Calls(list(range(first, first + len(texts))), [*requests])
 
 
 def result(seed: int, texts: int, dimension: int, cache_hits: int | None = None) -> Embeddings:
     vectors = np.random.default_rng(seed).standard_normal((texts, dimension)).astype(np.float32)
     timings = Timings(tokenization_ms=1.0, queue_ms=2.0, inference_ms=float(seed))
-    return Embeddings(vectors=vectors, tokens=seed, truncated=[seed], timings=timings, cache_hits=cache_hits)
+    return Embeddings(
+        vectors=vectors,
+        tokens=seed,
+        truncated=[seed],
+        timings=timings,
+        cache_hits=cache_hits,
+        chunks=[[Chunk(0, 3, 1)]] * texts,
+        errors=[TextError(1, "validation", "is bad")],
+    )
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_calls_arrive_unchanged_however_the_bytes_are_split(ends, seed):
     chance = random.Random(seed)
     sent = [
-        call(n, *["é" * chance.choice([0, 3, 200, 70_000]) for _ in range(chance.randint(1, 3))])
+        calls(n, *[["é" * chance.choice([0, 3, 200, 70_000])] * chance.randint(1, 3) for _ in range(2)])
         for n in range(40)
     ]
-    raw = b"".join(bytes(view) for view in wire._framed(sent))
+    raw = b"".join(wire.Channel(ends[0])._framed(sent))
 
     def write() -> None:
         first = 0
@@ -57,25 +77,27 @@ def test_calls_arrive_unchanged_however_the_bytes_are_split(ends, seed):
 
 
 def test_calls_that_arrive_together_are_received_together(ends):
-    sent = [call(n, "text") for n in range(20)]
+    sent = [calls(n, ["text"]) for n in range(20)]
     wire.Channel(ends[0]).send(*sent)
     assert wire.Channel(ends[1]).receive_all() == sent
 
 
 def test_answers_arrive_with_their_own_vectors(ends):
     sent = [result(1, 1, 384), result(2, 3, 5, cache_hits=2), result(3, 64, 384)]
-    replies = wire.Replies([wire.Answer.of(n, one) for n, one in enumerate(sent)])
+    listed = TokenLists([TokenizedText([101], [0], [1], {0: "[CLS]"})])
+    vectors = TokenVectors(vectors=np.ones((3, 2), np.float32), counts=[1, 2])
     notice = wire.StatusNotice(Status(state="loading"))
-    wire.Channel(ends[0]).send((replies, [one.vectors for one in sent]), notice)
-    channel = wire.Channel(ends[1])
-    message, payload = channel.receive()
+    wire.Channel(ends[0]).send(wire.Replies([4, 5, 6, 7, 8], [*sent, listed, vectors]), notice)
+    message, other = wire.Channel(ends[1]).receive_all()
     assert isinstance(message, wire.Replies)
-    for (number, got), (expected, one) in zip(message.results(payload), enumerate(sent), strict=True):
-        assert number == expected
-        assert np.array_equal(got.vectors, one.vectors)
-        assert (got.tokens, got.truncated, got.timings) == (one.tokens, one.truncated, one.timings)
-        assert got.cache_hits == one.cache_hits
-    assert channel.receive()[0] == notice
+    assert message.numbers == [4, 5, 6, 7, 8]
+    *got, got_lists, got_vectors = message.answers
+    for one, expected in zip(got, sent, strict=True):
+        assert np.array_equal(one.vectors, expected.vectors)
+        assert replace(one, vectors=None) == replace(expected, vectors=None)
+    assert got_lists == listed
+    assert np.array_equal(got_vectors.vectors, vectors.vectors) and got_vectors.counts == [1, 2]
+    assert other == notice
 
 
 def test_all_outcomes_of_a_batch_are_sent_in_one_system_call():
@@ -118,7 +140,7 @@ def test_all_outcomes_of_a_batch_are_sent_in_one_system_call():
 )
 def test_errors_arrive_unchanged(ends, error):
     wire.Channel(ends[0]).send(wire.ErrorReply.of(7, error))
-    message, _ = wire.Channel(ends[1]).receive()
+    message = wire.Channel(ends[1]).receive()
     got = message.error()
     assert type(got) is type(error)
     assert vars(got) == vars(error)

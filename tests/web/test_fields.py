@@ -98,7 +98,7 @@ def test_fields_that_change_nothing_are_ignored(client, path, other):
 def test_voyages_names_are_honoured_by_openais_route(client, engine):
     answer = client.post("/v1/embeddings", json={"input": "a", "output_dimension": 2, "truncation": False})
     assert len(answer.json["data"][0]["embedding"]) == 2
-    assert (engine.requests[0].dimensions, engine.requests[0].truncate) == (2, False)
+    assert (engine.requests[0].dimensions, engine.requests[0].overflow) == (2, "error")
 
 
 def test_nested_fields_are_checked_too(client):

@@ -29,11 +29,11 @@ def test_options_reach_the_engine(client, engine):
     options = {"normalize": False, "prompt_name": "query", "dimensions": 2, "truncate": False}
     body = client.post("/embed", json={"texts": ["a"], "input_type": "document", **options}).json
     request = engine.requests[0]
-    assert (request.normalize, request.prompt_name, request.dimensions, request.truncate) == (
+    assert (request.normalize, request.prompt_name, request.dimensions, request.overflow) == (
         False,
         "query",
         2,
-        False,
+        "error",
     )
     assert request.input_type == "document"
     assert body["dimension"] == 2

@@ -175,15 +175,10 @@ def _embed(body: CohereEmbedBody) -> tuple[list[str], Embeddings]:
         prompt_name=kind if kind not in SIDES and kind in info.prompts else None,
         dimensions=body.output_dimension,
         truncation_side=side,
+        overflow=overflow_of(body.overflow, None if body.truncate is None else body.truncate != "NONE"),
+        overlap=body.chunk_overlap or 0,
     )
-    truncate = None if body.truncate is None else body.truncate != "NONE"
-    result = ask(
-        request,
-        (lambda index: ("inputs", index)) if body.texts is None else None,
-        overflow=overflow_of(body.overflow, truncate),
-        overlap=body.chunk_overlap,
-    )
-    return texts, result
+    return texts, ask(request, (lambda index: ("inputs", index)) if body.texts is None else None)
 
 
 def _texts(body: CohereEmbedBody) -> list[str]:

@@ -1,17 +1,15 @@
 """POST /embed: the service's own API."""
 
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 from flask import Response
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from embedding_service.engine import Embeddings, EmbedRequest, TokensRequest
-from embedding_service.errors import InvalidRequest, ServiceError
-from embedding_service.overflow import embed_chunks
+from embedding_service.engine import Embeddings, EmbedRequest, TokenVectorsRequest
+from embedding_service.errors import InvalidRequest
 from embedding_service.web.body import BodyDecoder, read
-from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     NPY,
     ChunkOverlap,
@@ -33,9 +31,7 @@ from embedding_service.web.embedding import (
     overflow_of,
     wants_npy,
 )
-from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import JSON, operation
-from embedding_service.web.partial import embed_good_ones
 from embedding_service.web.protocol import ApiProtocol, Failure, set_protocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
@@ -193,22 +189,20 @@ def embed() -> Response:
         input_type=body.input_type,
         dimensions=body.dimensions,
         priority=body.priority or "normal",
+        overflow=overflow_of(body.overflow, body.truncate),
+        overlap=body.chunk_overlap or 0,
+        on_error=body.on_error or "fail",
     )
     if body.output == "tokens":
         return _tokens(body, wanted)
-    if body.overflow == "chunks":
-        return _in_chunks(body, wanted)
-    overflow = overflow_of(body.overflow, body.truncate)
-    if body.on_error == "null":
-        if wants_npy():
+    if wants_npy():
+        if body.on_error == "null":
             raise InvalidRequest("null needs a JSON response, for the errors", field="on_error")
-        result, errors = embed_good_ones(
-            lambda part: ask(part, overflow=overflow, overlap=body.chunk_overlap),
-            wanted,
-            body.dimensions or context().require_info().embedding_dimension,
-        )
-        return _answer(body, result, errors=errors)
-    return _answer(body, ask(wanted, overflow=overflow, overlap=body.chunk_overlap))
+        if body.overflow == "chunks":
+            raise InvalidRequest(
+                "chunks needs a JSON response, for the positions of the pieces", field="overflow"
+            )
+    return _answer(body, ask(wanted))
 
 
 def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
@@ -221,7 +215,7 @@ def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
     if wants_npy():
         raise InvalidRequest("tokens needs a JSON response", field="output")
     vectors = ask_tokens(
-        TokensRequest(
+        TokenVectorsRequest(
             texts=wanted.texts,
             deadline=wanted.deadline,
             prompt_name=wanted.prompt_name,
@@ -240,26 +234,6 @@ def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
     return answer_tokens(answer_body)
 
 
-def _in_chunks(body: EmbedBody, wanted: EmbedRequest) -> Response:
-    if body.truncate:
-        raise InvalidRequest("contradicts overflow; send one of the two", field="truncate")
-    if body.on_error == "null":
-        raise InvalidRequest("cannot be null with overflow: chunks", field="on_error")
-    if wants_npy():
-        raise InvalidRequest(
-            "chunks needs a JSON response, for the positions of the pieces", field="overflow"
-        )
-    check_texts(wanted.texts)
-    most = context().settings.max_texts_per_request
-    result, chunks = embed_chunks(context(), wanted, body.chunk_overlap or 0, most)
-    places: list[PieceAnswer] = [
-        {"text": index, "start": chunk.start, "end": chunk.stop}
-        for index, own in enumerate(chunks)
-        for chunk in own
-    ]
-    return _answer(body, result, chunks=places)
-
-
 def _is_for_tei(raw: bytes) -> bool:
     try:
         fields = _fields_decoder.decode(raw)
@@ -272,39 +246,38 @@ def _is_left_out(field: Raw | UnsetType) -> bool:
     return isinstance(field, UnsetType) or bytes(field) == b"null"
 
 
-def _answer(
-    body: EmbedBody,
-    result: Embeddings,
-    *,
-    chunks: list[PieceAnswer] | None = None,
-    errors: dict[int, ServiceError] | None = None,
-) -> Response:
+def _answer(body: EmbedBody, result: Embeddings) -> Response:
     numbers = result.vectors
-    if errors and body.precision not in (None, "float32", "float16"):
+    if result.errors and body.precision not in (None, "float32", "float16"):
         # Integers cannot represent NaN.
         numbers = np.nan_to_num(numbers)
     vectors = in_precision(numbers, body.precision)
     if wants_npy():
         return answer_npy(vectors, result)
     count, dimension = result.vectors.shape
-    embeddings: Any = encoded(vectors, body.encoding_format or "float")
     usage: Usage = {"tokens": result.tokens, "truncated": result.truncated}
     if result.chunks is not None:
-        usage["chunks"] = result.chunks
+        usage["chunks"] = sum(map(len, result.chunks))
     found: EmbedAnswer = {
-        "embeddings": embeddings,
+        "embeddings": encoded(vectors, body.encoding_format or "float"),
         "dimension": dimension,
         "model": model_name(),
         "count": count,
         "processing_time_ms": round(current().seconds * 1e3, 2),
         "usage": usage,
     }
-    if chunks is not None:
-        found["chunks"] = chunks
-    if errors is not None:
-        found["embeddings"] = [None if index in errors else one for index, one in enumerate(embeddings)]
+    if body.overflow == "chunks":
+        found["chunks"] = [
+            {"text": index, "start": chunk.start, "end": chunk.stop}
+            for index, chunks in enumerate(result.chunks or [])
+            for chunk in chunks
+        ]
+    if body.on_error == "null":
+        bad = {error.index for error in result.errors}
+        if body.overflow != "chunks":
+            found["embeddings"] = [None if i in bad else one for i, one in enumerate(found["embeddings"])]
         found["errors"] = [
-            {"index": index, "error_type": error.error_type, "reason": error.reason}
-            for index, error in sorted(errors.items())
+            {"index": error.index, "error_type": error.error_type, "reason": error.reason}
+            for error in result.errors
         ]
     return answer_embeddings(found, result)

@@ -194,7 +194,7 @@ def embed() -> Response:
             texts=listed(body.input),
             deadline=current().deadline,
             dimensions=body.dimensions,
-            truncate=body.truncate is not False,
+            overflow="error" if body.truncate is False else "truncate",
         )
     )
     return answer_embeddings(_answer(result.vectors, result.tokens), result)

@@ -234,9 +234,9 @@ def embeddings() -> Response:
             prompt_name=body.prompt_name,
             priority=body.priority or "normal",
             dimensions=body.output_dimension if body.dimensions is None else body.dimensions,
-        ),
-        overflow=overflow_of(body.overflow, body.truncation, "truncation"),
-        overlap=body.chunk_overlap,
+            overflow=overflow_of(body.overflow, body.truncation, "truncation"),
+            overlap=body.chunk_overlap or 0,
+        )
     )
     if body.output_dtype is not None and body.embedding_type is not None:
         raise InvalidRequest("cannot be sent together with output_dtype", field="embedding_type")

@@ -6,7 +6,13 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, EmbedRequest, TokenizedText, TokenizeRequest, TokensRequest
+from embedding_service.engine import (
+    Embeddings,
+    EmbedRequest,
+    ListTokensRequest,
+    TokenizedText,
+    TokenVectorsRequest,
+)
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, answer, parse, read
 from embedding_service.web.context import context
@@ -171,7 +177,7 @@ def _compare(body: SimilarityBody) -> Response:
             texts=[body.inputs.source_sentence, *body.inputs.sentences],
             deadline=current().deadline,
             prompt_name=parameters.prompt_name,
-            truncate=parameters.truncate is not False,
+            overflow="error" if parameters.truncate is False else "truncate",
             truncation_side=_side(parameters.truncation_direction),
         ),
         lambda index: ("inputs.sentences", index - 1) if index else ("inputs.source_sentence", None),
@@ -213,9 +219,9 @@ def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
             dimensions=given.dimensions,
             truncation_side=_side(given.truncation_direction),
             priority=given.priority or "normal",
-        ),
-        overflow=overflow_of(given.overflow, given.truncate),
-        overlap=given.chunk_overlap,
+            overflow=overflow_of(given.overflow, given.truncate),
+            overlap=given.chunk_overlap or 0,
+        )
     )
 
 
@@ -224,7 +230,7 @@ def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
 def embed_all() -> Response:
     """Embed each token; returns a list of vectors for each text, including those of special tokens."""
     body = parse(embed_all_decoder)
-    request = TokensRequest(
+    request = TokenVectorsRequest(
         texts=listed(body.inputs),
         deadline=current().deadline,
         prompt_name=body.prompt_name,
@@ -246,10 +252,10 @@ def tokenize() -> Response:
             f"has {characters} characters in all; at most {MAX_TOKENIZE_CHARACTERS} are allowed",
             field="texts",
         )
-    request = TokenizeRequest(
+    request = ListTokensRequest(
         texts=texts, deadline=current().deadline, add_special_tokens=body.add_special_tokens is not False
     )
-    tokenized = context().tokenize(request)
+    tokenized = context().call(request).texts
     return answer([_tokens(text, tokens) for text, tokens in zip(texts, tokenized, strict=True)])
 
 
