@@ -307,7 +307,9 @@ return [...document.querySelectorAll("#matrix thead th, #matrix td, #matrix tbod
 
 
 @pytest.mark.parametrize(
-    ("width", "texts", "numbers"), [(1280, 40, 40 + 40), (360, 6, 6 + 6 + 36)], ids=["desktop", "phone"]
+    ("width", "texts", "numbers"),
+    [(1280, 40, 40 + 40), (360, 6, 6 + 6 + 36), (360, 12, 12 + 12 + 144)],
+    ids=["desktop", "phone", "two digits"],
 )
 def test_the_numbers_of_the_matrix_can_be_read(browser, scripted, width, texts, numbers):
     page = Page(browser, scripted.url)
@@ -403,7 +405,7 @@ def test_a_search_ranks_the_documents(browser, service, oracle):
     scores = oracle.encode(DOCUMENTS, normalize_embeddings=True) @ oracle.encode(
         "a kitten", normalize_embeddings=True
     )
-    expected = [DOCUMENTS[i] for i in np.argsort(-scores)]
+    expected = [f"{i + 1} {DOCUMENTS[i]}" for i in np.argsort(-scores)]
     # The page also searches while the query is typed, and again once the documents are embedded.
     wait_until(lambda: page.texts("#results .found") == expected, 15, "the ranked documents")
     assert page.accessibility_violations() == []
@@ -474,6 +476,100 @@ def test_an_error_of_the_search_leaves_no_old_results(browser, scripted):
     page["query"].send_keys("!")
     wait_until(lambda: page.count("#results .found") == 3, what="results for all documents")
     assert not page["search-error"].is_displayed()
+
+
+def test_a_document_that_is_too_long_is_named_and_the_others_are_ranked(browser, service):
+    page = Page(browser, service.url)
+    page["tab-search"].click()
+    documents = ["a cat", "x" * 100_001, "word " * 300, "a tax"]
+    browser.execute_script("document.getElementById('documents').value = arguments[0]", "\n".join(documents))
+    page["query"].send_keys("a kitten")
+    page["documents"].send_keys(" ")
+    page.wait("search-notice", "Document 2 is left out: it has 100001 characters")
+    page.wait("search-notice", "Document 3 is too long for the model, which reads only its beginning.")
+    wait_until(lambda: page.count("#results li") == 3, what="the other three")
+    # A long hit is folded.
+    assert page.count("#results details.found") == 1
+    assert "The query" not in page.text("search-notice")
+    browser.execute_script("document.getElementById('query').value = 'word '.repeat(300)")
+    page["query"].send_keys("!")
+    page.wait("search-notice", "The query is too long for the model")
+
+
+def test_the_search_says_what_is_missing_and_has_an_example(browser, service):
+    page = Page(browser, service.url)
+    page["tab-search"].click()
+    assert page.text("search-empty").startswith("Enter documents, or try the example")
+    page["documents"].send_keys("one\ntwo")
+    page.wait("search-empty", "Enter a query to rank the documents by it.")
+    page["documents-example"].click()
+    wait_until(lambda: page.count("#results li") == 8, what="the example's hits")
+    assert page["query"].get_property("value") == "I cannot log in"
+
+
+def test_a_reload_keeps_the_tab_the_documents_and_the_query(browser, scripted):
+    page = Page(browser, scripted.url)
+    page["tab-search"].click()
+    page["documents"].send_keys("one\ntwo")
+    page["query"].send_keys("first")
+    wait_until(lambda: page.count("#results .found") == 2, what="results")
+    browser.get("about:blank")
+    browser.get(f"{scripted.url}/#search")
+    wait_until(lambda: page.count("#results .found") == 2, what="results after the reload")
+    assert page["panel-search"].is_displayed() and page.text("document-count") == "2 documents"
+
+
+@pytest.mark.parametrize("content", [b"%PDF-1.7\n...", b"PK\x03\x04\0\0"], ids=["pdf", "zip"])
+def test_a_file_without_texts_is_refused(browser, scripted, tmp_path, content):
+    (tmp_path / "report.txt").write_bytes(content)
+    page = Page(browser, scripted.url)
+    page["tab-search"].click()
+    page["file"].send_keys(str(tmp_path / "report.txt"))
+    page.wait("search-error", "report.txt is not a text file")
+    assert page["documents"].get_property("value") == ""
+
+
+def test_on_a_phone_the_query_comes_first_and_no_hint_needs_a_keyboard_or_a_mouse(browser, scripted):
+    page = Page(browser, scripted.url)
+    page.resize(360, 800)
+    assert not page["modifier"].is_displayed()
+    page["tab-search"].click()
+    assert page["query"].rect["y"] < page["documents"].rect["y"]
+    assert page["query"].rect["y"] < 800
+    assert "drop" not in page.text("documents-help")
+
+
+def test_a_matrix_larger_than_its_box_says_so(browser, scripted):
+    page = Page(browser, scripted.url)
+    page.resize(360)
+    page.compare(*[f"text {i}" for i in range(60)])
+    assert page["beyond"].is_displayed()
+    page.compare("one", "two")
+    assert not page["beyond"].is_displayed()
+
+
+def test_no_label_of_the_map_covers_another(browser, service):
+    page = Page(browser, service.url)
+    page.compare(*[f"the number {i}" for i in range(30)], *["the same text"] * 3)
+    script = """return [...document.querySelectorAll("#map circle:not(.dot)")].map((circle) => {
+      const box = circle.getBoundingClientRect();
+      return [box.x + box.width / 2, box.y + box.height / 2, box.width];
+    })"""
+    places = np.array(browser.execute_script(script))
+    distances = np.linalg.norm(places[:, None, :2] - places[None, :, :2], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    # A label with its border is a little wider than its circle.
+    assert len(places) == 33 and distances.min() >= 0.9 * places[:, 2].min()
+
+
+def test_the_api_reference_follows_the_scheme_and_lists_no_schemas(browser, scripted):
+    page = Page(browser, f"{scripted.url}/docs")
+    wait_until(lambda: page.count(".opblock") > 5, what="the operations")
+    assert page.count("section.models") == 0
+    assert page.count("main h1:not([hidden])") == 1
+    light = page.scheme()
+    page.go_dark()
+    wait_until(lambda: page.count("html.dark-mode") == 1 and page.scheme() != light, what="dark colours")
 
 
 def test_a_file_that_cannot_be_read_is_named_with_its_line(browser, service, tmp_path):

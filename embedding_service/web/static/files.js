@@ -2,6 +2,8 @@
 
 /** The texts in a file, whose format its extension shows. Throws an Error with a readable message. */
 export function textsOf(name, content) {
+  // A PDF or another binary file would otherwise become documents of gibberish.
+  if (/^%PDF-|\0/.test(content)) throw new Error(`${name} is not a text file; choose a .txt, .csv or .jsonl file.`);
   if (/\.(jsonl|ndjson)$/i.test(name)) return lines(content).map(fromJson);
   if (/\.csv$/i.test(name)) return fromCsv(content);
   return lines(content);

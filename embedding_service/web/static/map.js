@@ -5,6 +5,8 @@ import { element } from "./heatmap.js";
 const HEIGHT = 360;
 const MARGIN = 20;
 const ROUNDS = 100;
+const RADIUS = 11;
+const SPREAD_ROUNDS = 200;
 
 /** Two coordinates for each of `vectors`, by power iteration on the centred Gram matrix. */
 export function project(vectors) {
@@ -39,21 +41,54 @@ const deflated = (matrix, { vector, value }) =>
 export function draw(texts, vectors, width) {
   const points = project(vectors);
   const [x, y] = [width, HEIGHT].map((length, axis) => scale(points.map((point) => point[axis]), length));
+  const places = points.map((point) => [Number(x(point[0])), Number(y(point[1]))]);
+  const labels = spread(places, width);
   const svg = shape("svg", {
     viewBox: `0 0 ${width} ${HEIGHT}`,
     role: "img",
     "aria-label": `A map of ${texts.length} texts: the closer two points, the more similar their texts`,
   });
-  points.forEach((point, i) => {
-    const group = shape("g", { transform: `translate(${x(point[0])} ${y(point[1])})` });
+  places.forEach((place, i) => {
+    const group = shape("g", { transform: `translate(${place[0]} ${place[1]})` });
     const title = shape("title", {});
     title.textContent = texts[i];
-    const label = shape("text", { dy: "0.35em" });
+    const [dx, dy] = [labels[i][0] - places[i][0], labels[i][1] - places[i][1]];
+    const label = shape("text", { x: dx, y: dy, dy: "0.35em" });
     label.textContent = i + 1;
-    group.append(title, shape("circle", { r: 11 }), label);
+    group.append(title);
+    if (dx || dy) group.append(shape("circle", { r: 2.5, class: "dot" }), shape("line", { x2: dx, y2: dy }));
+    group.append(shape("circle", { cx: dx, cy: dy, r: RADIUS }), label);
     svg.append(group);
   });
   return svg;
+}
+
+/** Where each label goes: at its point, or pushed aside by the labels that it would cover. */
+function spread(places, width) {
+  const labels = places.map((place) => [...place]);
+  const apart = 2 * RADIUS + 1;
+  const limit = [width, HEIGHT];
+  for (let round = 0; round < SPREAD_ROUNDS; round++) {
+    let moved = false;
+    for (let i = 0; i < labels.length; i++) {
+      for (let j = 0; j < i; j++) {
+        const [dx, dy] = [labels[i][0] - labels[j][0], labels[i][1] - labels[j][1]];
+        const distance = Math.hypot(dx, dy);
+        if (distance >= apart) continue;
+        moved = true;
+        // Labels at the same place part at an angle that differs from pair to pair.
+        const [ux, uy] = distance > 0.01 ? [dx / distance, dy / distance] : [Math.cos(i + j), Math.sin(i + j)];
+        const push = (apart - distance) / 2 + 0.5;
+        for (const [label, sign] of [[labels[i], 1], [labels[j], -1]]) {
+          [ux, uy].forEach((step, axis) => {
+            label[axis] = Math.min(limit[axis] - MARGIN, Math.max(MARGIN, label[axis] + sign * push * step));
+          });
+        }
+      }
+    }
+    if (!moved) break;
+  }
+  return labels;
 }
 
 function scale(values, length) {

@@ -172,6 +172,7 @@ function clearAnswer() {
   $("legend").hidden = true;
   $("more").hidden = true;
   $("timing").textContent = "";
+  $("beyond").hidden = true;
   show("readout", "");
   show("truncated", "");
 }
@@ -195,7 +196,8 @@ function showAnswer(texts, answer, elapsed) {
       $("readout").textContent = `${number(matrix[i][j], 3)}  “${texts[i]}” and “${texts[j]}”`;
     }),
   );
-  show("readout", "Point at a cell, or move with the arrow keys, to see its two texts.");
+  showBeyond();
+  show("readout", `${matchMedia("(pointer: coarse)").matches ? "Tap" : "Point at"} a cell, or move with the arrow keys, to see its two texts.`);
   const { usage } = answer;
   $("timing").textContent =
     `${texts.length === 1 ? "1 text" : `${texts.length} texts`}, ${usage.tokens} tokens, ` +
@@ -206,6 +208,12 @@ function showAnswer(texts, answer, elapsed) {
   $("map-card").hidden = !onMap;
   $("map").replaceChildren(...(onMap ? [draw(texts, answer.embeddings, $("map").clientWidth)] : []));
   $("map-list").replaceChildren(...(onMap ? legend(texts) : []));
+}
+
+// Scroll bars are often invisible until one scrolls.
+function showBeyond() {
+  const box = $("matrix");
+  $("beyond").hidden = box.scrollWidth <= box.clientWidth && box.scrollHeight <= box.clientHeight;
 }
 
 const milliseconds = (value) => (value < 10 ? `${value.toFixed(1)} ms` : `${Math.round(value)} ms`);
@@ -257,6 +265,9 @@ function connectTabs(list, onSelect) {
     }
     onSelect(chosen);
   };
+  if (location.hash && list.querySelector(`#tab-${CSS.escape(location.hash.slice(1))}`)) {
+    select(list.querySelector(`#tab-${CSS.escape(location.hash.slice(1))}`));
+  }
   list.addEventListener("click", ({ target }) => tabs.includes(target) && select(target));
   list.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -269,6 +280,8 @@ function connectTabs(list, onSelect) {
 
 function showPanel(tab) {
   for (const name of ["compare", "search"]) $(`panel-${name}`).hidden = tab.id !== `tab-${name}`;
+  // A reload, or a link to it, shows the same tab.
+  history.replaceState(null, "", tab.id === "tab-search" ? "#search" : location.pathname + location.search);
 }
 
 async function copyCurl() {
@@ -303,4 +316,5 @@ if (navigator.platform.startsWith("Mac")) $("modifier").textContent = "⌘";
 // After a reload, browsers restore what was typed.
 if (!$("texts").value) $("texts").value = EXAMPLE.join("\n");
 countTexts();
+addEventListener("resize", showBeyond);
 poll();
