@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
+.PHONY: help serve test test-all test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
 	bench-device bench-gpu bench-peer release audit bundle docker clean
 
 help:  ## list these commands
@@ -15,7 +15,10 @@ help:  ## list these commands
 serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
 
-test: $(VENV)/dev.stamp  ## run every test except those of test-long and test-deploy
+test: $(VENV)/dev.stamp  ## run the tests that need only one service, in minutes: run this while you work
+	$(PYTEST) -m "not deploy and not long and not slow and (promise or not process)"
+
+test-all: $(VENV)/dev.stamp  ## run every test except those of test-long and test-deploy
 	$(PYTEST) -m "not deploy and not long"
 
 test-long: $(VENV)/dev.stamp  ## run the full overload, soak and fuzz tests (`test` has short forms)
@@ -29,7 +32,7 @@ reliability: $(VENV)/dev.stamp  ## run the full fault tests and write docs/relia
 test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test `pip install`, rolling restarts and Ray (as root)
 	$(PYTEST) -m deploy -rP tests/deploy
 
-coverage: $(VENV)/dev.stamp  ## run `test` and report which lines ran, including those in child processes
+coverage: $(VENV)/dev.stamp  ## run `test-all` and report which lines ran, including those in child processes
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not deploy and not long"
 	$(BIN)/coverage combine -q

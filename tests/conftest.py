@@ -1,8 +1,15 @@
-"""Fixtures for all tests: the real service, started once, and the oracle for its vectors."""
+"""Fixtures for all tests: the real service, started once a run, and the oracle for its vectors.
+
+The tests are in two rings. `make test` runs those that need no process of their own, and those marked
+`promise`; `make test-all` runs the others as well. A test that uses `own_process`, directly or through
+`start` or another fixture, is marked `process` here; one that starts processes by itself has the mark in
+its file.
+"""
 
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +18,29 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.service import Service  # noqa: E402
+from tests.service import RUN_FOLDER, Service, SharedService, stop_shared  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make a folder for all workers of this run, with the cache of models and what they share."""
+    if not hasattr(config, "workerinput"):
+        os.environ[RUN_FOLDER] = tempfile.mkdtemp(prefix="embedding-service-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the services that workers have shared."""
+    if not hasattr(config, "workerinput"):
+        try:
+            stop_shared()
+        finally:
+            shutil.rmtree(os.environ[RUN_FOLDER], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "own_process" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.process)
         if item.get_closest_marker("long") or item.get_closest_marker("deploy"):
             item.add_marker(pytest.mark.timeout(3600))
 
@@ -37,17 +62,18 @@ def oracle(model_folder: Path):
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """`python app.py` with one web worker, ready. Tests that change its state start their own."""
-    running = Service(tmp_path_factory.mktemp("service"))
-    try:
-        yield running.wait_ready()
-    finally:
-        running.stop()
+def service() -> Service:
+    """`python app.py` with one web worker, ready; it serves the whole run, so tests leave it as it is."""
+    return SharedService("service")
+
+
+@pytest.fixture(scope="session")
+def own_process() -> None:
+    """Requested by every fixture that starts processes; its tests get the mark `process`."""
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator:
+def start(own_process: None, tmp_path: Path) -> Iterator:
     """Start services that are stopped after the test: `start(BATCH_SIZE="8")`, `start(command=[...])`."""
     running: list[Service] = []
 

@@ -1,5 +1,7 @@
 """Starts the real service as a user would, on a free port, and waits for it."""
 
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -14,6 +16,9 @@ import requests
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 60.0
+
+# The variable that names the folder which all workers of a test run share.
+RUN_FOLDER = "TEST_RUN_FOLDER"
 
 
 def free_port() -> int:
@@ -55,6 +60,8 @@ class Service:
             # `make coverage` measures the processes that inherit its variable.
             or name.startswith(("HF_", "COVERAGE_"))
         }
+        if RUN_FOLDER in os.environ:
+            environment["CACHE_FOLDER"] = str(Path(os.environ[RUN_FOLDER], "cache"))
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port)} | settings
         command = command or [sys.executable, "app.py"]
         self.started = time.monotonic()
@@ -133,6 +140,45 @@ class Service:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
+
+
+class Master(psutil.Process):  # type: ignore[misc]
+    """A gunicorn master that another process may have started; it has what `Service` needs of a Popen."""
+
+    def poll(self) -> int | None:
+        """None while it runs; its exit code is not known afterwards."""
+        return None if self.is_running() and self.status() != psutil.STATUS_ZOMBIE else -1
+
+
+class SharedService(Service):
+    """A service that serves all workers of a test run; whichever needs it first starts it."""
+
+    def __init__(self, name: str, **settings: str) -> None:
+        folder = Path(os.environ[RUN_FOLDER], name)
+        folder.mkdir(exist_ok=True)
+        address = folder / "address.json"
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not address.exists():
+                started = Service(folder, **settings).wait_ready()
+                address.write_text(json.dumps({"port": started.port, "pid": started.process.pid}))
+        facts = json.loads(address.read_text())
+        self.port = facts["port"]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log_path = folder / f"service-{self.port}.log"
+        self.process = Master(facts["pid"])
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 40.0) -> int:
+        """Signal the service and wait for its end."""
+        self.process.send_signal(number)
+        wait_until(lambda: self.process.poll() is not None, seconds, "the end of the service")
+        return 0
+
+
+def stop_shared() -> None:
+    """Stop all services of this run that workers have shared."""
+    for address in Path(os.environ[RUN_FOLDER]).glob("*/address.json"):
+        SharedService(address.parent.name).stop()
 
 
 def _command(process: psutil.Process) -> list[str]:

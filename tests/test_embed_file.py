@@ -137,6 +137,7 @@ def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: sig
     return second
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_an_interrupted_run_resumes_with_every_row_once(service, oracle, tmp_path, number):
     resumed = interrupt_and_resume(service.url, tmp_path, oracle, 4000, number)
@@ -179,6 +180,7 @@ def test_a_run_in_the_background_says_so_in_every_request(tmp_path, monkeypatch)
     assert priorities == {"background"}
 
 
+@pytest.mark.process
 def test_all_of_100_000_rows_are_written_once_despite_two_kills(tmp_path):
     """Over HTTP, with a model that takes no time, so that every row can be checked."""
     count, corpus, output = 100_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
@@ -214,6 +216,7 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
 def test_bad_rows_are_reported_with_their_lines_and_the_rest_are_embedded(service, oracle, tmp_path, ending):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / f"vectors.{ending}"
@@ -253,6 +256,7 @@ def read_output(output: Path) -> tuple[np.ndarray, list[str | None]]:
     return np.array([row["embedding"] or nothing for row in table]), [row["error"] for row in table]
 
 
+@pytest.mark.process
 def test_without_a_url_the_model_runs_in_this_process(oracle, tmp_path):
     corpus, output = tmp_path / "corpus.csv", tmp_path / "vectors.npy"
     corpus.write_text('id,body\n1,first\n2,"second,\nin two lines"\n\n3,dritte Zeile äöü\n')
@@ -565,6 +569,7 @@ def test_damaged_csv_against_the_csv_module_in_strict_mode(tmp_path, table, quot
     assert starts == sorted(set(starts))
 
 
+@pytest.mark.process
 def test_a_run_over_damaged_csv_resumes_exactly_where_it_stopped(tmp_path):
     corpus, output = tmp_path / "corpus.csv", tmp_path / "vectors.npy"
     texts = [f"{number}" if number % 7 else '"unclosed' for number in range(1, 20_001)]
@@ -624,6 +629,7 @@ def test_every_format_gives_the_same_texts_compressed_or_not(tmp_path, kind, pac
     assert source.count() == len(TEXTS)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packed", PACK)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_standard_input_gives_the_same_vectors_as_a_file(tmp_path, kind, packed):
@@ -1072,6 +1078,7 @@ class InChunks(Numbers):
         )
 
 
+@pytest.mark.process
 def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
     count, corpus, output = 20_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
     corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
@@ -1097,6 +1104,7 @@ def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
     assert max(killed.peak_mib, finished.peak_mib) < 200
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("here", "ending"),
     [(True, "npy"), (False, "npy"), (False, "jsonl"), (False, "parquet")],
@@ -1197,6 +1205,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, embedder, job):
     assert peak < count * characters / 10
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
 @pytest.mark.parametrize("precision", ["float16", "ubinary"])
 def test_another_number_format(service, oracle, tmp_path, ending, precision):
@@ -1224,6 +1233,7 @@ def test_another_number_format(service, oracle, tmp_path, ending, precision):
         assert np.load(output).dtype == {"float16": np.float16, "ubinary": np.uint8}[precision]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("here", [False, True], ids=["service", "in this process"])
 def test_a_prompt(service, oracle, tmp_path, here):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors.npy"
@@ -1239,6 +1249,7 @@ def read_lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
+@pytest.mark.process
 def test_int8_without_ranges_does_not_start(service, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     write_corpus(corpus, 3)
@@ -1248,6 +1259,7 @@ def test_int8_without_ranges_does_not_start(service, tmp_path):
     assert not (tmp_path / "vectors.npy").exists()
 
 
+@pytest.mark.process
 def test_ranges_of_another_model_are_rejected(service, tmp_path):
     ranges, corpus = tmp_path / "ranges.json", tmp_path / "corpus.jsonl"
     numbers = {"minimum": [-1.0] * 384, "maximum": [1.0] * 384}
@@ -1264,6 +1276,7 @@ def test_ranges_of_another_model_are_rejected(service, tmp_path):
     assert np.load(tmp_path / "vectors.npy").dtype == np.int8
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("here", [True, False], ids=["here", "at a service"])
 def test_over_long_texts_become_the_mean_of_their_pieces(service, tmp_path, here):
     long = " ".join(f"word{number % 100} and more" for number in range(400))

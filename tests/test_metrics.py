@@ -61,7 +61,7 @@ def metrics_folder(service: Service) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_workers(tmp_path_factory):
+def two_workers(own_process, tmp_path_factory):
     """A service with two web workers, and its first scrape."""
     running = Service(tmp_path_factory.mktemp("metrics"), WEB_CONCURRENCY="2")
     try:

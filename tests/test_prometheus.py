@@ -221,7 +221,7 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def scraped(tmp_path_factory):
+def scraped(own_process, tmp_path_factory):
     """A service with a key that has served requests for a while, and a Prometheus that has scraped it."""
     require_program("prometheus", "prometheus")
     service = Service(tmp_path_factory.mktemp("service"), API_KEYS=KEY)

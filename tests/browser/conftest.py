@@ -44,7 +44,7 @@ def guarded() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def chromium(own_process: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     """One Chromium for the session, with a profile of its own."""
     options = webdriver.ChromeOptions()
     options.binary_location = require_browser()

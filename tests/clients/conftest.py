@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.service import Service
+from tests.service import SharedService
 
 PROMPTS = {"query": "query: ", "document": "passage: ", "title": "title: "}
 
@@ -58,10 +58,6 @@ def prompted_oracle(prompted_folder):
 
 
 @pytest.fixture(scope="session")
-def prompted(prompted_folder, tmp_path_factory):
-    """A service with the prompted model."""
-    running = Service(tmp_path_factory.mktemp("prompted-service"), EMBEDDING_MODEL=str(prompted_folder))
-    try:
-        yield running.wait_ready()
-    finally:
-        running.stop()
+def prompted(own_process, prompted_folder):
+    """A service with the prompted model, one for the whole run."""
+    return SharedService("prompted", EMBEDDING_MODEL=str(prompted_folder))

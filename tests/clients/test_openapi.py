@@ -28,6 +28,7 @@ CHECKS = [
 UNDESCRIBED = {"/docs/<name>", "/static/<version>/<path:name>"}
 
 
+@pytest.mark.process
 def test_no_request_gets_an_undocumented_response(service, tmp_path):
     """schemathesis sends requests that the document allows, and others."""
     run = subprocess.run(
@@ -68,6 +69,7 @@ def test_the_document_is_built_from_the_structs(service):
         jsonschema_rs.meta.validate(body), name
 
 
+@pytest.mark.process
 def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
     """Chromium, which can resolve only our name, logs what the page requests."""
     chromium = require_browser()

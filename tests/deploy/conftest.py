@@ -27,7 +27,7 @@ class Instance(Service):
 
 
 @pytest.fixture
-def start_instance(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
+def start_instance(own_process: None, tmp_path: Path) -> Iterator[Callable[..., Instance]]:
     """`start_instance(port)`; all are stopped after the test."""
     running: list[Instance] = []
 

@@ -146,6 +146,7 @@ def test_an_environment_has_only_what_was_asked_for(environment: Environment, tm
     assert "No module named 'numpy'" in run("python -c 'import numpy'", tmp_path, programs).stderr
 
 
+@pytest.mark.process
 @of("bash")
 def test_bash(block: Block, service: Service, environment: Environment, tmp_path: Path) -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
@@ -228,6 +229,7 @@ def assert_same_shape(shown: Any, real: Any) -> None:
         assert shown == real
 
 
+@pytest.mark.process
 @of("python")
 def test_python(block: Block, service: Service, environment: Environment, tmp_path: Path) -> None:
     """The block runs with what the page says to install."""

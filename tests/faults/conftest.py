@@ -27,7 +27,7 @@ class FaultyService(Service):
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyService]:
+def faulty(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyService]:
     """One such service per module. A test that kills its model process must leave it ready again."""
     running = FaultyService(tmp_path_factory.mktemp("faulty"))
     try:
@@ -37,7 +37,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyService]:
 
 
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyService]:
+def impatient(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyService]:
     """The same with a short deadline."""
     running = FaultyService(tmp_path_factory.mktemp("impatient"), REQUEST_TIMEOUT_SECONDS=str(DEADLINE))
     try:

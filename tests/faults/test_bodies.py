@@ -83,6 +83,7 @@ def test_a_text_of_a_million_characters_is_rejected_cheaply(service):
     )
 
 
+@pytest.mark.slow
 def test_strange_texts_are_embedded_as_sentence_transformers_does(service, oracle):
     """Null bytes, emoji, right-to-left text, the empty text, and 10,000 texts of random Unicode."""
     numbers = random.Random(1)

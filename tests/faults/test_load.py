@@ -18,7 +18,7 @@ BULK = body(
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def loaded(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = Service(tmp_path_factory.mktemp("load"), REQUEST_TIMEOUT_SECONDS=str(DEADLINE))
     try:
         yield running.wait_ready()

@@ -23,7 +23,7 @@ CLIENTS = 8
 
 
 @pytest.fixture(scope="module")
-def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def two_workers(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = Service(tmp_path_factory.mktemp("processes"), WEB_CONCURRENCY="2")
     try:
         yield running.wait_ready()
@@ -69,6 +69,7 @@ def test_the_runtime_folder_is_private(two_workers):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+@pytest.mark.promise
 def test_the_model_process_is_killed_under_load(two_workers):
     with load(two_workers) as seen:
         two_workers.model_process().kill()

@@ -124,6 +124,7 @@ def test_floods_of_headers_are_refused(service):
     record("floods of headers", "; ".join(FLOODS), len(FLOODS), "each refused with 431, 414 or 400")
 
 
+@pytest.mark.slow
 def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
     """Half of them stall in the headers and half in the body; each sends a byte per second."""
     stalled = []
@@ -198,6 +199,7 @@ def test_clients_that_never_close_delay_nobody(service):
         sock.close()
 
 
+@pytest.mark.slow
 def test_a_slow_but_honest_upload_is_served(service):
     """2 MB at 250 kB/s take longer than a stalled request may."""
     body = b'{"texts": "hello"' + b" " * 2_000_000 + b"}"
@@ -210,6 +212,7 @@ def test_a_slow_but_honest_upload_is_served(service):
         assert sock.recv(100).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
 def test_a_client_that_sends_an_oversized_body_still_gets_its_error(service, chunked):
     body = b'{"texts": "' + b"a" * (32 << 20) + b'"}'
@@ -249,6 +252,7 @@ UNFINISHED = {
 }
 
 
+@pytest.mark.slow
 def test_a_request_that_is_never_finished_gets_a_408(service):
     """Meanwhile a connection that has never been used stays open for a first request."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as unused:

@@ -52,6 +52,7 @@ def test_input_types_equal_encode_query_and_encode_document(tiny, kind, input_ty
     assert np.abs(answer.vectors - expected).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 def test_the_default_model_equals_encode(model_folder, oracle, backend):
     model = load(model_folder, backend=backend)

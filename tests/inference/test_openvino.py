@@ -20,6 +20,8 @@ openvino = pytest.importorskip("openvino")
 backend = pytest.importorskip("embedding_service.inference.backends.openvino")
 from embedding_service.inference.backends.graph_cache import KEPT  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = Path(__file__).parents[2].joinpath("benchmarks", "sentences.txt").read_text().splitlines()
 
 

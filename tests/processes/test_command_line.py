@@ -12,6 +12,8 @@ import pytest
 from embedding_service import __version__
 from tests.service import ROOT, free_port, wait_until
 
+pytestmark = pytest.mark.process
+
 APP = [sys.executable, str(ROOT / "app.py")]
 MODULE = [sys.executable, "-m", "embedding_service"]
 GUNICORN = str(Path(sys.executable).with_name("gunicorn"))

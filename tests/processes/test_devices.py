@@ -11,7 +11,7 @@ from tests.service import Service, wait_until
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(own_process, tmp_path_factory):
     running = Service(tmp_path_factory.mktemp("pair"), DEVICE="cpu,cpu", LOG_LEVEL="info").wait_ready(120)
     try:
         wait_until(lambda: running.log().count("Loaded ") == 2, 120, "two loaded models")

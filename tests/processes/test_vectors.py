@@ -4,6 +4,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 import requests
 
 # Split here, since one line is more readable than a list.
@@ -19,6 +20,7 @@ def texts(source: random.Random) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_thousand_random_requests_equal_the_oracle(service, oracle):
     source = random.Random(20_26)
     requests_texts = [texts(source) for _ in range(1000)]
