@@ -161,6 +161,7 @@ class SharedService(Service):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not address.exists():
                 started = Service(folder, **settings).wait_ready()
+                _kept.append(started)
                 address.write_text(json.dumps({"port": started.port, "pid": started.process.pid}))
         facts = json.loads(address.read_text())
         self.port = facts["port"]
@@ -173,6 +174,10 @@ class SharedService(Service):
         self.process.send_signal(number)
         wait_until(lambda: self.process.poll() is not None, seconds, "the end of the service")
         return 0
+
+
+# Python warns about a Popen that is collected while its process runs.
+_kept: list[Service] = []
 
 
 def stop_shared() -> None:

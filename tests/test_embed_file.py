@@ -787,6 +787,7 @@ def test_parquet_values_without_a_text_are_bad_rows(tmp_path):
     assert [row.text for row in InputFile(path, "text").rows()] == ["x", "y", "x"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "jsonl.zst", "csv"])
 def test_only_a_part_of_the_file_is_in_memory(tmp_path, kind):
     path, rows = tmp_path / f"corpus.{kind}", 40_000
@@ -1187,6 +1188,7 @@ class InstantChunks(Instant):
         return Embedded(np.ones((3 * len(texts), 2), np.float32), 0, chunks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("embedder", "job"), [(Instant(), JOB), (InstantChunks(), CHUNKED)], ids=["", "chunks"]
 )

@@ -76,6 +76,7 @@ def test_pieces_fit_cover_the_text_and_overlap_no_more_than_requested(oracle, sp
             assert right.start >= left.stop
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=400), st.integers(0, 3))
 def test_any_text_is_split(oracle, text, overlap):

@@ -42,7 +42,7 @@ def start_instance(own_process: None, tmp_path: Path) -> Iterator[Callable[..., 
 
 
 @pytest.fixture
-def start_nginx(tmp_path: Path) -> Iterator[Callable[..., Nginx]]:
+def start_nginx(own_process: None, tmp_path: Path) -> Iterator[Callable[..., Nginx]]:
     """`start_nginx(ports)`: nginx with the shipped configuration in front of these ports."""
     running: list[Nginx] = []
 

@@ -18,7 +18,7 @@ BODY_LIMIT = config.Config().max_body_bytes
 
 
 @pytest.fixture(scope="module")
-def front(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+def front(own_process, service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
     nginx = Nginx(tmp_path_factory.mktemp("nginx"), [service.port])
     yield nginx
     nginx.stop()

@@ -28,7 +28,7 @@ LOCATIONS = """
 
 
 @pytest.fixture(scope="module")
-def front(service, tmp_path_factory):
+def front(own_process, service, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nginx-prefix")
     nginx = Nginx(folder, [service.port], **{"\n        location /health {": LOCATIONS})
     yield nginx

@@ -52,6 +52,7 @@ def test_a_cpu_is_identified_by_its_name_and_flags(tmp_path):
     assert cpu_model(tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_the_second_start_measures_nothing(tiny, tmp_path, monkeypatch):
     measured = []
     measure = warm_up.measure

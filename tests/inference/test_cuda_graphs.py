@@ -17,6 +17,8 @@ from embedding_service.inference.backends.torch import CudaSession
 from tests.inference.test_cuda_memory import Event, Stream
 from tests.inference.tiny_models import LONGEST
 
+pytestmark = pytest.mark.slow
+
 
 class Graph(TorchDispatchMode):
     """Repeats the operations of a pass on the memory that they used, as a CUDA graph does."""

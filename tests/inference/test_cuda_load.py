@@ -14,6 +14,8 @@ from embedding_service.inference.job import normalize
 from tests.inference.running import alone, load
 from tests.inference.test_cuda_path import CUDA, Watch, WithoutGuards, cuda  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 class Moving(WithoutGuards):
     """Also moves real tensors to a device that does not exist."""

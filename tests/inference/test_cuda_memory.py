@@ -26,6 +26,8 @@ from embedding_service.inference.warm_up import batch_of
 from tests.inference.running import load, request
 from tests.inference.tiny_models import LONGEST, WORDS
 
+pytestmark = pytest.mark.slow
+
 BATCH_SIZE = 32
 
 

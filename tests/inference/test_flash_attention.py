@@ -17,6 +17,8 @@ from transformers import modeling_flash_attention_utils as flash
 from embedding_service.inference import checkpoint
 from tests.inference.running import embed, load, request, texts
 
+pytestmark = pytest.mark.slow
+
 NAME = "flash_stand_in"
 
 

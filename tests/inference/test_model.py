@@ -12,6 +12,8 @@ from embedding_service.errors import InvalidRequest, StartupError
 from tests.inference import tiny_models
 from tests.inference.running import embed, load, request, texts
 
+pytestmark = pytest.mark.slow
+
 # OpenVINO gives NaN for a row of attention that is masked completely, as with padding on the left, and it
 # cannot trace Gemma's masks.
 TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled", "gemma"]
@@ -52,7 +54,6 @@ def test_input_types_equal_encode_query_and_encode_document(tiny, kind, input_ty
     assert np.abs(answer.vectors - expected).max() < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 def test_the_default_model_equals_encode(model_folder, oracle, backend):
     model = load(model_folder, backend=backend)

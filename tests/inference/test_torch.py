@@ -30,6 +30,7 @@ def cosines(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
 # Number formats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_close_and_exact_on_request(model_folder, oracle, dtype):
     model = load(model_folder, dtype=dtype, backend="torch")
