@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
-	bench-device bench-gpu bench-peer release audit bundle docker clean
+	bench-device bench-gpu bench-peer bench-infinity release audit bundle docker clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -73,7 +73,12 @@ bench-device: $(VENV)/bench.stamp  ## measure how busy the service keeps a simul
 bench-gpu: $(VENV)/bench.stamp  ## run `bench` on CUDA
 	$(BIN)/python -m benchmarks.run --device cuda $(BENCH)
 
-bench-peer:  ## install infinity-emb in its own virtual environment, for `bench`
+PEER_ROWS := one paused one-8 one-32 32-4 mix beside-bulk
+bench-peer: $(VENV)/bench.stamp  ## compare with any server (PEER="COMMAND --port {port}" or its URL; API=tei, openai or native)
+	@test -n "$(PEER)" || { echo 'Set PEER to a command in which {port} is its port, or to the URL of a server.' >&2; exit 2; }
+	$(BIN)/python -m benchmarks.run --systems service --only $(PEER_ROWS) --peer '$(PEER)' --api $(or $(API),tei) $(BENCH)
+
+bench-infinity:  ## install infinity-emb in its own virtual environment, for `bench`
 	$(PYTHON) -m venv build/infinity-venv
 	build/infinity-venv/bin/pip install -q --disable-pip-version-check -r benchmarks/requirements-peer.txt
 

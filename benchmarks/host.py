@@ -3,7 +3,7 @@
 The model process runs with benchmarks/instant on its PYTHONPATH, so the forward pass takes no time; the rest
 is unchanged. An empty Flask view under stock gunicorn is measured in the same run, with the same load
 generator (wrk). CPU time is that of all threads of a process, from /proc. Figures are medians of alternating
-turns.
+turns. With `--checkout DIR` the service in that folder takes turns with this one.
 """
 
 import argparse
@@ -24,19 +24,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tokenizers import Tokenizer
 
 from benchmarks import machine
-from benchmarks.systems import ROOT, Service, System
+from benchmarks.systems import ROOT, Before, Service, System
 from benchmarks.texts import Texts
 from embedding_service.inference import source
 
 LUA = ROOT / "benchmarks" / "load.lua"
 RESULTS = ROOT / "benchmarks" / "results"
-INSTANT = str(ROOT / "benchmarks" / "instant")
 SENTENCES, WARM_SECONDS = 4096, 1
 IDLE_CLIENTS, SLOW_CLIENTS = 2000, 200
-TICK = os.sysconf("SC_CLK_TCK")
+# Most that the service may take of what another checkout takes: a load, a figure, and the share.
+BARS = [
+    ("one-32", "model_us_per_request", 0.45),
+    ("one-32", "web_us_per_request", 0.85),
+    ("one-1", "p50_ms", 0.7),
+]
+# A text of a large request may cost the model process this much more than tokenizing it.
+HOST_US = 5.0
 
 
 @dataclass(frozen=True)
@@ -85,32 +92,28 @@ class EmptyFlask(System):
         # A folder without gunicorn.conf.py.
         super().__init__(command, ROOT / "benchmarks", scratch / "empty.log")
 
-    def web_pids(self) -> list[int]:
-        return _children(self.pid)
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        return {"web": psutil.Process(self.pid).children()}
 
 
-class Instant(Service):
-    """The service with a model that takes no time."""
-
-    def __init__(self, scratch: Path, workers: int) -> None:
-        scratch = scratch / f"{workers}-workers"
-        scratch.mkdir()
-        super().__init__(scratch, "cpu", PYTHONPATH=INSTANT, WEB_CONCURRENCY=str(workers))
-
-    def web_pids(self) -> list[int]:
-        return [pid for pid in _children(self.pid) if not _runs(pid, "embedding_service.sharing.supervisor")]
-
-    def model_pid(self) -> int:
-        below = [pid for child in _children(self.pid) for pid in _children(child)]
-        [found] = [pid for pid in below if _runs(pid, "embedding_service.sharing.server")]
-        return found
+def instant(scratch: Path, workers: int, root: Path | None) -> Service:
+    """The service, here or in another checkout, with a model that takes no time."""
+    scratch = scratch / f"{workers}-workers-{'before' if root else 'now'}"
+    scratch.mkdir()
+    kind = Before if root else Service
+    # Each checkout has a stand-in for its own model.
+    path = str((root or ROOT) / "benchmarks" / "instant")
+    return kind(scratch, "cpu", root or ROOT, PYTHONPATH=path, WEB_CONCURRENCY=str(workers))
 
 
 class Bench:
     """One run: the servers and their turns."""
 
-    def __init__(self, seconds: int, turns: int, scenarios: list[Scenario], scratch: Path) -> None:
+    def __init__(
+        self, seconds: int, turns: int, scenarios: list[Scenario], checkout: Path | None, scratch: Path
+    ) -> None:
         self._seconds, self._turns, self._scenarios, self._scratch = seconds, turns, scenarios, scratch
+        self._roots = {"service": None} | ({"before": checkout.resolve()} if checkout else {})
         model = source.resolve(source.DEFAULT_MODEL, None).folder
         self._texts = Texts(model).sentences(SENTENCES)
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -120,23 +123,27 @@ class Bench:
         """The content of the results file."""
         about = machine.describe()
         empty: list[dict[str, float]] = []
-        turns: dict[str, list[dict[str, float]]] = {scenario.name: [] for scenario in self._scenarios}
+        turns: dict[tuple[str, str], list[dict[str, float]]] = {}
         with contextlib.ExitStack() as running:
             flask = EmptyFlask(self._scratch)
             running.callback(flask.stop)
-            services = {}
+            services: dict[tuple[str, int], Service] = {}
             for workers in sorted({scenario.workers for scenario in self._scenarios}):
-                services[workers] = Instant(self._scratch, workers)
-                running.callback(services[workers].stop)
+                for name, root in self._roots.items():
+                    services[name, workers] = instant(self._scratch, workers, root)
+                    running.callback(services[name, workers].stop)
             for system in (flask, *services.values()):
                 system.wait_ready()
-            for scenario in [Scenario(1, 32), *self._scenarios]:
-                self._load(services.get(scenario.workers, flask), scenario, WARM_SECONDS)
             self._load(flask, Scenario(1, 32), WARM_SECONDS)
+            for (_, workers), service in services.items():
+                for scenario in self._scenarios:
+                    if scenario.workers == workers:
+                        self._load(service, scenario, WARM_SECONDS)
             for _ in range(self._turns):
                 empty.append(self._empty(flask))
-                for scenario in self._scenarios:
-                    turns[scenario.name].append(self._turn(services[scenario.workers], scenario))
+                for scenario, name in itertools.product(self._scenarios, self._roots):
+                    turn = self._turn(services[name, scenario.workers], scenario)
+                    turns.setdefault((scenario.name, name), []).append(turn)
         return {
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "commit": machine.commit(),
@@ -144,7 +151,10 @@ class Bench:
             "settings": {"seconds_a_turn": self._seconds, "turns": self._turns},
             "empty_flask_view_us": _median(empty)["us_per_request"],
             "empty_flask_view": _median(empty),
-            "scenarios": [self._scenario(s, turns[s.name]) for s in self._scenarios],
+            "scenarios": [self._scenario(s, turns[s.name, "service"]) for s in self._scenarios],
+            "before": [
+                self._scenario(s, turns[s.name, "before"]) for s in self._scenarios if "before" in self._roots
+            ],
         }
 
     def _scenario(self, scenario: Scenario, turns: list[dict[str, float]]) -> dict[str, Any]:
@@ -154,9 +164,9 @@ class Bench:
         return about | _median(turns) | tokenizer | {"us_per_request_of_turns": both}
 
     def _empty(self, flask: EmptyFlask) -> dict[str, float]:
-        before = _cpu_seconds(flask.web_pids())
+        before = flask.cpu_by_role()["web"]
         seen = self._load(flask, Scenario(1, 32), self._seconds)
-        used = _cpu_seconds(flask.web_pids()) - before
+        used = flask.cpu_by_role()["web"] - before
         return {
             "requests_per_second": seen["requests"] / seen["seconds"],
             "p50_ms": seen["p50_ms"],
@@ -164,13 +174,14 @@ class Bench:
             "us_per_request": used / seen["requests"] * 1e6,
         }
 
-    def _turn(self, service: Instant, scenario: Scenario) -> dict[str, float]:
-        web, model = service.web_pids(), [service.model_pid()]
+    def _turn(self, service: Service, scenario: Scenario) -> dict[str, float]:
         with _crowd(service.port) if scenario.crowd else contextlib.nullcontext():
-            before = _cpu_seconds(web), _cpu_seconds(model)
+            before = service.cpu_by_role()
             seen = self._load(service, scenario, self._seconds)
-            after = _cpu_seconds(web), _cpu_seconds(model)
-        web_us, model_us = ((a - b) / seen["requests"] * 1e6 for a, b in zip(after, before, strict=True))
+            after = service.cpu_by_role()
+        web_us, model_us = (
+            (after[role] - before[role]) / seen["requests"] * 1e6 for role in ("web", "model")
+        )
         rate = seen["requests"] / seen["seconds"]
         return {
             "requests_per_second": rate,
@@ -252,23 +263,6 @@ def _drip(port: int, stop: threading.Event) -> None:
             sock.close()
 
 
-def _children(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-def _runs(pid: int, module: str) -> bool:
-    return module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-
-
-def _cpu_seconds(pids: list[int]) -> float:
-    """utime and stime of all threads, including those that have ended."""
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / TICK
-
-
 def _median(turns: list[dict[str, float]]) -> dict[str, float]:
     return {key: round(statistics.median(turn[key] for turn in turns), 3) for key in turns[0]}
 
@@ -285,7 +279,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"| empty Flask view, 32 clients | {empty['requests_per_second']:.0f} | | {empty['p50_ms']:.2f} / "
         f"{empty['p99_ms']:.2f} | {empty['us_per_request']:.0f} | | 1.00 | | |"
     )
-    for row in results["scenarios"]:
+    before = {row["name"]: row | {"title": f"{row['title']}, before"} for row in results["before"]}
+    pairs = [(before.get(row["name"]), row) for row in results["scenarios"]]
+    for row in filter(None, itertools.chain.from_iterable(pairs)):
         web, model = row["web_us_per_request"], row["model_us_per_request"]
         lines.append(
             f"| {row['title']} | {row['requests_per_second']:.0f} | {row['texts_per_second']:.0f} "
@@ -302,12 +298,32 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def verdicts(results: dict[str, Any]) -> str:
+    """Each target that this run can judge, with the measured figure."""
+    now, before = ({row["name"]: row for row in results[key]} for key in ("scenarios", "before"))
+    lines = []
+    for name, figure, bar in BARS:
+        if name in now and name in before:
+            share = now[name][figure] / before[name][figure]
+            lines.append(
+                (share <= bar, f"{now[name]['title']}: {figure} {share:.2f} x before, bar {bar:.2f}")
+            )
+    for name in ("texts-32", "texts-256"):
+        if name in now:
+            cost, most = now[name]["model_us_per_text"], now[name]["tokenizer_us_per_text"] + HOST_US
+            lines.append((cost <= most, f"{now[name]['title']}: {cost:.1f} µs per text, bar {most:.1f}"))
+    return "\n".join(f"{'reached' if reached else 'NOT REACHED':>11}  {line}" for reached, line in lines)
+
+
 def main() -> None:
     known = {scenario.name: scenario for scenario in [*SCENARIOS, CROWDED]}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=2, help="length of a turn")
     parser.add_argument("--turns", type=int, default=3, help="turns of each scenario")
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help=" ".join(known))
+    parser.add_argument(
+        "--checkout", type=Path, metavar="DIR", help="another version of the service, to compare"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file only")
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
@@ -315,8 +331,10 @@ def main() -> None:
     scenarios = [known[name] for name in arguments.only] if arguments.only else SCENARIOS
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as scratch:
-        results = Bench(arguments.seconds, arguments.turns, scenarios, Path(scratch)).measure()
-    print(markdown(results))
+        results = Bench(
+            arguments.seconds, arguments.turns, scenarios, arguments.checkout, Path(scratch)
+        ).measure()
+    print(markdown(results), verdicts(results), sep="\n\n")
     written = json.dumps(results, indent=1) + "\n"
     if arguments.json:
         arguments.json.write_text(written)

@@ -1,4 +1,5 @@
 -- wrk sends the bodies of a file in turn, one a line, and prints what it saw as one line of JSON.
+-- Arguments: the file, the path, and for how many milliseconds a client pauses after each answer (optional).
 local requests, turn = {}, 0
 
 function init(args)
@@ -6,6 +7,11 @@ function init(args)
   wrk.headers["Content-Type"] = "application/json"
   for line in io.lines(args[1]) do
     requests[#requests + 1] = wrk.format(nil, args[2], nil, line)
+  end
+  if args[3] then
+    function delay()
+      return tonumber(args[3])
+    end
   end
 end
 

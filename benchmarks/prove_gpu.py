@@ -66,7 +66,7 @@ class Step:
     @contextlib.contextmanager
     def service(self, **settings: str) -> Iterator[Service]:
         """A ready service."""
-        running = Service(self.scratch, self.device, CPU_FALLBACK="false", **settings)
+        running = Service(self.scratch, self.device, ROOT, CPU_FALLBACK="false", **settings)
         try:
             running.wait_ready()
             yield running

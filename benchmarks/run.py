@@ -2,7 +2,8 @@
 
 All systems are started first. Then, for each scenario, they are measured in turn, several times, while the
 others are idle. A system's figure is the median of its turns. wrk makes a closed-loop load: each client
-sends its next request when it has received the previous response.
+sends its next request when it has received the previous response. `--peer` adds any other server, and
+`--checkout` another version of the service.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, report
-from benchmarks.systems import PEER, ROOT, Baseline, Infinity, Raw, Service, System
+from benchmarks import load, machine, report
+from benchmarks.systems import APIS, INFINITY, ROOT, Baseline, Before, Infinity, Peer, Raw, Service, System
 from benchmarks.texts import Texts
 from embedding_service.inference import source
 
@@ -43,6 +44,10 @@ class Scenario:
     encoding: str = "float"
     # Makes turns longer in which few requests fit, since wrk drops unfinished ones.
     stretch: float = 1.0
+    # Each client waits this long after an answer.
+    pause_ms: int = 0
+    # Four other clients send requests of 32 texts of 250 tokens meanwhile.
+    beside_bulk: bool = False
 
     @property
     def raw_batch(self) -> int:
@@ -52,6 +57,8 @@ class Scenario:
 
 SCENARIOS = [
     Scenario("one", "one sentence, 1 client", "sentence", stretch=0.75),
+    Scenario("paused", "one sentence, 1 client, pauses of 20 ms", "sentence", pause_ms=20),
+    Scenario("one-8", "one sentence, 8 clients", "sentence", clients=8),
     Scenario("one-32", "one sentence, 32 clients", "sentence", clients=32),
     Scenario("one-64", "one sentence, 64 clients", "sentence", clients=64),
     Scenario("one-32-base64", "one sentence, 32 clients, base64", "sentence", 1, 32, "base64", 0.75),
@@ -61,7 +68,17 @@ SCENARIOS = [
     Scenario("64-tokens", "64 tokens, 32 clients", "64", clients=32, stretch=1.5),
     Scenario("256-tokens", "256 tokens, 8 clients", "256", clients=8, stretch=1.25),
     Scenario("2048", "2,048 sentences in one request", "sentence", texts=2048),
+    Scenario(
+        "beside-bulk",
+        "one sentence, 4 clients, beside 4 that send 32 texts of 250 tokens",
+        "sentence",
+        clients=4,
+        stretch=2,
+        beside_bulk=True,
+    ),
 ]
+WARM_UP = Scenario("one-32", "warming up", "sentence", clients=32)
+BULK = Scenario("bulk", "32 texts of 250 tokens, 4 clients", "250", texts=32, clients=4)
 
 
 class Bench:
@@ -76,12 +93,15 @@ class Bench:
         self._device: str = arguments.device
         self._dtype: str = arguments.dtype
         self._wanted: list[str] = arguments.systems
+        self._peer: tuple[str, str] = (arguments.peer, arguments.api)
+        self._checkout: Path = arguments.checkout
         texts = Texts(self._model_folder)
         self._pools = {
             "sentence": texts.sentences(4096),
             "mix": texts.mix(1024),
             "64": texts.of_length(64, 256),
             "256": texts.of_length(256, 128),
+            "250": texts.of_length(250, 256),
         }
 
     def measure(self) -> dict[str, Any]:
@@ -90,7 +110,7 @@ class Bench:
         with self._started() as (raw, servers, ready):
             scenarios = [self._alternate(scenario, raw, servers) for scenario in self._scenarios]
             padding = None
-            if any(s.kind == "mix" for s in self._scenarios):
+            if raw and any(s.kind == "mix" for s in self._scenarios):
                 padding = raw.ask(
                     "served_padding", texts=self._pools["mix"], clients=32, seconds=self._seconds
                 )
@@ -111,41 +131,49 @@ class Bench:
         }
 
     @contextlib.contextmanager
-    def _started(self) -> Iterator[tuple[Raw, list[System], dict[str, float]]]:
-        raw = Raw("auto", self._device, self._dtype)
+    def _started(self) -> Iterator[tuple[Raw | None, list[System], dict[str, float]]]:
         servers: list[System] = []
         ready: dict[str, float] = {}
-        try:
-            self._backend = raw.wait_ready()
+        self._backend = ""
+        with contextlib.ExitStack() as running:
+            raw = Raw("auto", self._device, self._dtype) if Raw.name in self._wanted else None
+            if raw:
+                running.callback(raw.stop)
+                self._backend = raw.wait_ready()
             for name in self._wanted:
                 server = self._start(name)
                 if server is not None:
+                    running.callback(server.stop)
                     servers.append(server)
                     ready[server.name] = round(server.wait_ready(), 2)
                     print(f"{server.name} is ready after {ready[server.name]} s", flush=True)
             for server in servers:
-                self._load(server, SCENARIOS[1], 1)
+                self._load(server, WARM_UP, 2)
             yield raw, servers, ready
-        finally:
-            for server in servers:
-                server.stop()
-            raw.stop()
 
     def _start(self, name: str) -> System | None:
-        if name == Service.name:
-            return Service(self._scratch, self._device, DTYPE=self._dtype)
-        if name == Baseline.name:
-            return Baseline(self._scratch, self._device, self._model_folder)
-        if not PEER.exists():
-            print("infinity is not installed; `make bench-peer` does that", flush=True)
-            return None
-        return Infinity(self._scratch, self._device, self._model_folder)
+        scratch, device = self._scratch, self._device
+        match name:
+            case Service.name:
+                return Service(scratch, device, DTYPE=self._dtype)
+            case Before.name:
+                return Before(scratch, device, self._checkout.resolve(), DTYPE=self._dtype)
+            case Baseline.name:
+                return Baseline(scratch, device, self._model_folder)
+            case Peer.name:
+                return Peer(scratch, *self._peer)
+            case Infinity.name if INFINITY.exists():
+                return Infinity(scratch, device, self._model_folder)
+            case Infinity.name:
+                print("infinity is not installed; `make bench-infinity` does that", flush=True)
+        return None
 
-    def _alternate(self, scenario: Scenario, raw: Raw, servers: list[System]) -> dict[str, Any]:
+    def _alternate(self, scenario: Scenario, raw: Raw | None, servers: list[System]) -> dict[str, Any]:
         turns: dict[str, list[dict[str, float]]] = {}
         for _ in range(self._turns):
             seconds = max(1, round(self._seconds * scenario.stretch))  # wrk accepts only whole seconds
-            turns.setdefault("raw", []).append(self._raw(scenario, raw, seconds))
+            if raw and not (scenario.pause_ms or scenario.beside_bulk):
+                turns.setdefault("raw", []).append(self._raw(scenario, raw, seconds))
             for server in servers:
                 if scenario.encoding in server.formats:
                     turns.setdefault(server.name, []).append(self._load(server, scenario, seconds))
@@ -173,26 +201,56 @@ class Bench:
     def _load(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
         if scenario.texts >= 1000:
             return self._one_at_a_time(server, scenario, seconds)
-        bodies = self._scratch / f"{scenario.name}-{server.name}.txt"
-        if not bodies.exists():
-            pool, size = self._pools[scenario.kind], scenario.texts
-            requests = [pool[first : first + size] for first in range(0, len(pool), size)]
-            bodies.write_bytes(b"\n".join(server.body(texts, scenario.encoding) for texts in requests))
-        command = ["wrk", "-t1", f"-c{scenario.clients}", f"-d{seconds}s", "--timeout", "60s"]
-        command += ["-s", str(LUA), server.url, "--", str(bodies), server.path]
-        before = _children_seconds()
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        used = _children_seconds() - before
-        result = json.loads(output.rpartition("RESULT ")[2])
-        if result["errors"]:
-            raise SystemExit(f"{server.name} failed {result['errors']} requests in {scenario.title}")
+        if scenario.beside_bulk:
+            return self._beside_bulk(server, scenario, seconds)
+        used, served = _children_seconds(), server.cpu_by_role()
+        result = _result(self._wrk(server, scenario, seconds), server, scenario)
+        used = _children_seconds() - used
+        served = {role: seconds - served[role] for role, seconds in server.cpu_by_role().items()}
+        requests = max(1, result["requests"])
         return {
             "texts_per_second": result["requests"] * scenario.texts / result["seconds"],
             "p50_ms": result["p50_ms"],
             "p99_ms": result["p99_ms"],
             "generator_share": used / (result["seconds"] * machine.cores()),
-            "bytes_per_text": result["bytes"] / max(1, result["requests"] * scenario.texts),
+            "bytes_per_text": result["bytes"] / (requests * scenario.texts),
+            **{f"{role}_us": seconds / requests * 1e6 for role, seconds in served.items()},
         }
+
+    def _beside_bulk(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
+        """From a load in Python, which waits for the last answers: a server may give only a few in a turn."""
+        bulk = self._wrk(server, BULK, seconds + 1)
+        time.sleep(1)
+        seen = load.measure(server.url, self._bodies(server, scenario), scenario.clients, seconds, 1)
+        # A server may refuse some of these while it is busy.
+        beside = _result(bulk, server, BULK, may_fail=True)
+        served = beside["requests"] - beside["errors"]
+        if seen["errors"]:
+            raise SystemExit(f"{server.name} failed {seen['errors']} requests in {scenario.title}")
+        return {
+            "texts_per_second": seen["requests"] / seen["seconds"],
+            "p50_ms": seen["p50_ms"],
+            "p99_ms": seen["p99_ms"],
+            "generator_share": seen["generator_cores"] / machine.cores(),
+            "bulk_texts_per_second": served * BULK.texts / beside["seconds"],
+            "bulk_refused": beside["errors"],
+        }
+
+    def _bodies(self, server: System, scenario: Scenario) -> Path:
+        bodies = self._scratch / f"{scenario.name}-{server.name}.txt"
+        if not bodies.exists():
+            pool, size = self._pools[scenario.kind], scenario.texts
+            requests = [pool[first : first + size] for first in range(0, len(pool), size)]
+            bodies.write_bytes(b"\n".join(server.body(texts, scenario.encoding) for texts in requests))
+        return bodies
+
+    def _wrk(self, server: System, scenario: Scenario, seconds: int) -> "subprocess.Popen[str]":
+        bodies = self._bodies(server, scenario)
+        command = ["wrk", "-t1", f"-c{scenario.clients}", f"-d{seconds}s", "--timeout", "60s"]
+        command += ["-s", str(LUA), server.url, "--", str(bodies), server.path]
+        if scenario.pause_ms:
+            command.append(str(scenario.pause_ms))
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def _one_at_a_time(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
         """One client in Python, for requests that take seconds: wrk would drop the last one unfinished."""
@@ -221,6 +279,18 @@ class Bench:
         }
 
 
+def _result(
+    running: "subprocess.Popen[str]", server: System, scenario: Scenario, may_fail: bool = False
+) -> dict[str, float]:
+    output = running.communicate()[0]
+    if running.returncode:
+        raise SystemExit(f"wrk failed: {output}")
+    result: dict[str, float] = json.loads(output.rpartition("RESULT ")[2])
+    if result["errors"] and not may_fail:
+        raise SystemExit(f"{server.name} failed {result['errors']} requests in {scenario.title}")
+    return result
+
+
 def _children_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
@@ -237,13 +307,19 @@ def main() -> None:
     parser.add_argument("--alternations", type=int, default=3, help="turns of each system")
     parser.add_argument("--quick", action="store_true", help="one turn of 2 s each; write no results")
     parser.add_argument("--only", nargs="*", choices=names, help="these scenarios")
-    parser.add_argument("--systems", nargs="*", default=["service", "baseline", "infinity"])
+    parser.add_argument("--systems", nargs="*", choices=list(report.LABELS), help="these, and no others")
+    parser.add_argument("--peer", metavar="COMMAND", help="another server: a command with {port}, or its URL")
+    parser.add_argument("--api", choices=list(APIS), default="tei", help="the API of the peer")
+    parser.add_argument("--checkout", type=Path, metavar="DIR", help="another version of the service")
     parser.add_argument("--device", default="cpu", help="DEVICE of all systems")
     parser.add_argument("--dtype", default="auto", help="DTYPE of the raw engine and the service")
     parser.add_argument("--label", help="name of the results files, by default the date and device")
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed (Debian: apt-get install wrk)")
+    if arguments.systems is None:
+        arguments.systems = ["raw", "service", "baseline", "infinity"]
+    arguments.systems += ["peer"] * bool(arguments.peer) + ["before"] * bool(arguments.checkout)
     if arguments.quick:
         arguments.seconds, arguments.alternations = 2.0, 1
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,12 +7,17 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
-PEER = ROOT / "build" / "infinity-venv" / "bin" / "infinity_emb"
+INFINITY = ROOT / "build" / "infinity-venv" / "bin" / "infinity_emb"
 START_SECONDS = 180.0
 
 # Variables that are removed, so that neither your settings nor a proxy affect a measurement.
@@ -79,11 +84,19 @@ class System:
         """The server's output."""
         return self._log.read_text(errors="replace")
 
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """Its processes by what they do: here all together."""
+        parent = psutil.Process(self.pid)
+        return {"all": [parent, *parent.children(recursive=True)]}
+
+    def cpu_by_role(self) -> dict[str, float]:
+        """The CPU time of all threads so far, those that have ended too, of each of `processes()`."""
+        times = {role: [process.cpu_times() for process in found] for role, found in self.processes().items()}
+        return {role: sum(time.user + time.system for time in found) for role, found in times.items()}
+
     def memory_mib(self) -> float:
         """The memory of all its processes; shared pages are counted once per process."""
-        import psutil
-
-        parent = psutil.Process(self._process.pid)
+        parent = psutil.Process(self.pid)
         used: int = sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)])
         return used / 2**20
 
@@ -98,14 +111,32 @@ class System:
 
 
 class Service(System):
-    """This service: `python app.py` with default settings."""
+    """This service: `python app.py` with default settings, in this checkout or another."""
 
     name = "service"
     formats = ("float", "base64")
 
-    def __init__(self, scratch: Path, device: str, **settings: str) -> None:
+    def __init__(self, scratch: Path, device: str, root: Path = ROOT, **settings: str) -> None:
         given = {"HOST": "127.0.0.1", "PORT": "{port}", "DEVICE": device, "LOG_LEVEL": "warning"} | settings
-        super().__init__([sys.executable, "app.py"], ROOT, scratch / "service.log", **given)
+        own = root / ".venv" / "bin" / "python"
+        python = str(own) if own.exists() else sys.executable
+        super().__init__([python, "app.py"], root, scratch / f"{self.name}.log", **given)
+
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """The web workers, and the model processes, which the supervisor has started."""
+        roles: dict[str, list[psutil.Process]] = {"web": [], "model": []}
+        for child in psutil.Process(self.pid).children():
+            if any("supervisor" in part for part in child.cmdline()):
+                roles["model"] += child.children(recursive=True)
+            else:
+                roles["web"].append(child)
+        return roles
+
+
+class Before(Service):
+    """The service in another checkout, for comparison."""
+
+    name = "before"
 
 
 class Baseline(System):
@@ -126,14 +157,14 @@ class Baseline(System):
 
 
 class Infinity(System):
-    """infinity-emb with its torch engine, from the virtual environment of `make bench-peer`."""
+    """infinity-emb with its torch engine, from the virtual environment of `make bench-infinity`."""
 
     name = "infinity"
     path = "/embeddings"
     formats = ("float", "base64")
 
     def __init__(self, scratch: Path, device: str, model_folder: Path) -> None:
-        command = [str(PEER), "v2", "--model-id", str(model_folder), "--served-model-name", "bench"]
+        command = [str(INFINITY), "v2", "--model-id", str(model_folder), "--served-model-name", "bench"]
         command += ["--engine", "torch", "--device", "cuda" if device.startswith("cuda") else "cpu"]
         command += ["--host", "127.0.0.1", "--port", "{port}", "--log-level", "warning"]
         super().__init__(
@@ -147,6 +178,54 @@ class Infinity(System):
 
     def body(self, texts: list[str], encoding: str) -> bytes:
         return json.dumps({"model": "bench", "input": texts, "encoding_format": encoding}).encode()
+
+
+# An API's path, and its request for some texts.
+APIS: dict[str, tuple[str, Callable[[list[str]], dict[str, Any]]]] = {
+    "tei": ("/embed", lambda texts: {"inputs": texts if len(texts) > 1 else texts[0], "truncate": True}),
+    "openai": ("/v1/embeddings", lambda texts: {"input": texts, "model": "bench"}),
+    "native": ("/embed", lambda texts: {"texts": texts if len(texts) > 1 else texts[0]}),
+}
+
+
+class Peer(System):
+    """Any server: a shell command in which {port} is its port, or the http URL of one that runs already."""
+
+    name = "peer"
+
+    def __init__(self, scratch: Path, place: str, api: str) -> None:
+        self.path, self._fields = APIS[api]
+        self._runs_already = place.startswith("http")
+        command = ["sleep", "infinity"] if self._runs_already else ["bash", "-c", f"exec env {place}"]
+        super().__init__(command, ROOT, scratch / "peer.log")
+        if self._runs_already:
+            at = urlsplit(place)
+            self.host, self.port = at.hostname or "", at.port or 80
+            self.path = at.path.rstrip("/") or self.path
+
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        return {} if self._runs_already else super().processes()
+
+    def body(self, texts: list[str], encoding: str) -> bytes:
+        return json.dumps(self._fields(texts)).encode()
+
+    def wait_ready(self) -> float:
+        """Wait until it embeds a text."""
+        headers = {"Content-Type": "application/json"}
+        while time.monotonic() - self.started < START_SECONDS and self._process.poll() is None:
+            try:
+                asked = urllib.request.Request(self.url, self.body(["ready?"], "float"), headers)
+                with urllib.request.urlopen(asked, timeout=60):
+                    return time.monotonic() - self.started
+            except urllib.error.HTTPError as error:
+                if error.code < 500:
+                    raise SystemExit(f"the peer answers {error.code}: {error.read(500)!r}") from None
+            except OSError:
+                pass
+            time.sleep(0.05)
+        ended = self._process.poll()
+        what = f"was not ready in {START_SECONDS} s" if ended is None else f"ended with {ended}"
+        raise SystemExit(f"the peer {what}:\n{self.log()[-2000:]}")
 
 
 class Raw:
