@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def verdicts(results: dict[str, Any]) -> str:
             mine, theirs = (rows[name][system][figure] for system in ("service", other))
             is_fast = other == "raw" and theirs > FAST_RAW
             limit = FAST_BAR.get(name, bar) if is_fast else bar
-            share = mine / theirs
+            share = mine / theirs if theirs else math.inf
             reached = share >= limit if figure == RATE else share <= limit
             lines.append(
                 (reached, f"{titles[name]}: {figure} {share:.2f} x {LABELS[other]}, bar {limit:.2f}")
@@ -137,6 +138,8 @@ def _cell(result: dict[str, float] | None, reference: float | None) -> str:
     if "p50_ms" not in result:
         return rate
     cell = f"{rate}<br>{_number(result['p50_ms'])} / {_number(result['p99_ms'])} ms"
+    if refused := result.get("refused"):
+        cell += f", {refused:.0f} refused"
     if bulk := result.get("bulk_texts_per_second"):
         cell += f"<br>bulk {_number(bulk)}"
     if refused := result.get("bulk_refused"):
@@ -151,7 +154,7 @@ def _footnotes(results: dict[str, Any], reference: str) -> str:
         f"Texts per second, its ratio to {_the(reference)}, and p50 / p99 of a request. "
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})"
         + (f", {machine['gpu']}" if machine["gpu"] else "")
-        + f"; {results['backend']}, dtype {settings['dtype']}; median of {settings['turns']} "
+        + f"; {results['backend'] or 'auto'}, dtype {settings['dtype']}; median of {settings['turns']} "
         f"alternating turns of {settings['seconds_a_turn']:g} s; commit {results['commit']}, "
         f"{results['date']}."
     ]
@@ -212,7 +215,7 @@ def write(results: dict[str, Any], folder: Path, label: str) -> None:
     (folder / f"{label}.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / f"{label}.md").write_text(markdown(results) + "\n")
     plot(results, folder / f"{label}.svg")
-    print(f"Written: benchmarks/results/{label}.json, .md and .svg")
+    print(f"Written: {folder / label}.json, .md and .svg")
 
 
 def main() -> None:
