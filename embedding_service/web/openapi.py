@@ -1,5 +1,6 @@
 """The OpenAPI document, generated from the routes and the structs that validate their requests."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from werkzeug.routing import Rule
 
 from embedding_service import __version__
 from embedding_service.errors import Unauthorized
+from embedding_service.web.embedding import NPY
 from embedding_service.web.operation import JSON, Operation, operation_of
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
@@ -28,6 +30,36 @@ HEADERS = {
     "x-inference-time": "Time spent in the model, in milliseconds.",
     "x-cache-hits": "Texts answered from the vector cache, if CACHE_MB is set.",
 }
+# A body for each route's type that is answered as it stands; a test sends them all.
+_LIST = ["A cat sleeps.", "A kitten naps."]
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "EmbedBody": {"texts": _LIST},
+    "TEIEmbedBody": {"inputs": _LIST},
+    "SimilarityBody": {"inputs": {"source_sentence": _LIST[0], "sentences": _LIST[1:]}},
+    "TEIEmbedAllBody": {"inputs": _LIST},
+    "TokenizeBody": {"inputs": _LIST},
+    "OpenAIEmbedBody": {"input": _LIST},
+    "OllamaEmbedBody": {"input": _LIST},
+    "OllamaEmbeddingsBody": {"prompt": _LIST[0]},
+    "WeaviateBody": {"text": _LIST[0]},
+    "CohereEmbedBody": {"texts": _LIST, "input_type": "search_document"},
+    "VertexBody": {"instances": _LIST},
+}
+TAGS = {
+    "Embedding service": "The service's own API, its health and its description.",
+    "OpenAI": "OpenAI's embeddings and models, with the fields of Jina, Voyage and others.",
+    "Text Embeddings Inference": "Hugging Face's Text Embeddings Inference.",
+    "Ollama": "Ollama's embeddings and the routes that its clients ask first.",
+    "Weaviate": "Weaviate's text2vec-transformers.",
+    "Cohere": "Cohere's embed, versions 1 and 2.",
+    "SageMaker and Vertex AI": "The routes that the two platforms choose.",
+}
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password."},
+}
+
 _NAMES = tuple(HEADERS)
 ON_EVERY, ON_WAIT, ON_TOKENS, ON_VECTORS = _NAMES[:1], _NAMES[1:3], _NAMES[3:5], _NAMES[5:]
 
@@ -41,7 +73,7 @@ def document(app: Flask) -> dict[str, Any]:
     for rule, view, found in described:
         method = "post" if "POST" in (rule.methods or ()) else "get"
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
-        name = re.sub(r"\W+", "_", method + rule.rule).rstrip("_")
+        name = re.sub(r"\W+", "_", method + (rule.rule if rule.rule != "/" else "/root")).rstrip("_")
         operation = _operation(app, rule, view, found, schemas)
         paths.setdefault(path, {})[method] = {"operationId": name, **operation}
     return {
@@ -50,7 +82,10 @@ def document(app: Flask) -> dict[str, Any]:
             "title": "Embedding service",
             "version": __version__,
             "description": "Text embeddings through several APIs, from one model and one queue.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+            "contact": {"name": "The maintainers of the embedding service"},
         },
+        "tags": [{"name": name, "description": TAGS.get(name, name)} for name in _titles(paths)],
         # Relative to this document, since a proxy may serve it under a prefix that we do not know.
         "servers": [{"url": "."}],
         "paths": paths,
@@ -59,9 +94,14 @@ def document(app: Flask) -> dict[str, Any]:
             "headers": {
                 name: {"description": text, "schema": {"type": "string"}} for name, text in HEADERS.items()
             },
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": SECURITY_SCHEMES,
         },
     }
+
+
+def _titles(paths: dict[str, dict[str, Any]]) -> list[str]:
+    operations = [operation for path in paths.values() for operation in path.values()]
+    return list(dict.fromkeys(name for operation in operations for name in operation["tags"]))
 
 
 class Schemas:
@@ -71,12 +111,35 @@ class Schemas:
         distinct = list({repr(kind): kind for kind in types}.values())
         made, self.components = msgspec.json.schema_components(distinct, ref_template=REFERENCE)
         self._made = {repr(kind): schema for kind, schema in zip(distinct, made, strict=True)}
+        for schema in self.components.values():
+            _ease(schema)
 
-    def any_of(self, types: list[Any]) -> dict[str, Any]:
+    def one_of(self, types: list[Any], keyword: str = "anyOf") -> dict[str, Any]:
         """The schema of a value of one of the types."""
         schemas = [self._made[repr(kind)] for kind in types]
         distinct = [schema for index, schema in enumerate(schemas) if schema not in schemas[:index]]
-        return distinct[0] if len(distinct) == 1 else {"anyOf": distinct}
+        return distinct[0] if len(distinct) == 1 else {keyword: distinct}
+
+
+def _ease(schema: dict[str, Any]) -> None:
+    """Write a struct's schema so that generators of clients make usable types of it.
+
+    A default makes its field required in some of them, so it moves into the description; an array of
+    alternatives becomes alternative arrays.
+    """
+    for field in schema.get("properties", {}).values():
+        default = field.pop("default", None)
+        typed = next(iter(field.get("anyOf", ())), field)
+        words = (
+            typed.pop("description", ""),
+            f"Default: {json.dumps(default)}." if default is not None else "",
+        )
+        if any(words):
+            field["description"] = " ".join(filter(None, words))
+        for part in field.get("anyOf", [])[:]:
+            if "anyOf" in part.get("items", {}) and schema["title"] in EXAMPLES:
+                field["anyOf"].remove(part)
+                field["anyOf"] += [{**part, "items": kind} for kind in part["items"]["anyOf"]]
 
 
 def _operations(app: Flask) -> Iterator[tuple[Rule, Callable[..., Any], Operation]]:
@@ -94,10 +157,9 @@ def _operation(
     described: dict[str, Any] = {
         "tags": [_protocol(app, view).title],
         "summary": summary,
+        "description": description.strip() or summary,
         "responses": _responses(app, view, found, schemas),
     }
-    if description.strip():
-        described["description"] = description.strip()
     if rule.arguments:
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
@@ -105,19 +167,20 @@ def _operation(
         ]
     if found.body is not None:
         bodies = [part.body.type for _, part in _variants(view, found) if part.body is not None]
-        described["requestBody"] = {
-            "required": True,
-            "content": {JSON: {"schema": schemas.any_of(bodies)}},
-        }
-    if not found.public:
-        described["security"] = [{}, {"key": []}]
+        schema = schemas.one_of(bodies, "oneOf")
+        names = [one["$ref"].rpartition("/")[2] for one in schema.get("oneOf", [schema])]
+        examples = {name: {"value": EXAMPLES[name]} for name in names if name in EXAMPLES}
+        content = {"schema": schema} | ({"examples": examples} if examples else {})
+        described["requestBody"] = {"required": True, "content": {JSON: content}}
+    # Without keys in its settings, the service asks for none.
+    described["security"] = [] if found.public else [{}, *({name: []} for name in SECURITY_SCHEMES)]
     return described
 
 
 def _responses(
     app: Flask, view: Callable[..., Any], found: Operation, schemas: Schemas
 ) -> dict[str, dict[str, Any]]:
-    types: dict[int, list[Any]] = {}
+    types: dict[int, list[Any]] = {405: []} if found.public else {}
     for status, kind in _outcomes(app, view, found):
         types.setdefault(status, []).extend(kind)
     responses = {}
@@ -132,8 +195,10 @@ def _responses(
         }
         if types[status]:
             media = found.media if status in found.answers else (JSON,)
-            schema = {"schema": schemas.any_of(types[status])}
-            responses[str(status)]["content"] = dict.fromkeys(media, schema)
+            schema = schemas.one_of(types[status])
+            responses[str(status)]["content"] = {
+                kind: {"schema": {"contentMediaType": kind} if kind == NPY else schema} for kind in media
+            }
     return responses
 
 

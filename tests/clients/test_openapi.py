@@ -69,6 +69,49 @@ def test_the_document_is_built_from_the_structs(service):
         jsonschema_rs.meta.validate(body), name
 
 
+def bodies(described):
+    """Every documented request body: route, example and its name."""
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            for name, example in content.get("examples", {}).items():
+                yield path, name, example["value"]
+
+
+def test_every_example_is_answered_as_it_stands(service):
+    described = requests.get(f"{service.url}/openapi.json", timeout=10).json()
+    found = list(bodies(described))
+    schemas = {name for name in described["components"]["schemas"] if name.endswith("Body")}
+    # Routes about a model need only its name, or nothing.
+    assert schemas - {name for _, name, _ in found} <= {"OllamaNameBody"}
+    for path, name, example in found:
+        answer = service.post(path, example)
+        assert answer.status_code == 200, (path, name, answer.text)
+
+
+def test_generators_of_clients_get_types_that_demand_no_more_than_the_service():
+    app = create_app(None, WebSettings())
+    described = app.test_client().get("/openapi.json").get_json()
+    schemas = described["components"]["schemas"]
+    fields = [field for schema in schemas.values() for field in schema.get("properties", {}).values()]
+    assert not [field for field in fields if "default" in field]
+    # Two bodies on one route are alternatives, and so are two kinds of arrays.
+    assert (
+        "oneOf"
+        in described["paths"]["/embed"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    )
+    inputs = schemas["OpenAIEmbedBody"]["properties"]["input"]["anyOf"]
+    assert not [kind for kind in inputs if "anyOf" in kind.get("items", {})]
+    answer = described["paths"]["/embed"]["post"]["responses"]["200"]["content"]
+    assert answer["application/x-npy"]["schema"] == {"contentMediaType": "application/x-npy"}
+    operations = [one for path in described["paths"].values() for one in path.values()]
+    names = [one["operationId"] for one in operations]
+    assert len(set(names)) == len(names) and not {"get", "post"} & set(names)
+    assert all("security" in one and one["description"] for one in operations)
+    assert described["paths"]["/health"]["get"]["security"] == []
+    assert all(tag["description"] != tag["name"] for tag in described["tags"])
+
+
 @pytest.mark.process
 def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
     """Chromium, which can resolve only our name, logs what the page requests."""
