@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +28,8 @@ from embedding_service.inference import source
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.job import Outcome
 from embedding_service.inference.loading import load
-from embedding_service.inference.runtime import Lane, Runtime
+from embedding_service.inference.model import Model
+from embedding_service.inference.runtime import Lane
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.tokenized import Batch, Rows
 
@@ -52,6 +54,14 @@ class RawEngine:
         # nncf writes to standard output, which we use for results.
         with contextlib.redirect_stdout(sys.stderr):
             self.model = load(settings)
+
+    @cached_property
+    def _oracle(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        return SentenceTransformer(
+            str(source.resolve(machine.model(), None).folder), device=self.model.info.device
+        )
 
     @property
     def name(self) -> str:
@@ -94,7 +104,7 @@ class RawEngine:
         """The same through SentenceTransformer.encode (the transformer in torch), batch by batch."""
 
         def embed(batch: list[str]) -> Any:
-            return self.model.sentence_transformer.encode(
+            return self._oracle.encode(
                 batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
             )
 
@@ -106,7 +116,7 @@ class RawEngine:
     def served_padding(self, texts: list[str], clients: int, seconds: float) -> float:
         """The share of padding in the batches that the service forms from requests with one text."""
         recorder = _Recorder(self.model)
-        batcher = Batcher(cast(Runtime, recorder), max_queued_tokens=10**9)
+        batcher = Batcher(cast(Model, recorder), max_queued_tokens=10**9)
         stop = time.monotonic() + seconds
         turn = iter(range(10**9))
 
@@ -126,12 +136,12 @@ class RawEngine:
         return (self.model.whole or self.model.lanes[0]).forward(self._prepared(batch))
 
     def _prepared(self, batch: list[str]) -> Batch:
-        return [Rows.all_of(self.model.prepare(batch, None, None))]
+        return [Rows.all_of(self.model.preprocessor.prepare(batch, None, None))]
 
     def _padding(self, batches: list[list[str]]) -> float:
         real = padded = 0
         for batch in batches:
-            lengths = self.model.prepare(batch, None, None).lengths
+            lengths = self.model.preprocessor.prepare(batch, None, None).lengths
             real += int(lengths.sum())
             padded += int(lengths.max()) * len(lengths)
         return 1 - real / padded
@@ -140,7 +150,7 @@ class RawEngine:
 class _Recorder:
     """A runtime that counts the tokens and the padding in its lanes."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Model) -> None:
         self._runtime = runtime
         self._lock = threading.Lock()
         self.lanes = [_RecordedLane(lane, self.count) for lane in runtime.lanes]

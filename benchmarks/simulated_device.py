@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from benchmarks.texts import Texts
@@ -83,8 +84,8 @@ def on_device(runtime: Model, device: Device, streams: int) -> Model:
     """Make the loaded model run on the device."""
     runtime.lanes = [Stream(device, runtime.preprocessor) for _ in range(streams)]
     runtime.whole = None
-    runtime.uses_accelerator, runtime.separate_bulk, runtime.normalized = True, False, True
-    runtime.max_batch_tokens = BATCH_TOKENS
+    runtime.on_cpu, runtime.normalized = False, True
+    runtime.info = msgspec.structs.replace(runtime.info, max_batch_tokens=BATCH_TOKENS)
     cost = BatchCost(device.launch_seconds, 1 / device.tokens_per_second)
     runtime.budget = BatchBudget(cost, max_seq_length=256, max_batch_tokens=BATCH_TOKENS)
     return runtime

@@ -29,7 +29,7 @@ def sweep(model: Model, budgets: tuple[int, ...], rounds: int) -> dict[int, dict
         for budget in budgets:
             if budget >= length:
                 pool = texts.of_length(length, budget // length)
-                batches[length, budget] = [Rows.all_of(model.prepare(pool, None, None))]
+                batches[length, budget] = [Rows.all_of(model.preprocessor.prepare(pool, None, None))]
     fastest: dict[tuple[int, int], float] = {}
     with ThreadPoolExecutor(len(model.lanes)) as threads:
         for _ in range(rounds):

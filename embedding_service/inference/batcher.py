@@ -9,7 +9,8 @@ from embedding_service.engine import EmbedRequest
 from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
 from embedding_service.inference.execution import Computed, execute
 from embedding_service.inference.job import Job, Outcome, Part, Piece, Receiver, lengths_of, normalize
-from embedding_service.inference.runtime import DeviceLost, Lane, Runtime
+from embedding_service.inference.model import Model
+from embedding_service.inference.runtime import DeviceLost, Lane
 from embedding_service.inference.schedule import Schedule
 from embedding_service.inference.tokenization import Tokenization
 from embedding_service.observability import metrics
@@ -22,27 +23,27 @@ class Batcher:
 
     def __init__(
         self,
-        runtime: Runtime,
+        model: Model,
         *,
         max_queued_tokens: int,
         cache_bytes: int = 0,
         on_device_lost: Callable[[str], None] = lambda _reason: None,
     ) -> None:
-        self._runtime = runtime
+        self._model = model
         self._on_device_lost = on_device_lost
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._schedule = Schedule(runtime, max_queued_tokens=max_queued_tokens, cache_bytes=cache_bytes)
+        self._schedule = Schedule(model, max_queued_tokens=max_queued_tokens, cache_bytes=cache_bytes)
         self._closed: str | None = None
         # When each lane began its current batch.
         self._running: dict[int, float] = {}
         self._tokenization = Tokenization(
-            runtime,
+            model,
             is_idle=lambda: not self._running,
             on_tokenized=self._enqueue,
             on_failed=lambda job, error: self._fail([(job, error)]),
         )
-        for number, lane in enumerate(runtime.lanes):
+        for number, lane in enumerate(model.lanes):
             threading.Thread(
                 target=self._run_forever, args=(number, lane), name=f"model-{number}", daemon=True
             ).start()
@@ -149,7 +150,7 @@ class Batcher:
                 if expired:
                     late = DeadlineExceeded("the deadline passed in the queue")
                     self._fail([(job, late) for job in expired])
-                self._run(parts, number, (self._runtime.whole if alone else None) or lane)
+                self._run(parts, number, (self._model.whole if alone else None) or lane)
         except DeviceLost as error:
             self._lose(str(error))
         except BaseException:
@@ -182,7 +183,7 @@ class Batcher:
             self._running[number] = began
 
         try:
-            for result in execute(parts, self._runtime, lane, on_start=started, on_out_of_memory=self._lower):
+            for result in execute(parts, self._model, lane, on_start=started, on_out_of_memory=self._lower):
                 if isinstance(result, Computed):
                     self._deliver(result, lane)
                 else:
@@ -209,13 +210,13 @@ class Batcher:
 
     def _deliver(self, computed: Computed, lane: Lane) -> None:
         vectors, began, ended = computed.vectors, computed.began, computed.ended
-        unit = vectors if self._runtime.normalized else normalize(vectors)
+        unit = vectors if self._model.normalized else normalize(vectors)
         lengths = lengths_of(computed.slices)
         tokens, padded = sum(lengths), max(lengths) * len(lengths)
         done: list[Job] = []
         try:
             with self._lock:
-                self._schedule.measure(tokens, padded, began, ended, whole=lane is self._runtime.whole)
+                self._schedule.measure(tokens, padded, began, ended, whole=lane is self._model.whole)
                 first = 0
                 for part in computed.batch:
                     last = first + len(part.rows)
@@ -246,7 +247,7 @@ class Batcher:
         outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
         for job in jobs:
             try:
-                outcome: Outcome = job.outcome(self._runtime.normalized)
+                outcome: Outcome = job.outcome(self._model.normalized)
             except Exception:
                 log.exception("An answer could not be made")
                 outcome = ModelFailure("the service failed on this request")

@@ -9,7 +9,8 @@ import numpy as np
 
 from embedding_service.engine import Vectors
 from embedding_service.inference.job import Part, halves, merged
-from embedding_service.inference.runtime import DeviceLost, Lane, OutOfMemory, Runtime
+from embedding_service.inference.model import Model
+from embedding_service.inference.runtime import DeviceLost, Lane, OutOfMemory
 from embedding_service.inference.tokenized import Rows
 from embedding_service.observability import metrics
 
@@ -37,7 +38,7 @@ class Failed:
 
 def execute(
     parts: list[Part],
-    runtime: Runtime,
+    model: Model,
     lane: Lane,
     *,
     on_start: Callable[[float], None],
@@ -73,7 +74,7 @@ def execute(
         ended = time.monotonic()
         if not np.isfinite(vectors).all():
             vectors = vectors.copy()
-            yield from _recompute(batch, vectors, runtime)
+            yield from _recompute(batch, vectors, model)
         yield Computed(batch, slices, vectors, began, ended)
 
 
@@ -84,14 +85,14 @@ def _failed(part: Part, error: Exception) -> Failed:
     return Failed(part, "could not be embedded")
 
 
-def _recompute(batch: list[Part], vectors: Vectors, runtime: Runtime) -> Iterator[Failed]:
+def _recompute(batch: list[Part], vectors: Vectors, model: Model) -> Iterator[Failed]:
     """Replace each non-finite vector, in place, by one computed alone in float32."""
     parts = [part.cut(at, at + 1) for part in batch for at in range(len(part.rows))]
     for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
         metrics.NONFINITE_RECOMPUTATIONS.inc()
         log.warning("A vector was not finite; computing it again in float32")
         try:
-            vectors[row] = runtime.forward_exact(parts[row].slices[0])[0]
+            vectors[row] = model.exact.forward(parts[row].slices[0])[0]
             finite = bool(np.isfinite(vectors[row]).all())
         except DeviceLost:
             raise

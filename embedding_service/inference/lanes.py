@@ -1,12 +1,8 @@
 """A lane: one session of a backend, and the packing of the batches that it runs."""
 
-import threading
-from collections.abc import Callable
-
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends import Session
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.runtime import Lane
 from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 
@@ -25,18 +21,3 @@ class SessionLane:
         self._session.record_ahead(
             self._preprocessor.pack([Rows.all_of(text)]), max_seq_length, max_batch_tokens
         )
-
-
-class ExactLane:
-    """A lane that all threads share: it is opened on first use, and runs one batch at a time."""
-
-    def __init__(self, open_lane: Callable[[], Lane]) -> None:
-        self._open_lane = open_lane
-        self._lane: Lane | None = None
-        self._lock = threading.Lock()
-
-    def forward(self, batch: Batch) -> Vectors:
-        with self._lock:
-            if self._lane is None:
-                self._lane = self._open_lane()
-            return self._lane.forward(batch)

@@ -11,15 +11,16 @@ import transformers
 from embedding_service.engine import Int8Ranges, ModelInfo
 from embedding_service.inference.backends import Backend
 from embedding_service.inference.backends.choice import choose_backend, convert
-from embedding_service.inference.backends.torch import open_session
 from embedding_service.inference.checkpoint import Checkpoint, read_checkpoint
 from embedding_service.inference.cores import available_cores
 from embedding_service.inference.cost_cache import CostCache
 from embedding_service.inference.device import computes_bfloat16, device_name, prepare_libraries
 from embedding_service.inference.fingerprint import with_ranges
-from embedding_service.inference.lanes import ExactLane, SessionLane
+from embedding_service.inference.in_torch import InTorch
+from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.model import Model
-from embedding_service.inference.preprocessing import Preprocessor, choose_preprocessor
+from embedding_service.inference.own_preprocessing import choose_preprocessor
+from embedding_service.inference.preprocessing import Preprocessor
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.warm_up import WarmUp, find_cost, warm_up
 from embedding_service.quantization import read_ranges_of
@@ -57,7 +58,7 @@ def load(settings: ModelSettings) -> Model:
         backend.name,
         checkpoint.dtype,
         model.info.embedding_dimension,
-        model.max_seq_length,
+        model.info.max_seq_length,
         threads,
         model.budget.tokens,
         model.budget.batch_seconds * 1e3,
@@ -88,7 +89,12 @@ def _compare_formats(
             return
         lanes = [SessionLane(model.preprocessor, session) for session in sessions]
         cost = find_cost(
-            lanes, model.preprocessor, model.max_seq_length, model.max_batch_tokens, costs, on_cpu=True
+            lanes,
+            model.preprocessor,
+            model.info.max_seq_length,
+            model.info.max_batch_tokens,
+            costs,
+            on_cpu=True,
         )
     gain = model.budget.batch_seconds / cost.seconds(model.budget.tokens)
     if gain > MIN_REPORTED_SPEEDUP:
@@ -116,23 +122,15 @@ def _assemble(
         costs=_costs(settings, checkpoint, backend),
     )
 
-    def open_exact_lane() -> SessionLane:
-        exact = checkpoint.in_float32()
-        return SessionLane(preprocessor.for_copy(exact), open_session(exact))
-
     return Model(
-        sentence_transformer=checkpoint.model,
-        preprocessor=preprocessor,
-        lanes=list(lanes),
-        whole=whole,
-        exact=ExactLane(open_exact_lane),
-        max_seq_length=checkpoint.max_seq_length,
-        max_batch_tokens=warm.max_batch_tokens,
-        budget=warm.budget,
-        separate_bulk=checkpoint.on_cpu,
-        normalized=checkpoint.normalized,
-        uses_accelerator=not checkpoint.on_cpu,
         info=_info(settings, checkpoint, backend, warm, ranges),
+        preprocessor=preprocessor,
+        lanes=lanes,
+        whole=whole,
+        exact=InTorch(lambda: checkpoint, preprocessor),
+        budget=warm.budget,
+        normalized=checkpoint.normalized,
+        on_cpu=checkpoint.on_cpu,
     )
 
 

@@ -35,8 +35,8 @@ from embedding_service.errors import (
     Unavailable,
 )
 from embedding_service.inference.batcher import Batcher
+from embedding_service.inference.model import Model
 from embedding_service.inference.pieces import embed_in_passes, takes_passes
-from embedding_service.inference.runtime import Runtime
 from embedding_service.inference.sampling import Sampler, find_gpu
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.observability import logs, metrics
@@ -69,14 +69,14 @@ class LocalEngine:
         settings: ModelSettings,
         *,
         on_status: Callable[[Status], None] = lambda _status: None,
-        load: Callable[[ModelSettings], Runtime] | None = None,
+        load: Callable[[ModelSettings], Model] | None = None,
     ) -> None:
         self._settings = settings
         self._on_status = on_status
-        self._load_runtime = load or _load_model
+        self._load_with = load or _load_model
         self._batcher: Batcher | None = None
         self._sampler: Sampler | None = None
-        self._runtime: Runtime | None = None
+        self._model: Model | None = None
         self._closed = False
         # Threads of their own: no kind of request delays another, nor those that go to the batcher directly.
         self._threads = {
@@ -129,19 +129,19 @@ class LocalEngine:
         receiver([(number, outcome)])
 
     def _call(self, request: AnyRequest) -> Embeddings | TokenLists | TokenVectors:
-        runtime = self._runtime
-        if runtime is None:
+        model = self._model
+        if model is None:
             raise Unavailable(self._status.reason, retry_after_seconds=1)
         if isinstance(request, ListTokensRequest):
             return TokenLists(
-                _in_steps(request, lambda texts: runtime.list_tokens(texts, request.add_special_tokens))
+                _in_steps(request, lambda texts: model.lister.list(texts, request.add_special_tokens))
             )
         if isinstance(request, TokenVectorsRequest):
-            _check_size(request, runtime)
-            found = _in_steps(request, lambda texts: runtime.embed_tokens(texts, request))
+            _check_size(request, model)
+            found = _in_steps(request, lambda texts: model.exact.embed_tokens(texts, model.prompt(request)))
             return TokenVectors(vectors=np.concatenate(found), counts=[len(one) for one in found])
         if takes_passes(request):
-            return embed_in_passes(request, self._embed, self._split, runtime.info.embedding_dimension)
+            return embed_in_passes(request, self._embed, self._split, model.info.embedding_dimension)
         return self._embed(request)
 
     def _embed(self, request: EmbedRequest) -> Embeddings:
@@ -165,9 +165,10 @@ class LocalEngine:
 
     def _split(self, request: EmbedRequest) -> list[list[Chunk]]:
         def split(texts: list[str]) -> list[list[Chunk]]:
-            assert self._runtime is not None
+            model = self._model
+            assert model is not None
             with self._splitting:
-                return self._runtime.split(texts, request)
+                return model.splitter.split(texts, model.prompt(request), request.overlap)
 
         return _in_steps(request, split)
 
@@ -192,17 +193,17 @@ class LocalEngine:
 
     def _load(self) -> None:
         try:
-            runtime = self._runtime = self._load_runtime(self._settings)
+            model = self._model = self._load_with(self._settings)
             self._batcher = Batcher(
-                runtime,
+                model,
                 max_queued_tokens=self._settings.max_queued_tokens,
                 cache_bytes=self._settings.cache_mb << 20,
                 on_device_lost=self._lost,
             )
-            self._sampler = Sampler(self._queued_tokens, find_gpu(runtime.info.device))
-            _publish(runtime.info)
+            self._sampler = Sampler(self._queued_tokens, find_gpu(model.info.device))
+            _publish(model.info)
             if not self._closed:
-                self._set(Status(state="healthy", info=runtime.info))
+                self._set(Status(state="healthy", info=model.info))
             if self._closed:
                 # While the model was loading, or just now.
                 self.close()
@@ -245,7 +246,7 @@ def _publish(info: ModelInfo) -> None:
     ).set(1)
 
 
-def _load_model(settings: ModelSettings) -> Runtime:
+def _load_model(settings: ModelSettings) -> Model:
     # Imported here: torch and sentence-transformers take seconds, and /health answers meanwhile.
     from embedding_service.inference.loading import load
 
@@ -253,11 +254,11 @@ def _load_model(settings: ModelSettings) -> Runtime:
     return load(settings)
 
 
-def _check_size(request: TokenVectorsRequest, runtime: Runtime) -> None:
+def _check_size(request: TokenVectorsRequest, model: Model) -> None:
     """Raises TooLarge if the vectors of all tokens could be too many numbers."""
-    info = runtime.info
+    info = model.info
     # A token is at least a character or a byte of one, and two are special. Each text has the prompt too.
-    prompt = len(runtime.prompt(request) or "")
+    prompt = len(model.prompt(request) or "")
     tokens = sum(min(info.max_seq_length, 4 * (prompt + len(text)) + 2) for text in request.texts)
     if tokens * info.embedding_dimension > MAX_NUMBERS:
         raise TooLarge(

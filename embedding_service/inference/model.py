@@ -1,51 +1,56 @@
-"""A loaded model: prompts, preparing of texts, lanes, and vectors computed again exactly."""
+"""A loaded model: everything that the batcher and the engine need, in one object that tests can build."""
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
-import torch
-from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 
-from embedding_service.engine import (
-    Chunk,
-    EmbedRequest,
-    ModelInfo,
-    TokenizedText,
-    TokenVectorsRequest,
-    Vectors,
-)
+from embedding_service.engine import EmbedRequest, ModelInfo, TokenVectorsRequest, Vectors
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.budget import BatchBudget
-from embedding_service.inference.preprocessing import Preprocessor, check_unicode
-from embedding_service.inference.runtime import Lane, Side
+from embedding_service.inference.preprocessing import Preprocessor
+from embedding_service.inference.runtime import Lane
 from embedding_service.inference.splitting import Splitter
 from embedding_service.inference.token_list import TokenLister
-from embedding_service.inference.tokenized import Rows, TokenizedTexts
+from embedding_service.inference.tokenized import Rows
+
+
+class Exact(Protocol):
+    """What is computed in torch whatever the backend, one request at a time. Slow when first asked."""
+
+    def embed_tokens(self, texts: Sequence[str], prompt: str | None) -> list[Vectors]:
+        """The vectors of each text's tokens, of shape (tokens, dimension); raises InvalidRequest."""
+
+    def forward(self, one: Rows) -> Vectors:
+        """The vector of one text, of shape (1, dimension), computed in float32 throughout."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Model:
-    """A SentenceTransformer that is ready to run: the Runtime of a batcher. `loading.load` makes it."""
+    """A model that is ready to run. Safe from any thread, except that each lane is driven by one at a time.
 
-    sentence_transformer: SentenceTransformer
-    preprocessor: Preprocessor
-    lanes: list[Lane]
-    whole: Lane | None
-    exact: Lane
-    max_seq_length: int
-    max_batch_tokens: int
-    budget: BatchBudget
-    separate_bulk: bool
-    normalized: bool
-    uses_accelerator: bool
+    All `lanes` may run at once. `whole`, if there is one, computes a batch on every core: for a batch
+    that nothing else runs or waits beside. No batch may hold more than `info.max_batch_tokens`, padding
+    included; `budget` says how many it should hold. Vectors are of length 1 if they are `normalized`.
+    """
+
     info: ModelInfo
-    # Token vectors are computed one request at a time, beside the lanes, in torch, whatever the backend.
-    _tokens_lock: threading.Lock = field(default_factory=threading.Lock)
+    preprocessor: Preprocessor
+    lanes: Sequence[Lane]
+    whole: Lane | None
+    exact: Exact
+    budget: BatchBudget
+    normalized: bool
+    # Whether the model runs on the CPU, whose cores everything else needs too.
+    on_cpu: bool
 
     def prompt(self, request: EmbedRequest | TokenVectorsRequest) -> str | None:
-        """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it."""
+        """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it.
+
+        Raises InvalidRequest for a name that the model lacks.
+        """
         prompts, prompt_name = self.info.prompts, request.prompt_name
         if request.prompt is not None:
             if prompt_name is not None:
@@ -62,47 +67,21 @@ class Model:
         for name in names[request.input_type]:
             if name in prompts:
                 return prompts[name]
-        default = self.sentence_transformer.default_prompt_name
-        return prompts.get(default) if default is not None else None
-
-    def prepare(
-        self,
-        texts: Sequence[str],
-        prompt: str | None,
-        task: str | None,
-        side: Side | None = None,
-        *,
-        parallel: bool = False,
-    ) -> TokenizedTexts:
-        return self.preprocessor.prepare(texts, prompt, task, side, parallel=parallel)
-
-    def list_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
-        return self._lister.list(texts, add_special_tokens)
-
-    def split(self, texts: Sequence[str], request: EmbedRequest) -> list[list[Chunk]]:
-        return self._splitter.split(texts, self.prompt(request), request.overlap)
-
-    def embed_tokens(self, texts: Sequence[str], request: TokenVectorsRequest) -> list[Vectors]:
-        check_unicode(texts)
-        with self._tokens_lock:
-            found = self.sentence_transformer.encode(
-                list(texts), prompt=self.prompt(request), output_value="token_embeddings"
-            )
-        if not all(isinstance(one, torch.Tensor) and one.ndim == 2 for one in found):
-            raise InvalidRequest("this model has no vectors of tokens")
-        return [one.float().cpu().numpy() for one in found]
-
-    def forward_exact(self, one: Rows) -> Vectors:
-        return self.exact.forward([one])
+        return prompts.get(self.info.default_prompt_name or "")
 
     # Made when first needed, which for most services is never. Two threads may both make one; either will do.
 
     @cached_property
-    def _lister(self) -> TokenLister:
-        return TokenLister(self.sentence_transformer)
+    def lister(self) -> TokenLister:
+        """Lists the tokens of texts; raises InvalidRequest if the model's tokenizer cannot."""
+        return TokenLister(self._plain_tokenizer)
 
     @cached_property
-    def _splitter(self) -> Splitter:
-        return Splitter(
-            self.sentence_transformer, None if self.info.reads_whole_texts else self.max_seq_length
-        )
+    def splitter(self) -> Splitter:
+        """Cuts texts into pieces; raises InvalidRequest if the model's tokenizer cannot."""
+        longest = None if self.info.reads_whole_texts else self.info.max_seq_length
+        return Splitter(self._plain_tokenizer, longest)
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        return self.preprocessor.plain()

@@ -1,23 +1,17 @@
-"""From texts to the model's input: by the Rust tokenizer if it equals the model's own `preprocess`."""
+"""From texts to the model's input by the Rust tokenizer, without torch."""
 
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
 from tokenizers import Encoding, Tokenizer
 
 from embedding_service.errors import InvalidRequest
-from embedding_service.inference.checkpoint import find_pooling, length_limit
 from embedding_service.inference.runtime import Side
-from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
-
-log = logging.getLogger(__name__)
+from embedding_service.inference.tokenized import Batch, TokenizedTexts
 
 # Texts that reveal differences from the model's own tokenization: case, space, other scripts, emoji.
 PROBES = [
@@ -42,57 +36,48 @@ class Preprocessor(Protocol):
     makes_arrays: bool
 
     def prepare(
-        self, texts: Sequence[str], prompt: str | None, task: str | None, side: Side | None, *, parallel: bool
+        self,
+        texts: Sequence[str],
+        prompt: str | None = None,
+        task: str | None = None,
+        side: Side | None = None,
+        *,
+        parallel: bool = False,
     ) -> TokenizedTexts:
-        """As Runtime.prepare."""
+        """Tokenize texts, cut at `side`; `parallel` uses several cores.
+
+        Raises InvalidRequest, with the index, for a text that is not Unicode.
+        """
+
+    def plain(self) -> Tokenizer:
+        """A tokenizer that neither truncates nor pads.
+
+        Raises InvalidRequest if the model's cannot tell where a token is in the text.
+        """
 
     def pack(self, batch: Batch) -> Features:
         """The input of a forward pass: int64 arrays of shape (rows, width), or what `preprocess` gives."""
 
-    def for_copy(self, model: SentenceTransformer) -> "Preprocessor":
-        """The preprocessor that packs what this one prepared for another copy of its model."""
-
-
-def choose_preprocessor(
-    model: SentenceTransformer, max_length: int, *, with_prompts: Iterable[str], threads: int
-) -> Preprocessor:
-    """The Rust tokenizer if, for probes with each prompt, it gives exactly what `preprocess` gives."""
-    if isinstance(model[0], Transformer) and hasattr(model.tokenizer, "backend_tokenizer"):
-        probes = [prompt + text for prompt in {"", *with_prompts} for text in PROBES]
-        try:
-            expected = {k: v for k, v in model.preprocess(probes).items() if isinstance(v, torch.Tensor)}
-            tokenizer = _rust_tokenizer(model, max_length, names=set(expected), threads=threads)
-            packed = tokenizer.pack([Rows.all_of(tokenizer.prepare(probes))])
-            if packed.keys() == expected.keys() and all(
-                np.array_equal(packed[name], expected[name].numpy()) for name in expected
-            ):
-                return tokenizer
-            log.info("The model tokenizes for itself, which is slower")
-        except Exception as error:
-            log.warning("The model tokenizes for itself, which is slower: %s", error)
-    return OwnPreprocessor(model, max_length)
+    def for_copy(self, model: Any) -> "Preprocessor":
+        """The preprocessor that packs what this one prepared for another copy of its SentenceTransformer."""
 
 
 # The Rust tokenizer
 
 
-def _rust_tokenizer(
-    model: SentenceTransformer, max_length: int, *, names: set[str], threads: int
-) -> "RustTokenizer":
-    """The tokenizer of a model whose inputs have these `names`."""
-    own: Any = model.tokenizer
-    pooling = find_pooling(model)
-    without_prompt = pooling is not None and not pooling.include_prompt
-    return RustTokenizer(
-        own.backend_tokenizer.to_str(),
-        max_length,
-        truncation_side=own.truncation_side,
-        pad_id=own.pad_token_id or 0,
-        pads_left=own.padding_side == "left",
-        with_type_ids="token_type_ids" in names,
-        prompt_length=model[0]._get_prompt_length if without_prompt else None,
-        threads=threads,
-    )
+class TokenizerFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a RustTokenizer needs to know; `serialized` is the tokenizer as its library writes it."""
+
+    serialized: str
+    max_length: int
+    truncation_side: Side
+    pad_id: int
+    pads_left: bool
+    # The names of the model's inputs.
+    inputs: list[str]
+    # Whether pooling leaves the prompt out; its length is then counted without a special token at its end.
+    prompt_left_out: bool
+    special_ids: list[int]
 
 
 class RustTokenizer:
@@ -100,33 +85,21 @@ class RustTokenizer:
 
     makes_arrays = True
 
-    def __init__(
-        self,
-        tokenizer_json: str,
-        max_length: int,
-        *,
-        truncation_side: Side,
-        pad_id: int,
-        pads_left: bool,
-        with_type_ids: bool,
-        prompt_length: Callable[[str], int | None] | None,
-        threads: int = 1,
-    ) -> None:
-        """`prompt_length` counts the tokens of a prompt if the model's pooling leaves the prompt out.
-
-        `threads` is how many a parallel `prepare` may use.
-        """
+    def __init__(self, facts: TokenizerFacts, threads: int = 1) -> None:
+        """`threads` is how many a parallel `prepare` may use."""
         # Truncation and padding are state: the default model's tokenizer.json says truncation=128 and
         # padding=128, but the model reads 256 tokens.
-        tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer = Tokenizer.from_str(facts.serialized)
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length, direction=truncation_side)
-        self._max_length = max_length
-        self._by_side: dict[Side | None, Tokenizer] = {None: tokenizer, truncation_side: tokenizer}
-        self._pad_id = pad_id
-        self._pads_left = pads_left
-        self._with_type_ids = with_type_ids
-        self._prompt_length = prompt_length
+        tokenizer.enable_truncation(facts.max_length, direction=facts.truncation_side)
+        self.inputs = facts.inputs
+        self._max_length = facts.max_length
+        self._by_side: dict[Side | None, Tokenizer] = {None: tokenizer, facts.truncation_side: tokenizer}
+        self._pad_id = facts.pad_id
+        self._pads_left = facts.pads_left
+        self._with_type_ids = "token_type_ids" in facts.inputs
+        self._prompt_left_out = facts.prompt_left_out
+        self._special_ids = frozenset(facts.special_ids)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
@@ -141,7 +114,7 @@ class RustTokenizer:
     ) -> TokenizedTexts:
         prompt_length = None
         if prompt:
-            prompt_length = self._prompt_length(prompt) if self._prompt_length else None
+            prompt_length = self._prompt_length(prompt) if self._prompt_left_out else None
             texts = [prompt + text for text in texts]
         try:
             encodings = self._encode(texts, self._cutting(side), parallel)
@@ -159,6 +132,15 @@ class RustTokenizer:
                 # A text may also be exactly as long as the limit.
                 truncated[row] = bool(encodings[row].overflowing)
         return TokenizedTexts(lengths, truncated, prompt_length, ids, offsets[:-1])
+
+    def _prompt_length(self, prompt: str) -> int:
+        """The tokens that pooling leaves out, counted as the model's first module does."""
+        ids = self._by_side[None].encode(prompt).ids
+        return len(ids) - (bool(ids) and ids[-1] in self._special_ids)
+
+    def plain(self) -> Tokenizer:
+        """A copy of the tokenizer that neither truncates nor pads."""
+        return without_limits(self._by_side[None])
 
     def _cutting(self, side: Side | None) -> Tokenizer:
         """The tokenizer that truncates at this side; most requests use the model's own side."""
@@ -197,61 +179,8 @@ class RustTokenizer:
             packed["prompt_length"] = prompt_length
         return packed
 
-    def for_copy(self, model: SentenceTransformer) -> "RustTokenizer":
+    def for_copy(self, model: Any) -> "RustTokenizer":
         return self
-
-
-# The model's own preprocess
-
-
-class OwnPreprocessor:
-    """Leaves tokenizing to the model's `preprocess`, during the forward pass: correct, but slower."""
-
-    makes_arrays = False
-
-    def __init__(self, model: SentenceTransformer, max_length: int) -> None:
-        self._model = model
-        self._max_length = max_length
-        self._cuts = length_limit(model) is not None
-        self._routed = not isinstance(model[0], Transformer)
-
-    def prepare(
-        self,
-        texts: Sequence[str],
-        prompt: str | None = None,
-        task: str | None = None,
-        side: Side | None = None,
-        *,
-        parallel: bool = False,
-    ) -> TokenizedTexts:
-        if side == "left":
-            raise InvalidRequest(
-                "cannot be chosen: this model cuts its texts itself", field="truncation_side"
-            )
-        check_unicode(texts)
-        lengths = np.fromiter((self._count((prompt or "") + text) for text in texts), np.int32, len(texts))
-        truncated = lengths > self._max_length if self._cuts else np.zeros(len(texts), np.bool_)
-        lengths[truncated] = self._max_length
-        task = task if self._routed else None
-        return TokenizedTexts(lengths, truncated, (prompt, task), texts=list(texts))
-
-    def _count(self, text: str) -> int:
-        """The number of tokens in a text, as far as the model's tokenizer can tell."""
-        tokenizer = getattr(self._model[0], "tokenizer", None)
-        if isinstance(tokenizer, Tokenizer):  # as StaticEmbedding has it
-            return max(1, len(tokenizer.encode(text, add_special_tokens=False).ids))
-        if tokenizer is not None and hasattr(tokenizer, "encode"):
-            return max(1, len(tokenizer.encode(text, verbose=False)))
-        return max(1, len(text) // 4)
-
-    def pack(self, batch: Batch) -> Features:
-        texts = [part.tokenized.texts[row] for part in batch for row in part.rows]
-        prompt, task = cast(tuple[str | None, str | None], batch[0].tokenized.group)
-        extra = {"task": task} if task else {}
-        return {**self._model.preprocess(texts, prompt=prompt, **extra), **extra}
-
-    def for_copy(self, model: SentenceTransformer) -> "OwnPreprocessor":
-        return OwnPreprocessor(model, self._max_length)
 
 
 def check_unicode(texts: Sequence[str]) -> None:
@@ -261,3 +190,11 @@ def check_unicode(texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidRequest("is not valid Unicode: it has a lone surrogate", index=index) from None
+
+
+def without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer that neither truncates nor pads."""
+    copy: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy

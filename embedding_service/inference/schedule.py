@@ -17,8 +17,8 @@ from embedding_service.inference.job import (
     refuse_truncated,
     truncated_of,
 )
+from embedding_service.inference.model import Model
 from embedding_service.inference.priority_queue import PriorityQueue
-from embedding_service.inference.runtime import Runtime
 from embedding_service.inference.vector_cache import VectorCache
 from embedding_service.observability import metrics
 
@@ -32,14 +32,14 @@ CHARACTERS_PER_TOKEN = 4
 class Schedule:
     """What the batcher's threads share, under its lock. A job is in it from `accept` to `end`."""
 
-    def __init__(self, runtime: Runtime, *, max_queued_tokens: int, cache_bytes: int) -> None:
-        self._runtime = runtime
-        self._queue = PriorityQueue(separate_bulk=runtime.separate_bulk)
+    def __init__(self, model: Model, *, max_queued_tokens: int, cache_bytes: int) -> None:
+        self._model = model
+        self._queue = PriorityQueue(separate_bulk=model.on_cpu)
         self._identical = IdenticalTexts(self._queue)
         self._cache = VectorCache(cache_bytes) if cache_bytes else None
         self._admission = Admission(max_queued_tokens)
         self._jobs: set[Job] = set()
-        self._most_tokens = runtime.max_batch_tokens
+        self._most_tokens = model.info.max_batch_tokens
         self._lowered_until = 0.0
         self._last_ended = 0.0
 
@@ -60,11 +60,11 @@ class Schedule:
         """A job for the request. Raises InvalidRequest, Overloaded or DeadlineExceeded."""
         if not request.texts:
             raise InvalidRequest("there is no text to embed")
-        runtime = self._runtime
-        _check_dimensions(request.dimensions, runtime.info.embedding_dimension)
-        prompt = runtime.prompt(request)
+        model = self._model
+        _check_dimensions(request.dimensions, model.info.embedding_dimension)
+        prompt = model.prompt(request)
         # Everything other than the text that affects a vector.
-        context = (runtime.info.fingerprint, prompt, request.input_type, request.truncation_side)
+        context = (model.info.fingerprint, prompt, request.input_type, request.truncation_side)
         reduction = self._reduce(request, context)
         texts = request.texts if reduction is None else reduction.texts
         count = len(texts)
@@ -82,7 +82,7 @@ class Schedule:
             reduction=reduction,
             characters=characters,
             remaining=count,
-            charge=min(characters // CHARACTERS_PER_TOKEN + 2 * count, runtime.max_seq_length * count),
+            charge=min(characters // CHARACTERS_PER_TOKEN + 2 * count, model.info.max_seq_length * count),
         )
         if self._cache is not None:
             job.hits = reduction.hits if reduction is not None else 0
@@ -95,7 +95,7 @@ class Schedule:
     def _reduce(self, request: EmbedRequest, context: Hashable) -> Reduction | None:
         reduction = reduce(request.texts, context, self._cache)
         if reduction is not None and request.overflow == "error":
-            refuse_truncated(reduction.cut_places(), self._runtime.max_seq_length)
+            refuse_truncated(reduction.cut_places(), self._model.info.max_seq_length)
         return reduction
 
     def enqueue(self, job: Job, piece: Piece) -> None:
@@ -119,10 +119,10 @@ class Schedule:
     def take(self, now: float, *, idle: bool) -> tuple[list[Part], list[Job]]:
         """Take the next batch, and the jobs whose deadline has passed; `idle` if no batch is running."""
         if now > self._lowered_until:
-            self._most_tokens = self._runtime.max_batch_tokens
+            self._most_tokens = self._model.info.max_batch_tokens
         if idle:
             self._admission.begin(now)
-        budget = self._runtime.budget
+        budget = self._model.budget
         most = min(budget.tokens, self._most_tokens)
         taken, expired = self._queue.next_batch(most, budget.overhead_tokens, now)
         parts = []
@@ -135,18 +135,18 @@ class Schedule:
 
     def lower(self, now: float) -> None:
         """Halve batches for a while, since one did not fit in memory."""
-        most = min(self._runtime.budget.tokens, self._most_tokens)
-        self._most_tokens = max(self._runtime.max_seq_length, most // 2)
+        most = min(self._model.budget.tokens, self._most_tokens)
+        self._most_tokens = max(self._model.info.max_seq_length, most // 2)
         self._lowered_until = now + LOWERED_SECONDS
 
     def measure(self, tokens: int, padded: int, began: float, ended: float, *, whole: bool) -> None:
         """Count a batch that has run; `whole` if it had every core to itself."""
         self._admission.measure(tokens, ended)
         # On an accelerator, batches of two lanes run in turn: count only the time since the last one ended.
-        since = max(began, self._last_ended) if self._runtime.uses_accelerator else began
+        since = max(began, self._last_ended) if not self._model.on_cpu else began
         # A batch that uses every core has another cost, and the budget is for batches in lanes.
         if not whole:
-            self._runtime.budget.observe(padded, ended - since)
+            self._model.budget.observe(padded, ended - since)
         self._last_ended = ended
 
     def deliver(self, part: Part, vectors: Vectors, unit: Vectors, began: float, ended: float) -> list[Job]:

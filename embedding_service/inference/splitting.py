@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 
 from embedding_service.engine import Chunk
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.preprocessing import check_unicode
-from embedding_service.inference.token_list import untruncated_tokenizer
 
 
 class Splitter:
@@ -16,12 +15,12 @@ class Splitter:
     So the tokens of a piece are those of its characters alone, and so is its vector.
     """
 
-    def __init__(self, model: SentenceTransformer, max_length: int | None) -> None:
-        """`max_length` counts tokens, with prompt and special tokens; None if the model reads everything.
+    def __init__(self, tokenizer: Tokenizer, max_length: int | None) -> None:
+        """`tokenizer` neither truncates nor pads.
 
-        Raises InvalidRequest if the model's tokenizer cannot tell token positions.
+        `max_length` counts tokens, with prompt and special tokens; None if the model reads everything.
         """
-        self._tokenizer = untruncated_tokenizer(model)
+        self._tokenizer = tokenizer
         self._max_length = max_length
 
     def split(self, texts: Sequence[str], prompt: str | None, overlap: int) -> list[list[Chunk]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, ServiceError
 from embedding_service.inference.job import Job, Piece, refuse_truncated
-from embedding_service.inference.runtime import Runtime
+from embedding_service.inference.model import Model
 from embedding_service.inference.tokenized import TokenizedTexts
 
 log = logging.getLogger(__name__)
@@ -30,13 +30,13 @@ class Tokenization:
 
     def __init__(
         self,
-        runtime: Runtime,
+        model: Model,
         *,
         is_idle: Callable[[], bool],
         on_tokenized: Callable[[list[tuple[Job, Piece]], float], None],
         on_failed: Callable[[Job, ServiceError], None],
     ) -> None:
-        self._runtime = runtime
+        self._model = model
         self._is_idle = is_idle
         self._on_tokenized = on_tokenized
         self._on_failed = on_failed
@@ -112,11 +112,11 @@ class Tokenization:
         if began > job.deadline:
             raise DeadlineExceeded("the deadline passed in the queue")
         texts = [text for job, first, size in pieces for text in job.texts[first : first + size]]
-        request, runtime = job.request, self._runtime
+        request, model = job.request, self._model
         idle = size > INLINE_TEXTS and self._is_idle()
-        parallel = len(texts) >= PARALLEL_TEXTS and (runtime.uses_accelerator or idle)
+        parallel = len(texts) >= PARALLEL_TEXTS and (not model.on_cpu or idle)
         try:
-            prepared = runtime.prepare(
+            prepared = model.preprocessor.prepare(
                 texts, job.prompt, request.input_type, request.truncation_side, parallel=parallel
             )
         except InvalidRequest as error:
@@ -137,7 +137,7 @@ class Tokenization:
             raise ValueError("each for itself")
         job, first, _ = pieces[0]
         cut = [job.index_of(first + row) for row in np.flatnonzero(prepared.truncated).tolist()]
-        refuse_truncated(cut, self._runtime.max_seq_length)
+        refuse_truncated(cut, self._model.info.max_seq_length)
 
 
 def _piece(texts: list[str], first: int) -> list[str]:

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Vector
 from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.budget import BatchBudget
+from embedding_service.inference.model import Model
 from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 DIMENSION = 8
@@ -47,11 +49,13 @@ class FakeLane:
         return self.runtime.forward(batch, self)
 
 
-class FakeRuntime:
+class FakeRuntime(Model):
     """A text "17 some words" has 17 tokens; its vector follows from its characters alone.
 
     `on_forward` sees every batch before it runs and may raise, wait, or return vectors of its own.
     """
+
+    budget: "FixedBudget"
 
     def __init__(
         self,
@@ -59,32 +63,23 @@ class FakeRuntime:
         max_batch_tokens: int = 256,
         max_seq_length: int = 256,
         overhead_tokens: int = 16,
-        separate_bulk: bool = False,
         on_forward: Callable[[Sequence[Text]], Vectors | None] = lambda _batch: None,
         on_prepare: Callable[[Sequence[str]], None] = lambda _texts: None,
         seconds_per_token: float = 0.0,
         lanes: int = 1,
         whole: bool = False,
         normalized: bool = False,
-        uses_accelerator: bool = False,
+        on_cpu: bool = False,
     ) -> None:
-        self.max_seq_length = max_seq_length
-        self.max_batch_tokens = max_batch_tokens
-        self.budget = FixedBudget(max_batch_tokens, overhead_tokens)
-        self.separate_bulk = separate_bulk
-        self.normalized = normalized
-        self.uses_accelerator = uses_accelerator
-        self.lanes = [FakeLane(self, number) for number in range(lanes)]
-        self.whole = FakeLane(self, "whole") if whole else None
         self.on_forward = on_forward
         self.on_prepare = on_prepare
         self.seconds_per_token = seconds_per_token
         self.batches: list[list[Text]] = []
         self.ran_on: list[object] = []
-        self.exact: list[Text] = []
+        self.exactly: list[Text] = []
         self.prepared: list[str] = []
         self.parallel: list[bool] = []
-        self.info = ModelInfo(
+        info = ModelInfo(
             model_name="fake",
             origin="tests",
             revision=None,
@@ -98,6 +93,16 @@ class FakeRuntime:
             batch_size=32,
             max_batch_tokens=max_batch_tokens,
             fingerprint="0",
+        )
+        super().__init__(
+            info=info,
+            preprocessor=cast(Any, SimpleNamespace(prepare=self.prepare)),
+            lanes=[FakeLane(self, number) for number in range(lanes)],
+            whole=FakeLane(self, "whole") if whole else None,
+            exact=cast(Any, SimpleNamespace(forward=self.forward_exact)),
+            budget=FixedBudget(max_batch_tokens, overhead_tokens),
+            normalized=normalized,
+            on_cpu=on_cpu,
         )
 
     def prompt(self, request) -> str | None:
@@ -121,7 +126,7 @@ class FakeRuntime:
             if not text.isprintable():
                 raise InvalidRequest("is not valid Unicode", index=index)
         wanted = np.array([int(text.split(" ")[0]) for text in texts], np.int32)
-        most = self.max_seq_length
+        most = self.info.max_seq_length
         return TokenizedTexts(np.minimum(wanted, most), wanted > most, (task, side), texts=list(texts))
 
     def forward(self, batch: Batch, lane: FakeLane) -> Vectors:
@@ -134,7 +139,7 @@ class FakeRuntime:
         return own if own is not None else vectors_of(batch)
 
     def forward_exact(self, one: Rows) -> Vectors:
-        self.exact += texts_of([one])
+        self.exactly += texts_of([one])
         return vectors_of([one])
 
 

@@ -66,12 +66,12 @@ def embed(model: Model, requests: list[EmbedRequest]) -> list[Answer]:
 
 def prepare(model: Model, one: EmbedRequest) -> TokenizedTexts:
     """Like the batcher."""
-    return model.prepare(one.texts, model.prompt(one), one.input_type, one.truncation_side)
+    return model.preprocessor.prepare(one.texts, model.prompt(one), one.input_type, one.truncation_side)
 
 
 def alone(model: Model, text: str, prompt: str | None = None, task: str | None = None) -> Rows:
     """One text, prepared."""
-    return Rows.all_of(model.prepare([text], prompt, task))
+    return Rows.all_of(model.preprocessor.prepare([text], prompt, task))
 
 
 def unit(vectors: Vectors) -> Vectors:

@@ -198,7 +198,7 @@ def test_a_vector_that_is_not_finite_is_computed_again_alone(build):
     answer = submit(batcher, texts)
     gate.open()
     expect_vectors(answer.wait(), texts)
-    assert [tokens.text for tokens in runtime.exact] == [texts[1], texts[3]]
+    assert [tokens.text for tokens in runtime.exactly] == [texts[1], texts[3]]
 
 
 @pytest.mark.parametrize("second", ["nan", "error"])
@@ -210,7 +210,7 @@ def test_a_vector_that_stays_not_finite_fails_its_request_and_names_the_text(bui
             raise RuntimeError("injected")
         return np.full((1, 8), np.nan, np.float32)
 
-    runtime.forward_exact = exact
+    runtime.exact.forward = exact
     batcher, gate = held(build, runtime)
     bad, good = submit(batcher, [text(9, "a"), text(9, "nan")]), submit(batcher, [text(9, "c")])
     gate.open()
@@ -452,7 +452,7 @@ def test_a_recomputation_counts_as_running(build):
         seen.append(batcher.running_since)
         return vectors_of([one])
 
-    runtime.forward_exact = exact
+    runtime.exact.forward = exact
     submit(batcher, [text(9, "nan")]).wait()
     assert seen[0] is not None
     wait_until(lambda: batcher.running_since is None)
@@ -462,12 +462,12 @@ def test_a_recomputation_counts_as_running(build):
 
 
 STAGES = {
-    "asking for the prompt": lambda batcher: (batcher._runtime, "prompt"),
+    "asking for the prompt": lambda batcher: (batcher._model, "prompt"),
     "admission": lambda batcher: (batcher._schedule._admission, "admit"),
-    "tokenizing": lambda batcher: (batcher._runtime, "prepare"),
+    "tokenizing": lambda batcher: (batcher._model.preprocessor, "prepare"),
     "looking for identical texts": lambda batcher: (batcher._schedule._identical, "add"),
     "queueing": lambda batcher: (batcher._schedule._queue, "push"),
-    "running": lambda batcher: (batcher._runtime.lanes[0], "forward"),
+    "running": lambda batcher: (batcher._model.lanes[0], "forward"),
     "delivering": lambda batcher: (batcher._schedule._identical, "others"),
     "making the answer": lambda _batcher: (Job, "outcome"),
 }
@@ -612,7 +612,7 @@ def test_a_receiver_that_has_gone_loses_its_requests_and_no_others(build):
     ],
 )
 def test_the_tokenizer_has_its_own_threads_where_cores_are_free(build, accelerator, texts, busy, parallel):
-    runtime = FakeRuntime(uses_accelerator=accelerator)
+    runtime = FakeRuntime(on_cpu=not accelerator)
     batcher, gate = held(build, runtime)
     if not busy:
         gate.open()
@@ -678,7 +678,7 @@ def test_the_budget_is_told_what_batches_of_an_accelerator_took_one_after_the_ot
             time.sleep(0.05)
 
     both = threading.Barrier(2, timeout=10)
-    runtime = FakeRuntime(max_batch_tokens=20, lanes=2, on_forward=run, uses_accelerator=True)
+    runtime = FakeRuntime(max_batch_tokens=20, lanes=2, on_forward=run)
     batcher = build(runtime)
     answers = [submit(batcher, [text(20, n)]) for n in range(2)]
     for answer in answers:

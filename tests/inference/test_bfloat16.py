@@ -28,7 +28,7 @@ def test_bfloat16_in_openvino_is_close_to_float32_on_real_sentences(model_folder
     assert found.mean() > 0.9999
     assert found.min() > 0.999
     assert np.abs(np.linalg.norm(answer.vectors, axis=1) - 1).max() < 1e-6
-    assert np.abs(model.forward_exact(alone(model, SENTENCES[0])) - expected[:1]).max() < 1e-5
+    assert np.abs(model.exact.forward(alone(model, SENTENCES[0])) - expected[:1]).max() < 1e-5
 
 
 @pytest.fixture

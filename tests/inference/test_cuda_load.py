@@ -108,7 +108,7 @@ def test_a_model_is_loaded_and_warmed_up_on_the_device(tiny, cuda, monkeypatch, 
     with Moving(machine.mode):
         model = load(folder, device="cuda", dtype=asked, cache_folder=str(tmp_path))
     assert (model.info.device, model.info.dtype) == ("cuda", str(dtype).removeprefix("torch."))
-    weights = model.sentence_transformer
+    weights = model.exact._loaded().model  # type: ignore[attr-defined]
     for name, tensor in [*weights.named_parameters(), *weights.named_buffers()]:
         assert (type(tensor), tensor.device) == (FakeTensor, CUDA), name
         assert not tensor.is_floating_point() or tensor.dtype == dtype, name
@@ -119,5 +119,5 @@ def test_a_model_is_loaded_and_warmed_up_on_the_device(tiny, cuda, monkeypatch, 
     assert {(one.device.type, one.dtype) for one in machine.answers} == {("cpu", torch.float32)}
     if dtype != torch.float32:
         # Computed on the CPU, from the weights in the files.
-        vectors = normalize(model.forward_exact(alone(model, "the fox")))
+        vectors = normalize(model.exact.forward(alone(model, "the fox")))
         assert np.abs(vectors - normalize(exact)).max() < 1e-5

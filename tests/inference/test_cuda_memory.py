@@ -146,7 +146,7 @@ def long_texts(count: int) -> list[str]:
 def bytes_of(device: Device, model: Model, tokens: int) -> int:
     """The memory that a batch takes at its peak."""
     device.most = 0
-    model.lanes[0].forward(batch_of(model.prepare(long_texts(1), None, None), tokens))
+    model.lanes[0].forward(batch_of(model.preprocessor.prepare(long_texts(1), None, None), tokens))
     return device.most
 
 
@@ -158,11 +158,11 @@ def loaded(tiny, **settings) -> Model:
 def test_the_budget_is_halved_until_the_batches_of_both_lanes_fit_together(tiny, device, tokens):
     both = 2 * bytes_of(device, loaded(tiny), tokens)
     device.total = both
-    assert loaded(tiny).max_batch_tokens == tokens
+    assert loaded(tiny).info.max_batch_tokens == tokens
     assert device.emptied == device.refused
     device.total = both - 1
     if tokens > LONGEST:
-        assert loaded(tiny).max_batch_tokens == max(LONGEST, tokens // 2)
+        assert loaded(tiny).info.max_batch_tokens == max(LONGEST, tokens // 2)
     else:
         with pytest.raises(StartupError, match=r"^The device's memory does not hold one text .*lower it$"):
             loaded(tiny)
@@ -180,7 +180,7 @@ def test_a_batch_that_does_not_fit_is_halved_while_the_other_lane_runs(tiny, dev
     one, *many = long_texts(BATCH_SIZE + 1)
     expected = device.expected
     model = loaded(tiny)
-    model.budget.tokens = model.max_batch_tokens
+    model.budget.tokens = model.info.max_batch_tokens
     token = bytes_of(device, model, LONGEST) // LONGEST
     batcher = Batcher(model, max_queued_tokens=1_000_000)
     first: list[object] = []

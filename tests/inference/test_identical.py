@@ -97,7 +97,7 @@ def test_only_equal_prompt_task_and_side_make_texts_identical(build):
 
 
 def test_a_small_request_does_not_wait_for_the_bulk_that_has_its_text(build):
-    runtime = FakeRuntime(separate_bulk=True, max_batch_tokens=100)
+    runtime = FakeRuntime(on_cpu=True, max_batch_tokens=100)
     batcher, gate = held(build, runtime)
     bulk = submit(batcher, [text(10, n) for n in range(2000)])
     wait_until(lambda: bulk.job.tokenized == 2000)
@@ -234,7 +234,7 @@ def test_vectors_are_right_whatever_is_shared_and_whatever_fails(build, seed, ca
         lanes=2,
         whole=True,
         seconds_per_token=1e-6,
-        separate_bulk=seed % 2 == 0,
+        on_cpu=seed % 2 == 0,
         max_seq_length=40,
     )
     batcher = build(runtime, cache_bytes=cache_bytes)

@@ -1,13 +1,13 @@
 """The engine in this process lists tokens within the deadline, whatever the tokenizer does."""
 
 import threading
-from typing import Any, cast
 
 import pytest
 
 from embedding_service.engine import ListTokensRequest, TokenizedText
 from embedding_service.errors import DeadlineExceeded, ModelFailure, Unavailable
 from embedding_service.inference.local import LocalEngine
+from embedding_service.inference.model import Model
 from embedding_service.inference.settings import ModelSettings
 from tests.inference.fake_runtime import FakeRuntime, request, text
 
@@ -15,18 +15,21 @@ from tests.inference.fake_runtime import FakeRuntime, request, text
 class Lister:
     """The part of a loaded model that listing tokens needs."""
 
-    info = None
-    max_batch_tokens = 1
-
-    def list_tokens(self, texts, _add_special_tokens):
+    def list(self, texts, _add_special_tokens):
         if "broken" in texts:
             raise RuntimeError("a bug of the tokenizer")
         return [TokenizedText([len(text)], [0], [len(text)], {}) for text in texts]
 
 
+def model_with(lister) -> Model:
+    model = FakeRuntime()
+    model.__dict__["lister"] = lister
+    return model
+
+
 @pytest.fixture
 def engine():
-    engine = LocalEngine(ModelSettings(embedding_model="none"), load=lambda _settings: cast(Any, Lister()))
+    engine = LocalEngine(ModelSettings(embedding_model="none"), load=lambda _settings: model_with(Lister()))
     assert engine.loaded.wait(10)
     yield engine
     engine.close()
@@ -54,7 +57,7 @@ def test_an_engine_that_is_closed_while_it_loads_stays_closed():
 
     def load(_settings):
         assert may_load.wait(10)
-        return cast(Any, FakeRuntime())
+        return FakeRuntime()
 
     states = []
     engine = LocalEngine(

@@ -154,11 +154,11 @@ def test_int8_is_close_to_float32_on_real_sentences(model_folder, oracle, tmp_pa
     assert (model.info.dtype, model.info.backend) == ("int8", "openvino")
     batches = [SENTENCES[first : first + 32] for first in range(0, len(SENTENCES), 32)]
     got = np.concatenate(
-        [model.lanes[0].forward([Rows.all_of(model.prepare(batch, None, None))]) for batch in batches]
+        [model.lanes[0].forward([Rows.all_of(model.preprocessor.prepare(batch))]) for batch in batches]
     )
     expected = oracle.encode(SENTENCES, normalize_embeddings=True)
     cosines = (got * expected).sum(axis=1)
     assert cosines.mean() > 0.998
     assert cosines.min() > 0.99
-    assert np.abs(model.forward_exact(alone(model, SENTENCES[0])) - expected[:1]).max() < 1e-5
+    assert np.abs(model.exact.forward(alone(model, SENTENCES[0])) - expected[:1]).max() < 1e-5
     assert load(model_folder, tmp_path).info.fingerprint != model.info.fingerprint

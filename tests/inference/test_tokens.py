@@ -24,14 +24,14 @@ def test_over_long_texts_are_truncated_at_the_requested_end(tiny, kind, side):
 
 def test_a_model_that_truncates_by_itself_rejects_the_other_end(tiny):
     with pytest.raises(InvalidRequest, match="cuts its texts itself"):
-        load(tiny("static"), backend="torch").prepare(["fox"], None, None, "left")
+        load(tiny("static"), backend="torch").preprocessor.prepare(["fox"], None, None, "left")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta-cls", "left-padding", "static", "routed"])
 def test_tokens_are_listed_with_their_characters(tiny, kind):
     model = load(tiny(kind), backend="torch")
     text = "The quick 東 fox"
-    (listed,) = model.list_tokens([text], True)
+    (listed,) = model.lister.list([text], True)
     named = [
         listed.special.get(position, text[start:stop])
         for position, (start, stop) in enumerate(zip(listed.starts, listed.stops, strict=True))
@@ -42,16 +42,16 @@ def test_tokens_are_listed_with_their_characters(tiny, kind):
         "東",
         "fox",
     ]
-    (bare,) = model.list_tokens([text], False)
+    (bare,) = model.lister.list([text], False)
     assert bare.special == {}
     assert bare.ids == [number for at, number in enumerate(listed.ids) if at not in listed.special]
 
 
 def test_tokens_of_a_long_text_are_all_listed(tiny):
-    (listed,) = load(tiny("bert"), backend="torch").list_tokens(["fox " * 1000], False)
+    (listed,) = load(tiny("bert"), backend="torch").lister.list(["fox " * 1000], False)
     assert len(listed.ids) == 1000
 
 
 def test_a_lone_surrogate_is_refused_with_its_index(tiny):
     with pytest.raises(InvalidRequest, match=r"texts\[1\]"):
-        load(tiny("bert"), backend="torch").list_tokens(["fine", "\ud800"], True)
+        load(tiny("bert"), backend="torch").lister.list(["fine", "\ud800"], True)

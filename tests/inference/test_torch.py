@@ -41,7 +41,7 @@ def test_half_precision_is_close_and_exact_on_request(model_folder, oracle, dtyp
     assert cosines(answer.vectors, expected).min() > 0.998
     assert np.abs(np.linalg.norm(answer.vectors, axis=1) - 1).max() < 1e-6
     for text, vector in zip(some, expected, strict=True):
-        assert np.abs(model.forward_exact(alone(model, text)) - vector).max() < 1e-5
+        assert np.abs(model.exact.forward(alone(model, text)) - vector).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["static", "routed"])
@@ -50,7 +50,7 @@ def test_exact_for_models_that_tokenize_for_themselves(tiny, kind):
     model = load(tiny(kind), dtype="bfloat16")
     one = alone(model, "the quick brown fox", "query: ", "query")
     expected = oracle.encode_query(["the quick brown fox"])
-    assert np.abs(model.forward_exact(one) - expected).max() < 1e-5
+    assert np.abs(model.exact.forward(one) - expected).max() < 1e-5
 
 
 # What errors mean
@@ -267,7 +267,7 @@ def test_cuda_float32_equals_encode(tiny, kind):
 def test_cuda_float16_is_near_encode(model_folder, oracle):
     model = load(model_folder, device="auto")
     assert (model.info.device, model.info.dtype) == ("cuda", "float16")
-    assert model.max_batch_tokens == 32 * 256
+    assert model.info.max_batch_tokens == 32 * 256
     some = [*texts(random.Random(2), 300), "word " * 300]
     (answer,) = embed(model, [request(some)])
     assert cosines(answer.vectors, oracle.encode(some)).min() > 0.999
@@ -282,7 +282,7 @@ def test_cuda_graphs_run_and_give_the_vectors_of_single_launches(model_folder):
     assert graphs and graphs.max_tokens >= 256
     source = random.Random(3)
     for count in (1, 7, 40):
-        batch = [Rows.all_of(model.prepare(texts(source, count), None, None))]
+        batch = [Rows.all_of(model.preprocessor.prepare(texts(source, count), None, None))]
         features = model.preprocessor.pack(batch)
         assert graphs.fit(features)
         session._graphs = graphs
@@ -297,7 +297,6 @@ def test_cuda_recovers_from_a_real_out_of_memory(model_folder, oracle):
     model = load(model_folder, device="cuda", dtype="float32")
     some = ["word " * 200] * 500
     taken = torch.empty(torch.cuda.mem_get_info()[0] - (300 << 20), dtype=torch.uint8, device="cuda")
-    model.max_batch_tokens = 256 * 500
     (answer,) = embed(model, [request(some)])
     del taken
     assert cosines(answer.vectors, oracle.encode(some[:1])).min() > 0.999

@@ -35,10 +35,10 @@ class Words:
         return found
 
 
-def inject(runtime):
-    """Make a runtime fail as the words in its texts say."""
+def inject(model):
+    """Make a model fail as the words in its texts say."""
     words = Words()
-    prepare, exact = runtime.prepare, runtime.forward_exact
+    prepare, exact = model.preprocessor.prepare, model.exact.forward
 
     def prepare_and_remember(texts, *others, **named):
         prepared = prepare(texts, *others, **named)
@@ -50,11 +50,11 @@ def inject(runtime):
         vectors = exact(one)
         return vectors * float("nan") if "@@nan-always@@" in words.of([one])[0] else vectors
 
-    runtime.prepare, runtime.forward_exact = prepare_and_remember, faulty_exact
-    for lane in [*runtime.lanes, *([runtime.whole] if runtime.whole else [])]:
+    model.preprocessor.prepare, model.exact.forward = prepare_and_remember, faulty_exact
+    for lane in [*model.lanes, *([model.whole] if model.whole else [])]:
         inject_into_lane(lane, words)
     inject_into_model(words)
-    return runtime
+    return model
 
 
 def inject_into_lane(lane, words):

@@ -1,0 +1,59 @@
+"""What is computed in torch whatever the backend: token vectors, and vectors in float32 throughout."""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from embedding_service.engine import Vectors
+from embedding_service.errors import InvalidRequest
+from embedding_service.inference.lanes import SessionLane
+from embedding_service.inference.preprocessing import Preprocessor, check_unicode
+from embedding_service.inference.tokenized import Rows
+
+if TYPE_CHECKING:
+    from embedding_service.inference.checkpoint import Checkpoint
+
+
+class InTorch:
+    """Safe from any thread. `read` is called when the model is first needed."""
+
+    def __init__(self, read: "Callable[[], Checkpoint]", preprocessor: Preprocessor) -> None:
+        self._read = read
+        self._preprocessor = preprocessor
+        self._reading = threading.Lock()
+        self._embedding_tokens = threading.Lock()
+        self._computing = threading.Lock()
+
+    def embed_tokens(self, texts: Sequence[str], prompt: str | None) -> list[Vectors]:
+        """As Exact.embed_tokens."""
+        check_unicode(texts)
+        model = self._loaded().model
+        import torch
+
+        with self._embedding_tokens:
+            found = model.encode(list(texts), prompt=prompt, output_value="token_embeddings")
+        if not all(isinstance(one, torch.Tensor) and one.ndim == 2 for one in found):
+            raise InvalidRequest("this model has no vectors of tokens")
+        return [one.float().cpu().numpy() for one in found]
+
+    def forward(self, one: Rows) -> Vectors:
+        """As Exact.forward."""
+        with self._computing:
+            return self._lane.forward([one])
+
+    def _loaded(self) -> "Checkpoint":
+        with self._reading:
+            return self._checkpoint
+
+    @cached_property
+    def _checkpoint(self) -> "Checkpoint":
+        return self._read()
+
+    @cached_property
+    def _lane(self) -> SessionLane:
+        checkpoint = self._loaded()
+        from embedding_service.inference.backends.torch import open_session
+
+        model = checkpoint.in_float32()
+        return SessionLane(self._preprocessor.for_copy(model), open_session(model))
