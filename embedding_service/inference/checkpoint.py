@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from embedding_service.errors import StartupError
 from embedding_service.inference.device import choose_device, computes_bfloat16
-from embedding_service.inference.fingerprint import fingerprint
+from embedding_service.inference.fingerprint import fingerprint, model_digest
 from embedding_service.inference.settings import ModelSettings
-from embedding_service.inference.source import Source, resolve, sha256_of_weights
+from embedding_service.inference.source import Source, resolve
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,13 @@ DTYPES = {
 class Checkpoint:
     """A model in the memory of its device, and the files that it was read from.
 
-    `weights` is the hash of the weights, `dtype` the number format in which the service computes.
+    `digest` is the hash of its files, `dtype` the number format in which the service computes.
     """
 
     model: SentenceTransformer
     source: Source
-    weights: str
+    settings: ModelSettings
+    digest: str
     device: str
     dtype: str
     max_seq_length: int
@@ -73,16 +75,16 @@ class Checkpoint:
         """Whether the model reads texts of any length, as static embedding models do."""
         return length_limit(self.model) is None and not isinstance(self.model[0], Transformer)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for services whose vectors are interchangeable."""
         return fingerprint(
-            weights=self.weights,
+            self.source.folder,
             dtype=self.dtype,
-            pooling=self.pooling,
-            prompts=self.prompts,
-            max_seq_length=self.max_seq_length,
-            default_prompt=self.prompts.get(self.model.default_prompt_name or ""),
+            max_seq_length=self.settings.max_seq_length,
+            prompts=self.settings.prompts,
+            default_prompt_name=self.settings.default_prompt_name,
+            digest=self.digest,
         )
 
     def in_float32(self) -> SentenceTransformer:
@@ -112,7 +114,8 @@ def read_checkpoint(settings: ModelSettings) -> Checkpoint:
     return Checkpoint(
         model=model,
         source=source,
-        weights=sha256_of_weights(source.folder),
+        settings=settings,
+        digest=model_digest(source.folder),
         device=device,
         dtype=dtype,
         max_seq_length=limit_length(model, settings.max_seq_length),
@@ -137,7 +140,21 @@ def load_model(folder: Path, device: str, dtype: str, attn_implementation: str |
         raise StartupError(
             f"The model in {folder} cannot be loaded ({type(error).__name__}: {line})"
         ) from error
+    if model.truncate_dim is not None:
+        model.append(Truncate(model.truncate_dim))
     return model.to(DTYPES[dtype]).eval()
+
+
+class Truncate(torch.nn.Module):
+    """The last step of `encode` with truncate_dim: the first numbers of each vector."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.dimension = dimension
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        features["sentence_embedding"] = features["sentence_embedding"][..., : self.dimension]
+        return features
 
 
 def set_prompts(model: SentenceTransformer, settings: ModelSettings) -> None:

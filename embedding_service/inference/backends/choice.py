@@ -76,11 +76,10 @@ def convert(
     model, dtype, cache = checkpoint.model, checkpoint.dtype, None
     if settings.cache_folder:
         versions = [GRAPH_FORM, openvino.__version__, torch.__version__, transformers.__version__]
-        configs = [path.read_text() for path in sorted(checkpoint.source.folder.rglob("*.json"))]
         # bfloat16 is computed from the graph of float32.
         form = "int8" if dtype == "int8" else "float32"
         attention = str(settings.attn_implementation)
-        facts = [checkpoint.weights, form, attention, *versions, *configs]
+        facts = [checkpoint.digest, form, attention, *versions]
         cache = GraphCache(settings.cache_folder, "\n".join(facts))
     example = model.preprocess(PROBES[:2])
     while True:
