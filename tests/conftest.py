@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "own_process" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.process)
-        if item.get_closest_marker("long") or item.get_closest_marker("deploy"):
+        if any(map(item.get_closest_marker, ("long", "deploy", "nightly"))):
             item.add_marker(pytest.mark.timeout(3600))
 
 

@@ -13,7 +13,7 @@ TABLE = ROOT / "docs" / "reliability.md"
 HEAD = """# Behaviour under faults
 
 The test that injects a fault writes its row here. Most run against the real service on a real port. Overload,
-soak and fuzz tests have a short form, which `make test` runs, and a full one. `make reliability` runs
+soak and fuzz tests have a short form, which `make test-all` runs, and a full one. `make reliability` runs
 everything and writes this table. "Lost" counts requests that got neither an answer nor a proper refusal.
 
 | fault | what was done | times | measured | lost |

@@ -1,5 +1,6 @@
 """`pip install .` installs a command that serves from any folder, with all the files that it needs."""
 
+import itertools
 import os
 import re
 import shutil
@@ -8,28 +9,57 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import requests
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from embedding_service import __version__
 from tests.service import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = CONFIGURATION["project"]
 
 
-def pins(path: str) -> list[str]:
-    """The pinned packages of a requirements file."""
+def read(path: str) -> list[Requirement]:
+    """The packages of a requirements file."""
     lines = (ROOT / path).read_text().splitlines()
-    return [re.sub(r"\s", "", line).replace('"', "'") for line in lines if "==" in line and line[0] != "#"]
+    return [Requirement(line) for line in lines if line[0] not in "#-"]
+
+
+PINS = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in read("constraints.txt")}
+
+
+def named(requirements: Iterable[Requirement]) -> set[tuple[str, str]]:
+    """The names and markers."""
+    return {(canonicalize_name(one.name), str(one.marker or "")) for one in requirements}
 
 
 def test_depends_on_the_packages_in_the_requirements():
-    assert [re.sub(r"\s", "", pin) for pin in PROJECT["dependencies"]] == pins("requirements.txt")
-    for extra, pinned in PROJECT["optional-dependencies"].items():
-        assert pinned == pins(f"requirements-{extra}.txt")
+    declared = [Requirement(line) for line in PROJECT["dependencies"]]
+    assert named(declared) == named(read("requirements.txt"))
+
+
+def test_every_range_has_a_pin_inside_it():
+    extras = PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *itertools.chain.from_iterable(extras.values())]:
+        one = Requirement(line)
+        assert one.specifier.contains(PINS[canonicalize_name(one.name)]), line
+
+
+def test_everything_that_developers_install_is_pinned():
+    groups = CONFIGURATION["dependency-groups"]
+    lines = [line for group in groups.values() for line in group if isinstance(line, str)]
+    assert {canonicalize_name(Requirement(line).name) for line in lines} <= PINS.keys()
+
+
+def test_the_tests_have_the_packages_of_every_extra_but_ray():
+    extras = PROJECT["optional-dependencies"]
+    needed = [Requirement(line) for name, extra in extras.items() if name != "ray" for line in extra]
+    assert named(needed) == named(map(Requirement, CONFIGURATION["dependency-groups"]["extras"]))
 
 
 @pytest.fixture(scope="module")

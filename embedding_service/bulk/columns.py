@@ -45,7 +45,7 @@ def import_pyarrow() -> tuple[Any, Any]:
         import pyarrow.compute
         from pyarrow import parquet
     except ImportError:
-        raise StartupError("a .parquet file needs pyarrow: pip install -r requirements-parquet.txt") from None
+        raise StartupError("a .parquet file needs pyarrow: pip install pyarrow") from None
     return pyarrow, parquet
 
 

@@ -34,7 +34,7 @@ def decompressed(file: io.BufferedReader) -> io.BufferedReader:
         inner = gzip.GzipFile(fileobj=file)
     elif head.startswith(b"\x28\xb5\x2f\xfd"):
         if zstd is None:
-            raise StartupError("it is compressed with Zstandard: pip install -r requirements-zstd.txt")
+            raise StartupError("it is compressed with Zstandard: pip install backports.zstd")
         inner = zstd.ZstdFile(file)
     else:
         return file

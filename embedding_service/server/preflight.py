@@ -16,7 +16,7 @@ def check_model(settings: ModelSettings) -> None:
     """Raises StartupError if the model, the device or the number format is certain to fail."""
     source.check(settings.embedding_model)
     if settings.dtype == "int8" and importlib.util.find_spec("nncf") is None:
-        raise StartupError("DTYPE=int8 needs nncf: pip install -r requirements-int8.txt")
+        raise StartupError("DTYPE=int8 needs nncf: pip install nncf")
     for package, needs in (("openvino", settings.backend == "openvino" or settings.dtype == "int8"),):
         if needs and importlib.util.find_spec(package) is None:
             raise StartupError(f"BACKEND=openvino and DTYPE=int8 need {package}, which is for x86 CPUs")
@@ -35,7 +35,7 @@ def check_traces(wanted: bool) -> None:
     if wanted and importlib.util.find_spec("opentelemetry") is None:
         raise StartupError(
             "OTEL_EXPORTER_OTLP_ENDPOINT is set, but OpenTelemetry is not installed: "
-            "pip install -r requirements-otel.txt"
+            "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
         )
 
 

@@ -63,7 +63,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             description=(
                 "Number format of the weights; auto is float16 on CUDA and float32 elsewhere. On x86 CPUs, "
-                "int8 is faster but slightly less accurate (it needs requirements-int8.txt), and bfloat16 "
+                "int8 is faster but slightly less accurate (it needs the package nncf), and bfloat16 "
                 "may be faster; the log says if it is."
             )
         ),

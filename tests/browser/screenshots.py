@@ -3,7 +3,7 @@
 import io
 import sys
 
-# Pillow comes with llama-index (requirements-clients.txt).
+# Pillow comes with llama-index.
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver

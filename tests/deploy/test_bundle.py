@@ -60,7 +60,7 @@ def test_a_bundle_installs_and_serves_without_a_network(tmp_path, oracle):
     assert not (tmp_path / "another").exists()
 
 
-@pytest.mark.deploy
+@pytest.mark.nightly
 def test_a_bundle_for_another_python_version_is_complete(tmp_path):
     """pip's own resolver finds everything in the bundle except for torch."""
     bundle = build(tmp_path / "bundle", "--python", "3.12", "--without", "torch")

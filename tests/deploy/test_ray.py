@@ -17,7 +17,7 @@ ROWS, BATCH = 1500, 100
 TEXTS = [f"sentence number {index} of a corpus, " + "and more words of it " * 8 for index in range(ROWS)]
 
 
-@pytest.mark.deploy
+@pytest.mark.nightly
 def test_resumes_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -> None:
     corpus, vectors = tmp_path / "corpus", tmp_path / "vectors"
     corpus.mkdir()

@@ -33,7 +33,7 @@ NOT_RUN = {
     "cp -r . /opt/": "writes to /opt",
     "make ": "installs packages or measures for minutes; `make --dry-run` is checked",
     "pip install -c constraints.txt .": "installs for minutes; tests/deploy/test_install.py runs it",
-    "pip install -r requirements-ray.txt": "tests/deploy/test_ray.py runs with it",
+    "pip install -c constraints.txt '.[ray]'": "tests/deploy/test_ray.py runs with it",
     "embedding-service serve": "runs until it is stopped; tests/deploy/test_install.py runs it",
     "CORS_ORIGINS=": "runs until it is stopped; test_cors.py and test_prompts.py use these settings",
     "HF_HOME=/tmp/models embedding-service download": "needs the hub",

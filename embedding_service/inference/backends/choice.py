@@ -47,8 +47,8 @@ def choose_backend(
         return convert(checkpoint, preprocessor, settings, threads=threads)
     except ModuleNotFoundError as error:
         if int8 and error.name == "nncf":
-            raise StartupError("DTYPE=int8 needs nncf: pip install -r requirements-int8.txt") from None
-        raise StartupError(f"BACKEND=openvino: {error}; pip install -r requirements.txt") from None
+            raise StartupError("DTYPE=int8 needs nncf: pip install nncf") from None
+        raise StartupError(f"BACKEND=openvino: {error}; pip install openvino") from None
     except Exception as error:
         if asked:
             line = " ".join(str(error).split())[:300]
