@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from embedding_service.settings import config, environment
+from embedding_service.words import allowed
 
 ROOT = Path(__file__).parent.parent
 FIELDS = msgspec.structs.fields(config.Config)
@@ -234,11 +235,24 @@ def test_env_example_has_every_setting_with_default_and_description():
     assert (ROOT / ".env.example").read_text().endswith(expected)
 
 
-def test_the_readme_table_has_every_setting_with_default_and_description():
-    rows = re.findall(
-        r"^\| `([A-Z0-9_]+)` \| (?:`(.*?)`)? ?\| (.*) \|$", (ROOT / "README.md").read_text(), re.M
-    )
-    assert rows == [(field.name.upper(), _documented_default(field), _description(field)) for field in FIELDS]
+def _values(field) -> str:
+    """What the setting may be; nothing if any text will do."""
+    kind: Any = msgspec.inspect.type_info(field.type)
+    words = (kind.extra or {}).get("allowed") or allowed(kind)
+    return "" if words == "a string" else words
+
+
+def test_settings_md_has_every_setting_with_default_values_and_description():
+    rows = ""
+    for field in FIELDS:
+        default = _documented_default(field) and f"`{_documented_default(field)}`"
+        rows += f"| `{field.name.upper()}` | {default} | {_values(field)} | {_description(field)} |\n"
+    assert f"\n|---|---|---|---|\n{rows}\n" in (ROOT / "docs" / "settings.md").read_text()
+
+
+def test_the_settings_that_the_readme_shows_exist():
+    shown = re.findall(r"`([A-Z0-9_]{4,})`", (ROOT / "README.md").read_text().partition("## Settings")[2])
+    assert {name.lower() for name in shown if name != "TORCH_INDEX"} <= {field.name for field in FIELDS}
 
 
 def test_every_description_ends_with_a_full_stop():
