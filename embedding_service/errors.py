@@ -5,6 +5,7 @@ ServiceError
 ├── Unauthorized           401
 ├── NotFound               404
 ├── SlowUpload             408
+├── FingerprintMismatch    412  another model than the caller expects
 ├── TooLarge               413
 ├── UnsupportedMediaType   415
 ├── Overloaded             429  the queue is full; carries how long to wait
@@ -75,6 +76,13 @@ class SlowUpload(ServiceError):
 
     status = 408
     error_type = "timeout"
+
+
+class FingerprintMismatch(ServiceError):
+    """The caller expects vectors of another model."""
+
+    status = 412
+    error_type = "fingerprint_mismatch"
 
 
 class TooLarge(ServiceError):

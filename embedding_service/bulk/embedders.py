@@ -149,6 +149,8 @@ class RemoteEmbedder:
 
     def describe(self) -> Description:
         info = self._ask("GET", "info", None, _Info)
+        # From now on another model refuses, rather than to mix its vectors with those of this one.
+        self._client.headers.setdefault("x-expect-fingerprint", info.fingerprint)
         return Description(
             model=info.model_name, fingerprint=info.fingerprint, most_texts=info.max_client_batch_size
         )

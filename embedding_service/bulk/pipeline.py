@@ -25,7 +25,7 @@ PROBE = "probe"
 
 # Statuses that are not the texts' fault: those to retry after a wait, and those that a wait does not cure.
 RETRYABLE = {429, 502, 503}
-FATAL = {401, 403, 404, 405}
+FATAL = {401, 403, 404, 405, 412}
 
 # Attempts at a single failing text before its row counts as bad.
 TRIES = 3

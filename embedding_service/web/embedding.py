@@ -12,7 +12,7 @@ from flask import Response, request
 from msgspec import Meta
 
 from embedding_service.engine import Embeddings, EmbedRequest, Overflow, Vectors
-from embedding_service.errors import InvalidRequest, ServiceError
+from embedding_service.errors import FingerprintMismatch, InvalidRequest, ServiceError
 from embedding_service.observability import metrics
 from embedding_service.quantization import Precision, quantize
 from embedding_service.web.body import answer
@@ -129,6 +129,7 @@ def ask(wanted: EmbedRequest, place: Place | None = None) -> Embeddings:
     item of the protocol's field for texts.
     """
     service = context()
+    check_fingerprint()
     try:
         check_texts(wanted.texts, characters=wanted.on_error == "fail")
         if wanted.overflow in ("mean", "chunks") or wanted.on_error == "null":
@@ -147,6 +148,18 @@ def ask(wanted: EmbedRequest, place: Place | None = None) -> Embeddings:
         timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
     )
     return result
+
+
+def check_fingerprint() -> str:
+    """The model's fingerprint. Raises FingerprintMismatch if the caller expects another one."""
+    own = context().require_info().fingerprint
+    expected = request.environ.get("HTTP_X_EXPECT_FINGERPRINT")
+    if expected is not None and expected != own:
+        raise FingerprintMismatch(
+            f"the caller expects vectors of a model with the fingerprint {expected[:64]!r}, but this model's "
+            f"is {own!r}: their vectors must not be compared"
+        )
+    return own
 
 
 def in_precision(vectors: Vectors, precision: Precision | None, field: str = "precision") -> npt.NDArray[Any]:
@@ -210,7 +223,9 @@ def _with_headers(response: Response, result: Embeddings) -> Response:
 
 
 def add_headers(response: Response) -> Response:
-    """Add the tokens that were read and the total time in whole milliseconds."""
+    """Add the model's fingerprint, the tokens that were read and the total time in whole milliseconds."""
+    # Checked again, in case the model was replaced meanwhile.
+    response.headers["x-model-fingerprint"] = check_fingerprint()
     response.headers["x-compute-tokens"] = str(current().tokens)
     response.headers["x-total-time"] = str(round(current().seconds * 1e3))
     return response

@@ -23,6 +23,7 @@ HEADERS = {
     "X-Request-ID": "The id of this request in the service's log: the caller's, if it sent one.",
     "Retry-After": "Seconds to wait before retrying.",
     "retry-after-ms": "Milliseconds to wait before retrying.",
+    "x-model-fingerprint": "Changes whenever the vectors would. x-expect-fingerprint in a request pins it.",
     "x-compute-tokens": "Tokens read by the model.",
     "x-total-time": "Total time of the request in milliseconds.",
     "x-tokenization-time": "Time spent tokenizing, in milliseconds.",
@@ -61,7 +62,7 @@ SECURITY_SCHEMES = {
 }
 
 _NAMES = tuple(HEADERS)
-ON_EVERY, ON_WAIT, ON_TOKENS, ON_VECTORS = _NAMES[:1], _NAMES[1:3], _NAMES[3:5], _NAMES[5:]
+ON_EVERY, ON_WAIT, ON_TOKENS, ON_VECTORS = _NAMES[:1], _NAMES[1:3], _NAMES[3:6], _NAMES[6:]
 
 
 def document(app: Flask) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import msgspec
 
 from embedding_service.errors import (
     DeadlineExceeded,
+    FingerprintMismatch,
     InvalidRequest,
     ModelFailure,
     Overloaded,
@@ -78,7 +79,9 @@ def operation(
             answers=answers,
             media=media,
             body=body,
-            raises=raises + (ON_BODY if body else ()),
+            raises=raises
+            + (ON_BODY if body else ())
+            + ((FingerprintMismatch,) if reads_tokens or embeds else ()),
             reads_tokens=reads_tokens or embeds,
             embeds=embeds,
             public=public,

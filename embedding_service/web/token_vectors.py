@@ -9,7 +9,7 @@ from msgspec import Meta
 from embedding_service.engine import TokenVectorsRequest, Vectors
 from embedding_service.web.body import answer
 from embedding_service.web.context import context
-from embedding_service.web.embedding import MATRIX, add_headers
+from embedding_service.web.embedding import MATRIX, add_headers, check_fingerprint
 from embedding_service.web.limits import check_texts
 from embedding_service.web.request import current
 
@@ -18,6 +18,7 @@ Matrices = Annotated[Any, Meta(description="float32", extra_json_schema={"type":
 
 def ask_tokens(request: TokenVectorsRequest) -> list[Vectors]:
     """The vectors of each text's tokens. Raises TooLarge if there could be too many."""
+    check_fingerprint()
     check_texts(request.texts)
     found = context().call(request)
     current().tokens = sum(found.counts)

@@ -40,6 +40,7 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 CODES = {
     "unauthorized": "invalid_api_key",
     "not_found": "not_found",
+    "fingerprint_mismatch": "fingerprint_mismatch",
     "overloaded": "rate_limit_exceeded",
     "timeout": "timeout",
     "unavailable": "service_unavailable",
