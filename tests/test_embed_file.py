@@ -984,6 +984,19 @@ def test_another_model_behind_the_same_url_stops_the_run():
         patient.embed(numbered("a"))
 
 
+def test_the_model_of_the_start_is_pinned_and_another_one_stops_the_run():
+    scripted = Scripted()
+    patient = Patient(scripted.embedder(), 10)
+    scripted.answers = lambda _texts: refusal(412, "the model's fingerprint is another")
+    with pytest.raises(Stopped, match="fingerprint is another"):
+        patient.embed(numbered("a"))
+    assert [request.headers.get("x-expect-fingerprint") for request in scripted.requests] == [
+        None,
+        "one",
+        "one",
+    ]
+
+
 JOB = RunRecord(
     input_bytes=1,
     input_hash="h",
