@@ -6,6 +6,7 @@ The tests are in two rings. `make test` runs those that need no process of their
 its file.
 """
 
+import functools
 import os
 import shutil
 import sys
@@ -85,6 +86,12 @@ def start(own_process: None, tmp_path: Path) -> Iterator:
     for service in running:
         if service.process.poll() is None:
             service.stop()
+
+
+@pytest.fixture
+def start_without_model(start):
+    """`start` for tests of processes, logs, headers and flags: no model is loaded, so it is ready at once."""
+    return functools.partial(start, PYTHONPATH=str(ROOT / "tests" / "without_model"))
 
 
 def require_program(name: str, package: str) -> str:

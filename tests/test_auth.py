@@ -231,14 +231,6 @@ def test_configured_sources_without_a_key_stop_the_start(tmp_path, listed, name,
         KeyRing(listed, name and str(tmp_path / name)).check()
 
 
-def test_the_service_does_not_start_without_its_configured_keys(start, tmp_path):
-    running = start(API_KEYS_FILE=str(tmp_path / "missing"))
-    assert running.process.wait(30) == 78
-    assert len(running.log().splitlines()[-1:]) == 1
-    assert "API_KEYS_FILE" in running.log()
-    assert "Traceback" not in running.log()
-
-
 @pytest.mark.parametrize(
     ("host", "is_open"),
     [
@@ -258,10 +250,10 @@ def test_which_addresses_are_open(host, is_open):
     assert not config.Config(api_keys_file="file").is_open_at(host)
 
 
-def test_the_real_service_requires_keys_rotates_them_and_never_logs_them(start, tmp_path):
+def test_the_real_service_requires_keys_rotates_them_and_never_logs_them(start_without_model, tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"{FILED}\n")
-    running = start(
+    running = start_without_model(
         API_KEYS=OURS, API_KEYS_FILE=str(file), LOG_LEVEL="debug", WEB_CONCURRENCY="2"
     ).wait_ready()
 
@@ -292,16 +284,16 @@ def test_the_real_service_requires_keys_rotates_them_and_never_logs_them(start, 
     assert "no key is required" not in running.log()
 
 
-def test_a_warning_is_logged_if_the_network_can_use_the_service_without_a_key(start):
-    running = start(HOST="0.0.0.0")
+def test_a_warning_is_logged_if_the_network_can_use_the_service_without_a_key(start_without_model):
+    running = start_without_model(HOST="0.0.0.0")
     wait_until(
         lambda: "Anyone who can reach 0.0.0.0 can use this service" in running.log(), 30, "the warning"
     )
     assert running.log().count("Anyone who can reach") == 1
 
 
-def test_no_warning_is_logged_if_only_this_machine_can(start):
+def test_no_warning_is_logged_if_only_this_machine_can(start_without_model):
     command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", "127.0.0.1:{port}", "app:app"]
-    running = start(command, HOST="0.0.0.0")
+    running = start_without_model(command, HOST="0.0.0.0")
     wait_until(running.health, 30, "an answer")
     assert "Anyone who can reach" not in running.log()

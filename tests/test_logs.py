@@ -89,8 +89,8 @@ def test_output_of_native_code_in_the_model_process_is_json(start, tmp_path):
     assert {"from C", "{not ours"} <= {record["message"] for record in records}
 
 
-def test_a_request_leaves_no_id_behind(start):
-    service = start(LOG_FORMAT="json", LOG_LEVEL="debug").wait_ready()
+def test_a_request_leaves_no_id_behind(start_without_model):
+    service = start_without_model(LOG_FORMAT="json", LOG_LEVEL="debug").wait_ready()
     with requests.Session() as client:
         for name in ("first", "second"):
             headers = {"X-Request-ID": name}

@@ -238,8 +238,8 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     assert len(list(folder.iterdir())) <= files * 6 // 4
 
 
-def test_the_folder_is_private_and_removed_with_the_service(start):
-    service = start()
+def test_the_folder_is_private_and_removed_with_the_service(start_without_model):
+    service = start_without_model()
     wait_until(service.health, 30, "an answer")
     folder = wait_until(lambda: _folder_or_none(service), 10, "the model process")
     assert folder.parent.stat().st_mode & 0o077 == 0
@@ -290,9 +290,9 @@ def _folder_or_none(service: Service) -> Path | None:
         return None
 
 
-def test_a_preloaded_app_counts_in_each_of_its_workers(start):
+def test_a_preloaded_app_counts_in_each_of_its_workers(start_without_model):
     command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "2", "-b", "127.0.0.1:{port}", "app:app"]
-    service = start(command).wait_ready()
+    service = start_without_model(command).wait_ready()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: service.post("/embed", {"texts": f"hello {number}"}), range(40)))
     assert {embedded(scrape(service)) for _ in range(10)} == {40}

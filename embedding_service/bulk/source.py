@@ -96,11 +96,12 @@ class InputFile:
         return self.identify() != identity
 
     def _looks_like_utf16(self, file: io.BufferedReader) -> bool:
-        """Whether most bytes at even or at odd places are zero, as in UTF-16 without a byte order mark."""
+        """Whether most bytes at even or else odd places are zero, as in UTF-16 without a byte order mark."""
         head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
         if self.format == "parquet" or len(head) < 2:
             return False
-        return any(2 * head[first::2].count(0) > len(head[first::2]) for first in (0, 1))
+        even, odd = (2 * head[first::2].count(0) > len(head[first::2]) for first in (0, 1))
+        return even != odd
 
     def _looks_changed(self) -> bool:
         now, then = self._stat(), self.stat

@@ -49,14 +49,14 @@ def test_is_hardly_exposed(unit: Path) -> None:
 
 
 def test_its_command_reports_readiness_and_stops_in_time(
-    section: configparser.SectionProxy, tmp_path: Path, start
+    section: configparser.SectionProxy, tmp_path: Path, start_without_model
 ) -> None:
     assert section["Type"] == "notify"
     notified = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(notified))
         manager.settimeout(60)
-        service: Service = start(shlex.split(section["ExecStart"]), NOTIFY_SOCKET=str(notified))
+        service: Service = start_without_model(shlex.split(section["ExecStart"]), NOTIFY_SOCKET=str(notified))
         assert manager.recv(1000).startswith(b"READY=1")
         assert service.health() is not None
     assert service.stop(seconds=float(section["TimeoutStopSec"])) == 0

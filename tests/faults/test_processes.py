@@ -165,8 +165,8 @@ def test_sigterm_with_fifty_requests_in_flight_loses_none(two_workers):
     record("SIGTERM", "with 50 requests in flight", 50, f"50 answered, exit 0 after {seconds:.1f} s")
 
 
-def test_the_master_is_killed_under_load(start):
-    running = start(WEB_CONCURRENCY="2").wait_ready()
+def test_the_master_is_killed_under_load(start_without_model):
+    running = start_without_model(WEB_CONCURRENCY="2").wait_ready()
     processes = running.processes()
     folder = Path(running.supervisor().cmdline()[3])
     with load(running):
@@ -183,8 +183,8 @@ PRELOADED = [GUNICORN, "--preload", "-b", "127.0.0.1:{port}", "app:app"]
 
 
 @pytest.mark.parametrize("command", [None, PRELOADED], ids=["as usual", "preloaded"])
-def test_the_supervisor_is_killed(start, command):
-    running = start(command).wait_ready()
+def test_the_supervisor_is_killed(start_without_model, command):
+    running = start_without_model(command).wait_ready()
     processes = running.processes()
     running.supervisor().kill()
     killed = time.monotonic()
@@ -202,16 +202,18 @@ def test_the_supervisor_is_killed(start, command):
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["as usual", "preloaded"])
-def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start, preload):
+def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start_without_model, preload):
     """The new master has its own supervisor and folder, and the old one removes all that it had."""
     command = [GUNICORN, *preload, "-b", "127.0.0.1:{port}", "app:app"]
-    running = start(command).wait_ready()
+    running = start_without_model(command).wait_ready()
     old = running.processes()
     old_folder = Path(running.supervisor().cmdline()[3])
     running.process.send_signal(signal.SIGUSR2)
     new_master = wait_until(lambda: _new_master(running, old), 30, "a new master")
     try:
         wait_until(lambda: _loaded_below(new_master), 60, "the model of the new master")
+        # Both masters' workers answer on the port; those of the new one may still be connecting to its model.
+        wait_until(lambda: all(_is_ready(running) for _ in range(20)), 60, "answers of all workers")
         with load(running) as seen:
             assert running.stop() == 0
             wait_until(lambda: gone(old), 10, "the end of the old master's processes")
@@ -232,6 +234,11 @@ def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start, preload):
 SUPERVISOR = "embedding_service.sharing.supervisor"
 
 
+def _is_ready(service: Service) -> bool:
+    health = service.health()
+    return health is not None and health[0] == 200
+
+
 def _new_master(service: Service, old: list[psutil.Process]) -> psutil.Process | None:
     """The old master's new child, once it has a supervisor of its own."""
     for child in psutil.Process(service.process.pid).children():
@@ -247,8 +254,8 @@ def _loaded_below(master: psutil.Process) -> bool:
     return Path(supervisor.cmdline()[3], "model-0.heartbeat").exists()
 
 
-def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start):
-    running = start()
+def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start_without_model):
+    running = start_without_model()
     began = time.monotonic()
     for _ in range(5):
         process = wait_until(lambda: _model_process(running), 30, "a model process")

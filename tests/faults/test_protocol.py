@@ -85,8 +85,8 @@ def test_no_header_moves_the_path(service, header):
     assert exchange(service.port, request).startswith(b"HTTP/1.1 200")
 
 
-def test_a_path_that_is_not_below_script_name_is_not_found(start):
-    below = start(SCRIPT_NAME="/emb")
+def test_a_path_that_is_not_below_script_name_is_not_found(start_without_model):
+    below = start_without_model(SCRIPT_NAME="/emb")
 
     def answered() -> bytes:
         with contextlib.suppress(ConnectionRefusedError):
@@ -282,11 +282,13 @@ def test_a_header_that_is_repeated_in_the_same_words_counts_once(service, header
     assert (b"X-Request-ID: mine\r\n" in answer) == (b"mine" in header)
 
 
-def test_with_all_connections_taken_the_longest_idle_one_makes_room(start):
+def test_with_all_connections_taken_the_longest_idle_one_makes_room(start_without_model):
     """A refusal below Flask also tells the browser of an allowed page that the page may read it."""
     command = [sys.executable, "-m", "gunicorn", "--worker-connections", "8"]
     command += ["-b", "127.0.0.1:{port}", "app:app"]
-    service = start(command, CORS_ORIGINS="http://localhost:*", KEEP_ALIVE_SECONDS="600").wait_ready()
+    service = start_without_model(
+        command, CORS_ORIGINS="http://localhost:*", KEEP_ALIVE_SECONDS="600"
+    ).wait_ready()
     live = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
     with contextlib.ExitStack() as stack:
         idle = []
@@ -305,8 +307,8 @@ def test_with_all_connections_taken_the_longest_idle_one_makes_room(start):
         assert (b"\r\nAccess-Control-Allow-Origin: " + origin in refused) == allowed
 
 
-def test_a_web_worker_without_descriptors_waits_and_serves_again(start):
-    service = start().wait_ready()
+def test_a_web_worker_without_descriptors_waits_and_serves_again(start_without_model):
+    service = start_without_model().wait_ready()
     [worker] = service.web_workers()
     limit = worker.num_fds() + 5
     worker.rlimit(psutil.RLIMIT_NOFILE, (limit, limit))
@@ -318,9 +320,9 @@ def test_a_web_worker_without_descriptors_waits_and_serves_again(start):
     assert worker.is_running()
 
 
-def test_a_worker_that_reaches_max_requests_is_replaced_without_loss(start):
+def test_a_worker_that_reaches_max_requests_is_replaced_without_loss(start_without_model):
     command = [sys.executable, "-m", "gunicorn", "--max-requests", "40", "-b", "127.0.0.1:{port}", "app:app"]
-    service = start(command).wait_ready()
+    service = start_without_model(command).wait_ready()
     [first] = service.web_workers()
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda n: service.post("/embed", {"texts": f"text {n}"}), range(150)))

@@ -39,18 +39,18 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         pytest.param([GUNICORN, "--preload", "-c", CONFIG, "app:app"], id="gunicorn --preload"),
     ],
 )
-def test_serves_from_any_folder(start, tmp_path, command):
+def test_serves_from_any_folder(start_without_model, tmp_path, command):
     # Modules of another project, which must not be imported instead of ours.
     (tmp_path / "config.py").write_text("raise SystemExit('the wrong config')")
     (tmp_path / "logs.py").write_text("raise SystemExit('the wrong logs')")
-    service = start(command, cwd=tmp_path).wait_ready()
-    assert service.post("/embed", {"texts": "hello"}).json()["dimension"] == 384
+    service = start_without_model(command, cwd=tmp_path).wait_ready()
+    assert service.post("/embed", {"texts": "hello"}).json()["count"] == 1
     assert service.stop() == 0
 
 
-def test_the_env_file_of_the_working_folder_counts(start, tmp_path):
+def test_the_env_file_of_the_working_folder_counts(start_without_model, tmp_path):
     (tmp_path / ".env").write_text("BATCH_SIZE=7\nWEB_CONCURENCY=2\n")
-    service = start(APP, cwd=tmp_path).wait_ready()
+    service = start_without_model(APP, cwd=tmp_path).wait_ready()
     assert service.health()[0] == 200
     assert (
         "WEB_CONCURENCY is not a setting of this service and has no effect; did you mean WEB_CONCURRENCY?"
@@ -81,9 +81,9 @@ def test_an_invalid_env_file_stops_the_start(start, tmp_path):
     assert line.startswith(f"{tmp_path}/.env, line 2: this is not NAME=value")
 
 
-def test_arguments_win_over_settings(start):
+def test_arguments_win_over_settings(start_without_model):
     port = free_port()
-    service = start([*APP, "--port", str(port), "--host", "[::1]"], HOST="127.0.0.1")
+    service = start_without_model([*APP, "--port", str(port), "--host", "[::1]"], HOST="127.0.0.1")
     service.url = f"http://[::1]:{port}"
     service.wait_ready()
     assert "Set API_KEYS" not in service.log()
@@ -132,8 +132,8 @@ def test_download_finds_the_default_model():
     assert done.stdout.endswith("Nothing was downloaded.\n")
 
 
-def test_sigusr2_starts_the_same_command_again(start, tmp_path):
-    service = start([*APP, "--port", "{port}"], cwd=tmp_path, PORT="1").wait_ready()
+def test_sigusr2_starts_the_same_command_again(start_without_model, tmp_path):
+    service = start_without_model([*APP, "--port", "{port}"], cwd=tmp_path, PORT="1").wait_ready()
     service.process.send_signal(signal.SIGUSR2)
 
     def new_master():

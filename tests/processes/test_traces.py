@@ -80,8 +80,8 @@ def test_a_request_becomes_a_span_of_the_callers_trace(start, collector):
     assert names["service.name"] == "embedding-service"
 
 
-def test_a_request_without_a_trace_begins_one(start, collector):
-    service = start(
+def test_a_request_without_a_trace_begins_one(start_without_model, collector):
+    service = start_without_model(
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
         OTEL_BSP_SCHEDULE_DELAY="100",
         ACCESS_LOG="true",
@@ -97,8 +97,8 @@ def test_a_request_without_a_trace_begins_one(start, collector):
     assert [line["trace_id"] for line in lines] == [span.trace_id.hex()]
 
 
-def test_an_unreachable_collector_delays_nobody(start):
-    service = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9").wait_ready()
+def test_an_unreachable_collector_delays_nobody(start_without_model):
+    service = start_without_model(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9").wait_ready()
     assert service.post("/embed", {"texts": "hello"}).status_code == 200
 
 

@@ -1,0 +1,28 @@
+"""Makes a model process that is started with this folder on its PYTHONPATH ready at once: it loads no model.
+
+A text has a token for each word, and its vector follows from its characters. For tests of processes, logs,
+headers and flags.
+"""
+
+import sys
+from pathlib import Path
+
+
+def load(settings):
+    """A model without weights, whose load is logged like that of a real one."""
+    from tests.inference.fake_runtime import FakeRuntime
+
+    class Words(FakeRuntime):
+        def length(self, text):
+            return len(text.split()) + 2
+
+    local.log.info("Loaded %s (no model) on %s", settings.embedding_model, settings.device)
+    return Words(max_seq_length=settings.max_seq_length)
+
+
+if "embedding_service.sharing.server" in sys.orig_argv:
+    sys.path.append(str(Path(__file__).parents[2]))
+
+    from embedding_service.inference import local
+
+    local._load_model = load
