@@ -28,7 +28,7 @@ BODY = {"texts": "hello"}
 class OneVector:
     """An engine without a model, for checks that come before it."""
 
-    def embed(self, request):
+    def call(self, request):
         vectors = np.ones((len(request.texts), 3), np.float32)
         return Embeddings(vectors=vectors, tokens=3, truncated=[], timings=Timings())
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from flask import Flask, Response, request
+from flask import Flask, Response
 
 from embedding_service.engine import Embeddings
 from embedding_service.web.context import KEY
@@ -29,17 +29,17 @@ def register(app: Flask) -> None:
 
 
 def _write(level: int, what: str, response: Response) -> None:
+    request = current()
     fields: dict[str, str | int | float] = {
         "method": request.method,
         "route": request.url_rule.rule if request.url_rule is not None else request.path[:200],
         "status": response.status_code,
-        "ms": round(current().seconds * 1e3, 1),
+        "ms": round(request.seconds * 1e3, 1),
     }
-    counts = {"texts": current().texts, "tokens": current().tokens}
+    counts = {"texts": request.texts, "tokens": request.tokens}
     fields |= {name: count for name, count in counts.items() if count is not None}
-    result = current().result
-    if result is not None:
-        fields |= _of(result)
+    if request.result is not None:
+        fields |= _of(request.result)
     text = " ".join(f"{name}={value}" for name, value in fields.items())
     log.log(level, "%s %s", what, text, extra={"fields": fields})
 

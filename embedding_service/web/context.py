@@ -28,17 +28,10 @@ class ServiceContext:
         # One item for each further request that may be in flight: a list serves as a non-blocking semaphore.
         self._places = [None] * settings.max_concurrent_requests
         self._seconds_per_request = 0.0
+        self._model_name = ""
 
     def call(self, request: Request[AnswerT]) -> AnswerT:
         """As Engine.call. Raises Overloaded if this worker has too many requests in flight."""
-        began = self._enter()
-        try:
-            return self.engine.call(request)
-        finally:
-            self._leave(began)
-
-    def _enter(self) -> float:
-        """Take a place for a concurrent request; returns the time. Raises Overloaded if none is free."""
         try:
             self._places.pop()
         except IndexError:
@@ -47,12 +40,19 @@ class ServiceContext:
                 "this web worker is at its limit of concurrent requests",
                 retry_after_seconds=max(0.05, self._seconds_per_request / 2),
             ) from None
-        return time.monotonic()
+        began = time.monotonic()
+        try:
+            return self.engine.call(request)
+        finally:
+            self._places.append(None)
+            seconds = time.monotonic() - began
+            self._seconds_per_request += LATEST_WEIGHT * (seconds - self._seconds_per_request)
 
-    def _leave(self, began: float) -> None:
-        self._places.append(None)
-        seconds = time.monotonic() - began
-        self._seconds_per_request += LATEST_WEIGHT * (seconds - self._seconds_per_request)
+    def model_name(self) -> str:
+        """The model's name in responses, which stays the same once it is known."""
+        if not self._model_name and (info := self.status().info) is not None:
+            self._model_name = info.model_name
+        return self._model_name
 
     def status(self) -> Status:
         """The engine's status, or `draining` during a shutdown."""

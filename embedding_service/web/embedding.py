@@ -8,17 +8,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from flask import Response, request
+from flask import Response
 from msgspec import Meta
 
 from embedding_service.engine import Embeddings, EmbedRequest, Overflow, Vectors
 from embedding_service.errors import FingerprintMismatch, InvalidRequest, ServiceError
 from embedding_service.observability import metrics
 from embedding_service.quantization import Precision, quantize
-from embedding_service.web.body import answer
-from embedding_service.web.context import context
+from embedding_service.web.body import dump, json_response
 from embedding_service.web.limits import check_texts
-from embedding_service.web.request import current
+from embedding_service.web.request import ServiceRequest, current
 
 EncodingFormat = Annotated[
     Literal["float", "base64"],
@@ -108,7 +107,7 @@ def overflow_of(overflow: Overflow | None, truncate: bool | None, field: str = "
     `field` is the caller's name for `truncate`, for the error if the two contradict each other.
     """
     if truncate is None:
-        return overflow or context().settings.default_overflow
+        return overflow or current().service.settings.default_overflow
     if overflow is not None and truncate != (overflow == "truncate"):
         raise InvalidRequest("contradicts overflow; send one of the two", field=field)
     return "truncate" if truncate else (overflow or "error")
@@ -128,7 +127,7 @@ def ask(wanted: EmbedRequest, place: Place | None = None) -> Embeddings:
     `place` maps the index of a text to the field and item in which the caller sent it, by default the same
     item of the protocol's field for texts.
     """
-    service = context()
+    service = current().service
     check_fingerprint()
     try:
         check_texts(wanted.texts, characters=wanted.on_error == "fail")
@@ -152,8 +151,9 @@ def ask(wanted: EmbedRequest, place: Place | None = None) -> Embeddings:
 
 def check_fingerprint() -> str:
     """The model's fingerprint. Raises FingerprintMismatch if the caller expects another one."""
-    own = context().require_info().fingerprint
-    expected = request.environ.get("HTTP_X_EXPECT_FINGERPRINT")
+    request = current()
+    own = request.service.require_info().fingerprint
+    expected: str | None = request.environ.get("HTTP_X_EXPECT_FINGERPRINT")
     if expected is not None and expected != own:
         raise FingerprintMismatch(
             f"the caller expects vectors of a model with the fingerprint {expected[:64]!r}, but this model's "
@@ -166,7 +166,7 @@ def in_precision(vectors: Vectors, precision: Precision | None, field: str = "pr
     """The vectors in the requested number format. Raises InvalidRequest if it has no ranges."""
     if precision is None or precision == "float32":
         return vectors
-    info = context().status().info
+    info = current().service.status().info
     return quantize(vectors, precision, info.int8_ranges if info else None, field)
 
 
@@ -179,8 +179,7 @@ def encoded(vectors: npt.NDArray[Any], encoding_format: str) -> Any:
 
 def model_name() -> str:
     """The name of the loaded model."""
-    info = context().status().info
-    return info.model_name if info else ""
+    return current().service.model_name()
 
 
 NPY = "application/x-npy"
@@ -188,44 +187,41 @@ NPY = "application/x-npy"
 
 def wants_npy() -> bool:
     """Whether the caller accepts the vectors in numpy's own format."""
-    return NPY in request.headers.get("Accept", "")
+    return NPY in current().environ.get("HTTP_ACCEPT", "")
 
 
 def answer_npy(vectors: npt.NDArray[Any], result: Embeddings) -> Response:
     """The vectors as a .npy file of shape (texts, numbers), with the rest of the response in headers."""
     file = io.BytesIO()
     np.save(file, vectors, allow_pickle=False)
-    response = _with_headers(Response(file.getvalue(), mimetype=NPY), result)
-    response.headers["x-model"] = model_name()
-    response.headers["x-truncated-texts"] = str(len(result.truncated))
-    return response
+    about = [("x-model", model_name()), ("x-truncated-texts", str(len(result.truncated)))]
+    return Response(file.getvalue(), mimetype=NPY, headers=_headers(result) + about)
 
 
 def answer_embeddings(body: Any, result: Embeddings) -> Response:
     """The body, with the headers of Text Embeddings Inference: tokens, and times in whole milliseconds."""
-    return _with_headers(answer(body), result)
+    return json_response(dump(body), headers=_headers(result))
 
 
-def _with_headers(response: Response, result: Embeddings) -> Response:
-    current().result = result
-    current().tokens = result.tokens
-    timings = result.timings
-    add_headers(response).headers.extend(
-        [
-            ("x-tokenization-time", str(round(timings.tokenization_ms))),
-            ("x-queue-time", str(round(timings.queue_ms))),
-            ("x-inference-time", str(round(timings.inference_ms))),
-        ]
-    )
+def _headers(result: Embeddings) -> list[tuple[str, str]]:
+    request, timings = current(), result.timings
+    request.result, request.tokens = result, result.tokens
+    headers = [
+        *token_headers(request),
+        ("x-tokenization-time", str(round(timings.tokenization_ms))),
+        ("x-queue-time", str(round(timings.queue_ms))),
+        ("x-inference-time", str(round(timings.inference_ms))),
+    ]
     if result.cache_hits is not None:
-        response.headers["x-cache-hits"] = str(result.cache_hits)
-    return response
+        headers.append(("x-cache-hits", str(result.cache_hits)))
+    return headers
 
 
-def add_headers(response: Response) -> Response:
-    """Add the model's fingerprint, the tokens that were read and the total time in whole milliseconds."""
-    # Checked again, in case the model was replaced meanwhile.
-    response.headers["x-model-fingerprint"] = check_fingerprint()
-    response.headers["x-compute-tokens"] = str(current().tokens)
-    response.headers["x-total-time"] = str(round(current().seconds * 1e3))
-    return response
+def token_headers(request: ServiceRequest) -> list[tuple[str, str]]:
+    """The model's fingerprint, the tokens that were read and the total time in whole milliseconds."""
+    return [
+        # Checked again, in case the model was replaced meanwhile.
+        ("x-model-fingerprint", check_fingerprint()),
+        ("x-compute-tokens", str(request.tokens)),
+        ("x-total-time", str(round(request.seconds * 1e3))),
+    ]

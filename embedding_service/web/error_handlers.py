@@ -3,13 +3,14 @@
 import logging
 import math
 
-from flask import Flask, Response
+from flask import Flask, Response, current_app
 from werkzeug.exceptions import HTTPException
 
 from embedding_service.errors import Overloaded, ServiceError
 from embedding_service.web.body import answer
-from embedding_service.web.protocol import Failure, current_protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
+from embedding_service.web.request import current
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def on_service_error(error: ServiceError) -> Response:
     level = logging.WARNING if error.status >= 500 else logging.INFO
     # Rejections are not logged by default, so that an overloaded service does not fill its disk.
     level = logging.DEBUG if isinstance(error, Overloaded) else level
-    protocol = current_protocol() or native.protocol
+    protocol = current_protocol()
     failure = protocol.failure(error)
     log.log(level, "%d %s: %s", error.status, error.error_type, failure.message[:LOGGED_CHARACTERS])
     response = answer(*protocol.render(failure))
@@ -65,4 +66,17 @@ def on_bug(error: Exception) -> Response:
 
 def render(failure: Failure) -> Response:
     """The failure in the form that clients of the request's protocol expect."""
-    return answer(*(current_protocol() or native.protocol).render(failure))
+    return answer(*current_protocol().render(failure))
+
+
+def current_protocol() -> ApiProtocol:
+    """The protocol of this request: set explicitly, or found by route or path, or else the native one."""
+    request, blueprints = current(), current_app.blueprints
+    chosen = request.protocol or blueprints.get(request.blueprint or "")
+    if isinstance(chosen, ApiProtocol):
+        return chosen
+    if request.url_rule is None:
+        for blueprint in blueprints.values():
+            if isinstance(blueprint, ApiProtocol) and request.path.startswith(blueprint.paths):
+                return blueprint
+    return native.protocol

@@ -1,6 +1,11 @@
 """create_app: the Flask application over an engine."""
 
-from flask import Flask
+from functools import partial
+from typing import Any
+
+from flask import Flask, Request
+from flask.sessions import NullSession, SessionInterface, SessionMixin
+from werkzeug.routing import MapAdapter
 
 from embedding_service.engine import Engine
 from embedding_service.web import (
@@ -21,12 +26,40 @@ from embedding_service.web.request import ServiceRequest
 from embedding_service.web.settings import WebSettings
 
 
+class ServiceApp(Flask):
+    """Flask without coroutines, sessions and URLs built from a host, which cost as much as a view."""
+
+    def ensure_sync(self, func: Any) -> Any:
+        """The function: none is a coroutine."""
+        return func
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """Match the path alone, whatever the host."""
+        if request is None:
+            return None
+        return self.url_map.bind("", request.root_path, "", "http", request.method, request.path)
+
+
+class NoSessions(SessionInterface):
+    """No request has a session."""
+
+    null = NullSession()
+
+    def open_session(self, app: Flask, request: Request) -> SessionMixin:
+        return self.null
+
+    def is_null_session(self, obj: object) -> bool:
+        return True
+
+
 def create_app(engine: Engine, settings: WebSettings) -> Flask:
     """The WSGI application: `engine` does the embedding, `settings` holds the limits."""
-    app = Flask("embedding_service", static_folder=None)
-    app.request_class = ServiceRequest
+    app = ServiceApp("embedding_service", static_folder=None)
+    app.session_interface = NoSessions()
     app.url_map.strict_slashes = False
-    install(app, ServiceContext(engine, settings))
+    service = ServiceContext(engine, settings)
+    app.request_class = partial(ServiceRequest, service)  # type: ignore[assignment]
+    install(app, service)
     monitoring.register(app)
     request_ids.register(app)
     access_log.register(app)

@@ -19,8 +19,8 @@ def check_texts(texts: list[str], *, characters: bool = True) -> None:
 
     It also raises TooLarge if one has too many `characters`.
     """
-    settings = context().settings
-    current().texts = len(texts)
+    request = current()
+    settings, request.texts = request.service.settings, len(texts)
     if not texts:
         raise InvalidRequest("is empty; send at least one text", field="texts")
     if len(texts) > settings.max_texts_per_request:

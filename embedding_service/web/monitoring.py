@@ -48,9 +48,10 @@ def register(app: Flask) -> None:
     counter = app.extensions["request_counter"] = RequestCounter()
 
     def end(response: Response) -> Response:
+        request = current()
         route = request.url_rule.rule if request.url_rule is not None else UNMATCHED
         method = request.method if request.method in METHODS else OTHER
-        counter.count(route, method, response.status_code, current().seconds)
+        counter.count(route, method, response.status_code, request.seconds)
         return response
 
     app.after_request(end)

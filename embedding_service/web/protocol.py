@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from flask import Blueprint, current_app, request
+from flask import Blueprint
 
 from embedding_service.errors import ServiceError, sentence
-from embedding_service.web.request import current
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -58,20 +57,3 @@ class ApiProtocol(Blueprint):
         if field is not None:
             field = self._names.get(field, field)
         return Failure(error.status, error.error_type, error.reason, error.index, field)
-
-
-def set_protocol(protocol: ApiProtocol) -> None:
-    """Answer this request in another protocol than that of its route."""
-    current().protocol = protocol
-
-
-def current_protocol() -> ApiProtocol | None:
-    """The protocol of this request, if any: set explicitly, or found by route or path."""
-    found = current().protocol or current_app.blueprints.get(request.blueprint or "")
-    if isinstance(found, ApiProtocol):
-        return found
-    if request.url_rule is None:
-        for blueprint in current_app.blueprints.values():
-            if isinstance(blueprint, ApiProtocol) and request.path.startswith(blueprint.paths):
-                return blueprint
-    return None

@@ -14,7 +14,8 @@ def register(app: Flask) -> None:
 
 
 def _end(response: Response) -> Response:
-    response.headers["X-Request-ID"] = current().id
-    if current().callers_trace_id is not None:
-        response.headers.setdefault("traceparent", current().environ["HTTP_TRACEPARENT"])
+    request = current()
+    response.headers.add("X-Request-ID", request.id)
+    if request.callers_trace_id is not None:
+        response.headers.setdefault("traceparent", request.environ["HTTP_TRACEPARENT"])
     return response

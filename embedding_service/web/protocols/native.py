@@ -32,7 +32,7 @@ from embedding_service.web.embedding import (
     wants_npy,
 )
 from embedding_service.web.operation import JSON, operation
-from embedding_service.web.protocol import ApiProtocol, Failure, set_protocol
+from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
 from embedding_service.web.token_vectors import answer_tokens, ask_tokens
@@ -178,7 +178,7 @@ def embed() -> Response:
     except InvalidRequest:
         if not _is_for_tei(raw):
             raise
-        set_protocol(tei.protocol)
+        current().protocol = tei.protocol
         return tei.embed_raw(raw)
     wanted = EmbedRequest(
         texts=listed(body.texts),
