@@ -14,6 +14,7 @@ from embedding_service.web import auth
 from embedding_service.web.factory import create_app
 from embedding_service.web.keys import KeyRing
 from embedding_service.web.settings import WebSettings
+from tests.fakes import INFO
 from tests.service import wait_until
 
 OURS, OTHERS, FILED, ROTATED = (
@@ -33,7 +34,7 @@ class OneVector:
         return Embeddings(vectors=vectors, tokens=3, truncated=[], timings=Timings())
 
     def status(self):
-        return Status(state="healthy")
+        return Status(state="healthy", info=INFO)
 
     def must_restart(self):
         return False
