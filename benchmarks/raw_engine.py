@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,10 +23,9 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.texts import Texts
-from embedding_service.engine import EmbedRequest, Vectors
+from embedding_service.engine import EmbedRequest, Outcome, Vectors
 from embedding_service.inference import source
 from embedding_service.inference.batcher import Batcher
-from embedding_service.inference.job import Outcome
 from embedding_service.inference.loading import load
 from embedding_service.inference.model import Model
 from embedding_service.inference.runtime import Lane
@@ -120,10 +119,10 @@ class RawEngine:
         stop = time.monotonic() + seconds
         turn = iter(range(10**9))
 
-        def submit(_outcome: Outcome | None = None) -> None:
+        def submit(_outcomes: Sequence[tuple[int, Outcome]] = ()) -> None:
             if time.monotonic() < stop:
                 text = texts[next(turn) % len(texts)]
-                batcher.submit(EmbedRequest(texts=[text], deadline=stop + 60), submit)
+                batcher.submit([(0, EmbedRequest(texts=[text], deadline=stop + 60))], submit)
 
         for _ in range(clients):
             submit()

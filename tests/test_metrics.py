@@ -209,7 +209,7 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     service.wait_ready()
 
     with ThreadPoolExecutor(1) as pool:
-        texts = [f"{number} {'many words to wait for ' * 60}" for number in range(4096)]
+        texts = [f"{number} {'many words to wait for ' * 60}" for number in range(256)]
         bulk = pool.submit(service.post, "/embed", {"texts": texts})
         wait_until(lambda: scrape(service).value("embedding_queued_tokens") > 10_000, 20, "a queue")
         service.model_process().kill()
@@ -318,12 +318,12 @@ def run(texts, on_forward=lambda _batch: None):
     before = Scraped(metrics.exposition("")[0].decode())
     batcher = Batcher(FakeRuntime(on_forward=on_forward), max_queued_tokens=10_000)
     try:
-        batcher.submit(EmbedRequest(texts=texts, deadline=float("inf")), outcomes.append)
+        batcher.submit([(0, EmbedRequest(texts=texts, deadline=float("inf")))], outcomes.extend)
         wait_until(lambda: outcomes, 5, "an outcome")
     finally:
         batcher.close("the test is over")
     after = Scraped(metrics.exposition("")[0].decode())
-    return outcomes[0], lambda name: after.value(name) - before.value(name)
+    return outcomes[0][1], lambda name: after.value(name) - before.value(name)
 
 
 def test_padding_is_counted():

@@ -1,25 +1,34 @@
-"""The batcher: requests gather into the next batch while a thread for each lane runs the last one."""
+"""The batcher: the threads around the scheduler. Requests gather into the next batch while others run."""
 
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from embedding_service.engine import EmbedRequest
+from embedding_service.engine import EmbedRequest, Outcome, Receiver
 from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
 from embedding_service.inference.execution import Computed, execute
-from embedding_service.inference.job import Job, Outcome, Part, Piece, Receiver, lengths_of, normalize
 from embedding_service.inference.model import Model
+from embedding_service.inference.pending import PendingRequest, Share, normalize
 from embedding_service.inference.runtime import DeviceLost, Lane
-from embedding_service.inference.schedule import Schedule
-from embedding_service.inference.tokenization import Tokenization
+from embedding_service.inference.scheduler import Scheduler
+from embedding_service.inference.tokenization import is_large, tokenize_part, tokenize_together
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
 
+# Streams with a core of their own leave it to what feeds them: tokenizing, and the web workers.
+NICENESS = 10
+
+Failure = tuple[PendingRequest, ServiceError]
+
 
 class Batcher:
-    """The threads around a Schedule, and its lock. Every method is safe from any thread."""
+    """The threads around a Scheduler, and its lock. Every method is safe from any thread."""
 
     def __init__(
         self,
@@ -32,20 +41,21 @@ class Batcher:
         self._model = model
         self._on_device_lost = on_device_lost
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
-        self._schedule = Schedule(model, max_queued_tokens=max_queued_tokens, cache_bytes=cache_bytes)
+        self._scheduler = Scheduler(model, max_queued_tokens=max_queued_tokens, cache_bytes=cache_bytes)
+        # Reading a request touches nothing that threads share, except the cache.
+        self._reading = self._lock if cache_bytes else contextlib.nullcontext()
         self._closed: str | None = None
-        # When each lane began its current batch.
-        self._running: dict[int, float] = {}
-        self._tokenization = Tokenization(
-            model,
-            is_idle=lambda: not self._running,
-            on_tokenized=self._enqueue,
-            on_failed=lambda job, error: self._fail([(job, error)]),
-        )
-        for number, lane in enumerate(model.lanes):
+        # When each stream began its current batch.
+        self._running: dict[Lane, float] = {}
+        # The streams that sleep, with the lock that wakes each; the one that ran last comes last.
+        self._sleeping: dict[Lane, threading.Lock] = {}
+        self._large: deque[PendingRequest] = deque()
+        self._large_came = threading.Condition(self._lock)
+        threading.Thread(target=self._tokenize_forever, name="tokenizer", daemon=True).start()
+        streams = [*model.lanes, *([model.whole] if model.whole else [])]
+        for number, stream in enumerate(streams):
             threading.Thread(
-                target=self._run_forever, args=(number, lane), name=f"model-{number}", daemon=True
+                target=self._run_forever, args=(stream,), name=f"model-{number}", daemon=True
             ).start()
 
     @property
@@ -56,151 +66,191 @@ class Batcher:
     @property
     def queued_tokens(self) -> int:
         """Tokens accepted and not yet answered."""
-        return self._schedule.queued_tokens
+        return self._scheduler.queued_tokens
 
-    def submit(self, request: EmbedRequest, on_done: Callable[[Outcome], None]) -> Job:
-        """Queue a request; `on_done` is called once with its outcome, from any thread, even this one.
+    def submit(self, calls: Sequence[tuple[int, EmbedRequest]], receiver: Receiver) -> None:
+        """Queue numbered requests that came together.
 
-        Raises InvalidRequest, Overloaded, DeadlineExceeded or Unavailable if it is not accepted.
+        `receiver` gets the outcome of each once, from any thread, even this one.
         """
-        with self._lock:
-            job = self._accept(request, lambda outcomes: on_done(outcomes[0][1]), 0, time.monotonic())
-        self._dispatch([job])
-        return job
-
-    def submit_all(self, calls: Sequence[tuple[int, EmbedRequest]], receiver: Receiver) -> None:
-        """Queue numbered requests that came together; `receiver` gets the outcome of each, once."""
         now = time.monotonic()
-        jobs: list[Job] = []
-        refused: list[tuple[int, Outcome]] = []
-        with self._lock:
+        small: dict[Hashable, list[PendingRequest]] = {}
+        large: list[PendingRequest] = []
+        outcomes: list[tuple[int, Outcome]] = []
+        looked_up, hits = 0, 0
+        with self._reading:
             for number, request in calls:
                 try:
-                    jobs.append(self._accept(request, receiver, number, now))
-                except ServiceError as error:
-                    refused.append((number, error))
-                except Exception:
-                    log.exception("A request could not be queued")
-                    refused.append((number, ModelFailure("the service failed on this request")))
-        self._dispatch(jobs)
-        if refused:
-            _hand_over(receiver, refused)
+                    pending = self._scheduler.read(request, receiver, number, now)
+                except Exception as error:
+                    outcomes.append((number, _reported(error)))
+                    continue
+                if pending.caches:
+                    looked_up += len(request.texts)
+                    hits += pending.distinct.hits
+                if not pending.missing:
+                    outcomes.append((number, self._outcome(pending)))
+                elif is_large(pending):
+                    large.append(pending)
+                else:
+                    small.setdefault(pending.context, []).append(pending)
+        if looked_up:
+            metrics.record_cache(hits, looked_up - hits)
+        ready = large
+        for together in small.values():
+            fine, failed = tokenize_together(self._model, together)
+            ready += fine
+            outcomes += [(one.number, error) for one, error in failed]
+        if ready:
+            with self._lock:
+                outcomes += [(one.number, error) for one, error in self._accept(ready, now)]
+        if outcomes:
+            _hand_over(receiver, outcomes)
 
-    def cancel(self, job: Job) -> None:
-        """Drop a job whose outcome is not needed; its receiver is not called."""
+    def cancel(self, receiver: Receiver) -> None:
+        """Drop the requests of a receiver that is gone; it is not called again."""
         with self._lock:
-            self._schedule.end(job, dropped=True)
-
-    def cancel_all(self, receiver: Receiver) -> None:
-        """Drop all jobs of a receiver that is gone."""
-        with self._lock:
-            for job in self._schedule.jobs(receiver):
-                self._schedule.end(job, dropped=True)
+            for pending in self._scheduler.pending(receiver):
+                self._scheduler.end(pending)
 
     def close(self, reason: str) -> None:
         """Refuse new requests, fail the waiting ones with Unavailable, and end the threads."""
         with self._lock:
             self._closed = reason
-            jobs = self._schedule.jobs()
-            self._work.notify_all()
-        self._fail([(job, Unavailable(reason, retry_after_seconds=1)) for job in jobs])
-        self._tokenization.close()
+            waiting = self._scheduler.pending()
+            self._large_came.notify()
+            while self._sleeping:
+                self._sleeping.popitem()[1].release()
+        self._fail((one, Unavailable(reason, retry_after_seconds=1)) for one in waiting)
 
     # Into the queue
 
-    def _accept(self, request: EmbedRequest, receiver: Receiver, number: int, now: float) -> Job:
-        if self._closed is not None:
-            raise Unavailable(self._closed, retry_after_seconds=1)
-        return self._schedule.accept(request, receiver, number, now)
+    def _accept(self, ready: list[PendingRequest], now: float) -> list[Failure]:
+        """Queue requests; returns those that are refused. The caller holds the lock."""
+        refused: list[Failure] = []
+        for pending in ready:
+            try:
+                if self._closed is not None:
+                    raise Unavailable(self._closed, retry_after_seconds=1)
+                self._scheduler.accept(pending, now)
+                if pending.tokenized is None:
+                    self._large.append(pending)
+                    self._large_came.notify()
+            except Exception as error:
+                self._scheduler.end(pending)
+                refused.append((pending, _reported(error)))
+        self._wake()
+        return refused
 
-    def _dispatch(self, jobs: list[Job]) -> None:
-        """Tokenize new jobs, and answer those that the cache answers entirely."""
-        if not all(job.texts for job in jobs):
+    def _tokenize_forever(self) -> None:
+        while True:
             with self._lock:
-                answered = [job for job in jobs if not job.texts and self._schedule.end(job)]
-            self._complete(answered)
-            jobs = [job for job in jobs if job.texts]
-        self._tokenization.add(jobs)
+                while not self._large:
+                    if self._closed is not None:
+                        return
+                    self._large_came.wait()
+                pending = self._large.popleft()
+            if pending.finished:
+                continue
+            try:
+                part = tokenize_part(self._model, pending, idle=not self._running)
+                with self._lock:
+                    if not pending.finished:
+                        self._scheduler.extend(pending, part)
+                        self._wake()
+                        if pending.arrived < len(pending.distinct.texts):
+                            self._large.append(pending)
+            except Exception as error:
+                self._fail([(pending, _reported(error))])
 
-    def _enqueue(self, pieces: list[tuple[Job, Piece]], seconds: float) -> None:
-        broken: list[Job] = []
-        with self._lock:
-            for job, piece in pieces:
-                job.tokenization_seconds += seconds
-                try:
-                    if not job.finished:
-                        self._schedule.enqueue(job, piece)
-                except Exception:
-                    log.exception("Texts could not be queued")
-                    # Ended at once, so that no other job shares its texts, which may not be queued.
-                    self._schedule.end(job, dropped=True)
-                    broken.append(job)
-            self._work.notify()
-        for job in broken:
-            error = ModelFailure("the service failed on this request")
-            _hand_over(job.receiver, [(job.number, error)])
+    # Through the streams
 
-    # Through the lanes
-
-    def _run_forever(self, number: int, lane: Lane) -> None:
-        """A lane's thread; it ends if the batcher closes, the device is lost, or its own code is faulty."""
+    def _run_forever(self, stream: Lane) -> None:
+        """A stream's thread; ends if the batcher closes, the device is lost, or its own code is faulty."""
+        if self._model.whole is not None and stream is not self._model.whole:
+            _be_nice()
         try:
-            while (found := self._next_batch(number)) is not None:
-                parts, expired, alone = found
-                if expired:
-                    late = DeadlineExceeded("the deadline passed in the queue")
-                    self._fail([(job, late) for job in expired])
-                self._run(parts, number, (self._model.whole if alone else None) or lane)
+            while (taken := self._take(stream)) is not None:
+                shares, tokens, late = taken
+                if late:
+                    error = DeadlineExceeded("the deadline passed in the queue")
+                    self._fail((pending, error) for pending in late)
+                self._run(shares, tokens, stream)
         except DeviceLost as error:
             self._lose(str(error))
         except BaseException:
             log.critical("The batcher failed", exc_info=True)
             self._lose("the batcher failed")
 
-    def _next_batch(self, number: int) -> tuple[list[Part], list[Job], bool] | None:
-        """Wait for work and take a batch; None once the batcher is closed.
-
-        Also returns the jobs whose deadline has passed, and whether nothing else is running or waiting.
-        """
-        schedule = self._schedule
-        with self._lock:
-            while not schedule:
+    def _take(self, stream: Lane) -> tuple[list[Share], int, list[PendingRequest]] | None:
+        """Wait for work and take a batch; None once the batcher is closed."""
+        asleep: threading.Lock | None = None
+        while True:
+            with self._lock:
                 if self._closed is not None:
                     return None
-                self._work.wait()
-            now = time.monotonic()
-            idle = not self._running
-            parts, expired = schedule.take(now, idle=idle)
-            if schedule:
-                self._work.notify()
-            self._running[number] = now
-            return parts, expired, idle and not schedule
+                if self._scheduler and self._suits(stream):
+                    now = time.monotonic()
+                    taken = self._scheduler.take(now)
+                    self._running[stream] = now
+                    self._wake()
+                    return taken
+                if asleep is None:
+                    asleep = threading.Lock()
+                    asleep.acquire()
+                self._sleeping[stream] = asleep
+                self._wake()
+            asleep.acquire()
 
-    def _run(self, parts: list[Part], number: int, lane: Lane) -> None:
-        """Embed a batch. Raises DeviceLost; any other fault of ours fails the jobs in the batch."""
+    def _suits(self, stream: Lane) -> bool:
+        """Whether a stream should take a batch: the one with all cores only one that is alone."""
+        return stream is not self._model.whole or (not self._running and self._scheduler.fits_one_batch)
+
+    def _wake(self) -> None:
+        """Wake a stream if texts wait: of those that suit, the one that ran last. Needs the lock."""
+        if not self._scheduler or not self._sleeping:
+            return
+        all_cores = self._model.whole
+        if all_cores in self._sleeping and self._suits(all_cores):
+            self._sleeping.pop(all_cores).release()
+            return
+        for stream in reversed(self._sleeping):
+            if stream is not all_cores:
+                self._sleeping.pop(stream).release()
+                return
+
+    def _run(self, shares: list[Share], tokens: int, stream: Lane) -> None:
+        """Embed a batch. Raises DeviceLost; any other fault of ours fails the requests in the batch."""
 
         def started(began: float) -> None:
-            self._running[number] = began
+            self._running[stream] = began
 
         try:
-            for result in execute(parts, self._model, lane, on_start=started, on_out_of_memory=self._lower):
+            for result in execute(
+                shares, self._model, stream, on_start=started, on_out_of_memory=self._lower
+            ):
                 if isinstance(result, Computed):
-                    self._deliver(result, lane)
+                    tokens -= result.tokens
+                    self._deliver(result, stream)
                 else:
-                    self._fail_part(result.part, result.why)
+                    pending, rows = result.share
+                    error = ModelFailure(result.why, index=pending.index_of(int(rows[0])))
+                    self._fail([(pending, error)])
         except DeviceLost:
             raise
-        except Exception:
-            log.exception("A batch failed outside the model")
-            for part in parts:
-                self._fail_part(part, None)
+        except Exception as error:
+            reported = _reported(error)
+            self._fail((pending, reported) for pending, _ in shares)
         finally:
-            with self._lock:
-                del self._running[number]
+            # Usually the delivery has done this already.
+            if tokens or stream in self._running:
+                with self._lock:
+                    self._scheduler.ran(tokens)
+                    self._running.pop(stream, None)
 
     def _lower(self) -> None:
         with self._lock:
-            self._schedule.lower(time.monotonic())
+            self._scheduler.lower(time.monotonic())
 
     def _lose(self, reason: str) -> None:
         self._on_device_lost(reason)
@@ -208,52 +258,41 @@ class Batcher:
 
     # To the receivers
 
-    def _deliver(self, computed: Computed, lane: Lane) -> None:
+    def _deliver(self, computed: Computed, stream: Lane) -> None:
         vectors, began, ended = computed.vectors, computed.began, computed.ended
         unit = vectors if self._model.normalized else normalize(vectors)
-        lengths = lengths_of(computed.slices)
-        tokens, padded = sum(lengths), max(lengths) * len(lengths)
-        done: list[Job] = []
-        try:
-            with self._lock:
-                self._schedule.measure(tokens, padded, began, ended, whole=lane is self._model.whole)
-                first = 0
-                for part in computed.batch:
-                    last = first + len(part.rows)
-                    done += self._schedule.deliver(part, vectors[first:last], unit[first:last], began, ended)
-                    first = last
-        finally:
-            self._complete(done)
-        metrics.record_batch(len(lengths), tokens, padded, ended - began)
-
-    def _fail_part(self, part: Part, why: str | None) -> None:
-        """Fail all jobs that wait for a part: for a reason, with the text's index, or by a fault of ours."""
         with self._lock:
-            takers = self._schedule.give_up_on(part)
-        if why is None:
-            error = ModelFailure("the service failed on this request")
-            self._fail([(job, error) for job, _ in takers])
-        else:
-            self._fail([(job, ModelFailure(why, index=job.index_of(row))) for job, row in takers])
-
-    def _fail(self, failures: Sequence[tuple[Job, ServiceError]]) -> None:
-        with self._lock:
-            failures = [(job, error) for job, error in failures if self._schedule.end(job, dropped=True)]
-        for job, error in failures:
-            _hand_over(job.receiver, [(job.number, error)])
-
-    def _complete(self, jobs: list[Job]) -> None:
-        """Hand over the answers of jobs that came out of one batch: those of a receiver together."""
+            self._running.pop(stream, None)
+            self._scheduler.ran(computed.tokens)
+            done = self._scheduler.deliver(computed.shares, vectors, unit, began, ended)
+            if stream is not self._model.whole:
+                self._scheduler.measure(computed.padded, began, ended)
         outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
-        for job in jobs:
-            try:
-                outcome: Outcome = job.outcome(self._model.normalized)
-            except Exception:
-                log.exception("An answer could not be made")
-                outcome = ModelFailure("the service failed on this request")
-            outcomes.setdefault(job.receiver, []).append((job.number, outcome))
+        for pending in done:
+            outcomes.setdefault(pending.receiver, []).append((pending.number, self._outcome(pending)))
         for receiver, together in outcomes.items():
             _hand_over(receiver, together)
+        metrics.record_batch(len(vectors), computed.tokens, computed.padded, ended - began)
+
+    def _outcome(self, pending: PendingRequest) -> Outcome:
+        try:
+            return pending.outcome(self._model.normalized)
+        except Exception as error:
+            return _reported(error)
+
+    def _fail(self, failures: Iterable[Failure]) -> None:
+        with self._lock:
+            ended = [(one, error) for one, error in failures if self._scheduler.end(one)]
+        for pending, error in ended:
+            _hand_over(pending.receiver, [(pending.number, error)])
+
+
+def _reported(error: Exception) -> ServiceError:
+    """What the caller hears of an error: our own, or a fault, which the log explains."""
+    if isinstance(error, ServiceError):
+        return error
+    log.error("A request failed outside the model", exc_info=error)
+    return ModelFailure("the service failed on this request")
 
 
 def _hand_over(receiver: Receiver, outcomes: Sequence[tuple[int, Outcome]]) -> None:
@@ -261,3 +300,10 @@ def _hand_over(receiver: Receiver, outcomes: Sequence[tuple[int, Outcome]]) -> N
         receiver(outcomes)
     except Exception:
         log.exception("Outcomes could not be handed over")
+
+
+def _be_nice() -> None:
+    """On Linux a niceness is a thread's own."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -68,6 +68,14 @@ class BatchBudget:
         """How long a batch of `tokens` lasts."""
         return self._cost.seconds(self.tokens)
 
+    def seconds(self, tokens: float) -> float:
+        """How long a batch of this many padded tokens lasts."""
+        return self._cost.seconds(tokens)
+
+    def tokens_within(self, seconds: float) -> float:
+        """How many padded tokens a batch may hold that lasts this long."""
+        return self._cost.tokens_within(seconds)
+
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn how long a batch of this many padded tokens took on one of the lanes (never on `whole`)."""
         cost = self._cost

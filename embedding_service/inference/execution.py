@@ -1,17 +1,16 @@
-"""Runs a batch in a lane: halves it if it fails, and computes vectors again that are not finite."""
+"""Runs a batch in a stream: halves it if it fails, and computes vectors again that are not finite."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from embedding_service.engine import Vectors
-from embedding_service.inference.job import Part, halves, merged
 from embedding_service.inference.model import Model
+from embedding_service.inference.pending import Share, rows_of
 from embedding_service.inference.runtime import DeviceLost, Lane, OutOfMemory
-from embedding_service.inference.tokenized import Rows
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -21,42 +20,43 @@ log = logging.getLogger(__name__)
 class Computed:
     """The vectors of a batch, of shape (rows, dimension), and when they were computed (monotonic clock)."""
 
-    batch: list[Part]
-    slices: list[Rows]
+    shares: list[Share]
     vectors: Vectors
+    tokens: int
+    padded: int
     began: float
     ended: float
 
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Failed:
-    """The part of one text that could not be embedded, and why. If a vector follows for it, ignore it."""
+    """The share of one text that could not be embedded, and why. If a vector follows for it, ignore it."""
 
-    part: Part
+    share: Share
     why: str
 
 
 def execute(
-    parts: list[Part],
+    shares: list[Share],
     model: Model,
-    lane: Lane,
+    stream: Lane,
     *,
     on_start: Callable[[float], None],
     on_out_of_memory: Callable[[], None],
 ) -> Iterator[Computed | Failed]:
     """Embed a batch. If it fails, halve it until only the faulty texts are left. Raises DeviceLost."""
-    waiting = [parts]
+    waiting = [shares]
     while waiting:
-        # A text that another request shares is computed even if the request that queued it is gone.
-        batch = [part for part in waiting.pop() if not part.job.finished or part.job.shares]
+        batch = [share for share in waiting.pop() if not share[0].finished]
         if not batch:
             continue
-        texts = sum([len(part.rows) for part in batch])
-        slices = merged(batch)
+        rows = rows_of(batch)
+        lengths = rows[0].lengths if len(rows) == 1 else np.concatenate([part.lengths for part in rows])
+        texts = len(lengths)
         began = time.monotonic()
         on_start(began)
         try:
-            vectors = lane.forward(slices)
+            vectors = stream.forward(rows)
             if len(vectors) != texts:
                 raise RuntimeError(f"{len(vectors)} vectors came back for {texts} texts")
         except DeviceLost:
@@ -75,24 +75,39 @@ def execute(
         if not np.isfinite(vectors).all():
             vectors = vectors.copy()
             yield from _recompute(batch, vectors, model)
-        yield Computed(batch, slices, vectors, began, ended)
+        yield Computed(batch, vectors, int(lengths.sum()), int(lengths.max()) * texts, began, ended)
 
 
-def _failed(part: Part, error: Exception) -> Failed:
+def halves(shares: Sequence[Share], at: int) -> tuple[list[Share], list[Share]]:
+    """Split a batch in two, the first with `at` texts."""
+    first: list[Share] = []
+    second: list[Share] = []
+    for pending, rows in shares:
+        here = min(max(at, 0), len(rows))
+        at -= len(rows)
+        if here:
+            first.append((pending, rows[:here]))
+        if here < len(rows):
+            second.append((pending, rows[here:]))
+    return first, second
+
+
+def _failed(share: Share, error: Exception) -> Failed:
     log.error("A text could not be embedded", exc_info=error)
     if isinstance(error, OutOfMemory):
-        return Failed(part, "does not fit in the device's memory")
-    return Failed(part, "could not be embedded")
+        return Failed(share, "does not fit in the device's memory")
+    return Failed(share, "could not be embedded")
 
 
-def _recompute(batch: list[Part], vectors: Vectors, model: Model) -> Iterator[Failed]:
+def _recompute(shares: list[Share], vectors: Vectors, model: Model) -> Iterator[Failed]:
     """Replace each non-finite vector, in place, by one computed alone in float32."""
-    parts = [part.cut(at, at + 1) for part in batch for at in range(len(part.rows))]
+    texts = [(pending, rows[at : at + 1]) for pending, rows in shares for at in range(len(rows))]
     for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
         metrics.NONFINITE_RECOMPUTATIONS.inc()
         log.warning("A vector was not finite; computing it again in float32")
+        (one,) = rows_of([texts[row]])
         try:
-            vectors[row] = model.exact.forward(parts[row].slices[0])[0]
+            vectors[row] = model.exact.forward(one)[0]
             finite = bool(np.isfinite(vectors[row]).all())
         except DeviceLost:
             raise
@@ -100,4 +115,4 @@ def _recompute(batch: list[Part], vectors: Vectors, model: Model) -> Iterator[Fa
             log.exception("Computing a vector again failed")
             finite = False
         if not finite:
-            yield Failed(parts[row], "has a vector that is not finite")
+            yield Failed(texts[row], "has a vector that is not finite")

@@ -1,23 +1,28 @@
-"""The queue: decides which texts are next and which share a batch. Not thread-safe."""
+"""The queue: decides which texts are next and which share a batch. No threads, no locks."""
 
 import heapq
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import accumulate, count
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.inference.tokenized import IntArray
+from embedding_service.inference.tokenized import NO_ROWS, IntArray
 
-# A request with more texts than this is bulk; small requests go first if both are due. If `separate_bulk` is
-# set, bulk texts share no batch with those of small requests, which would only wait longer for it.
+# A request with more texts than this is bulk; small requests go first if both are due. On a CPU, bulk texts
+# share no batch with those of small requests, which would only wait longer for it.
 SMALL_REQUEST_TEXTS = 8
 
-# Small requests wait for the bulk batches in flight. So while they arrive, and for this long after the last
-# one, a bulk batch is limited to this many times the tokens that cost as much as starting a batch: it is
-# short, and bulk keeps two thirds of its speed. Only if `separate_bulk` is set.
+# Small requests wait for the bulk batches in flight. So on a CPU, while they arrive, and for this long after
+# the last one, a bulk batch is limited to this many times the tokens that cost as much as starting a batch:
+# it is short, and bulk keeps two thirds of its speed.
 SMALL_AGO_SECONDS, BULK_OVERHEADS = 1.0, 2
+
+# While normal requests wait, they get this many tokens for each token of the background, which therefore
+# never starves. All background requests share that, whatever their number and size.
+NORMAL_PER_BACKGROUND = 15
 
 # The share of its tokens that a batch may waste on padding. If nothing waits beyond the window, it may
 # waste as much as another batch would cost, if that is more, since no better match is queued.
@@ -29,184 +34,212 @@ WINDOW_BATCHES, WINDOW_TEXTS = 4, 1024
 # How many candidates to try for the longest text of a batch.
 MAX_ENDS = 32
 
-_NOTHING: IntArray = np.empty(0, np.int32)
-
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Flow:
-    """One request in the queue: those of its texts that wait, in the order of their length.
+class QueueEntry:
+    """The place of a request in the queue: those of its texts that wait, in the order of their length.
 
-    `rows` are the indices of the texts, `tag` is the virtual time at which the next one is due.
+    `rows` are the texts as their owner numbers them; `tokens` is the sum of `lengths`. `left` counts the
+    tokens that no batch has taken yet, estimated for texts that are not tokenized. `tag` is the virtual time
+    at which the next text is due.
     """
 
-    texts: list[str]
+    owner: Any
     deadline: float
+    bulk: bool
+    background: bool
+    left: int
     tag: float = 0.0
     group: Hashable = None
-    lengths: IntArray = field(default_factory=lambda: _NOTHING)
-    rows: IntArray = field(default_factory=lambda: _NOTHING)
+    lengths: IntArray = field(default_factory=lambda: NO_ROWS)
+    rows: IntArray = field(default_factory=lambda: NO_ROWS)
     tokens: int = 0
     queued: bool = False
-    finished: bool = False
-    bulk: bool = False
-    background: bool = False
 
-    def take(self, first: int, last: int) -> IntArray:
-        """Remove the texts at these places and return their rows."""
+    def take(self, first: int, last: int) -> tuple[IntArray, int]:
+        """Remove the texts at these places; returns their rows and tokens."""
         rows, lengths = self.rows, self.lengths
         taken = rows[first:last]
         if len(taken) == len(rows):
-            self.rows = self.lengths = _NOTHING
-            self.tokens = 0
-            return taken
-        self.tokens -= int(lengths[first:last].sum())
-        self.rows = np.concatenate((rows[:first], rows[last:]))
-        self.lengths = np.concatenate((lengths[:first], lengths[last:]))
-        return taken
+            tokens, self.rows, self.lengths = self.tokens, NO_ROWS, NO_ROWS
+        else:
+            tokens = int(lengths[first:last].sum())
+            self.rows = np.concatenate((rows[:first], rows[last:]))
+            self.lengths = np.concatenate((lengths[:first], lengths[last:]))
+        self.tokens -= tokens
+        self.left -= tokens
+        self.tag += tokens
+        return taken, tokens
 
 
-_Entry = tuple[float, bool, int, Flow]
+# By tag, then small before bulk, then in order of arrival.
+_Waiting = tuple[float, bool, int, QueueEntry]
 
-Batch = list[tuple[Flow, IntArray]]
+Taken = list[tuple[QueueEntry, IntArray]]
+
+
+@dataclass(slots=True, eq=False)
+class _Class:
+    """Requests that share the model evenly: start-time fair queueing over tokens (Goyal et al. 1996)."""
+
+    heap: list[_Waiting] = field(default_factory=list)
+    entries: int = 0
+    virtual_time: float = 0.0
+
+    def leave(self, window: list[_Waiting], tokens: int) -> None:
+        """Put back what a batch of this many tokens has left of the requests that it could choose from."""
+        due, small = window[0][0], False
+        for _, bulk, number, entry in window:
+            small = small or not bulk
+            entry.queued = len(entry.rows) > 0
+            if entry.queued:
+                heapq.heappush(self.heap, (entry.tag, bulk, number, entry))
+        # If bulk runs and nothing small waits, the next arrival goes first.
+        ahead = max(due, self.virtual_time + tokens / max(1, self.entries))
+        self.virtual_time = ahead if small else due
 
 
 class FairQueue:
-    """Start-time fair queueing over tokens (Goyal et al. 1996): each request is a flow.
+    """Requests take turns by tokens, so that one of 2,048 texts shares the model instead of holding it.
 
-    A request of 2,048 texts shares the model with the others instead of holding it.
+    Those in the background are a class of their own, of weight 1/16. No batch holds texts of both classes.
     """
 
-    def __init__(self, *, separate_bulk: bool) -> None:
-        self._separate_bulk = separate_bulk
-        # By tag, then small before bulk, then in order of arrival.
-        self._heap: list[_Entry] = []
+    def __init__(self, *, on_cpu: bool) -> None:
+        self._on_cpu = on_cpu
+        self._normal, self._background = _Class(), _Class()
         self._sequence = count()
-        self._flows = 0
-        self._virtual_time = 0.0
         self._small_until = 0.0
-        # Tokens of all batches so far.
-        self.served = 0
+        # Tokens that normal requests may still have before the background's turn.
+        self._ahead = 0
+        # Tokens that wait for a batch.
+        self.tokens = 0
 
     def __bool__(self) -> bool:
-        return bool(self._heap)
+        return bool(self._normal.heap or self._background.heap)
 
-    def add(self, flow: Flow, now: float) -> None:
+    def virtual_time(self, *, background: bool) -> float:
+        """The tag of a request that arrives now."""
+        return (self._background if background else self._normal).virtual_time
+
+    def add(self, entry: QueueEntry, now: float) -> None:
         """Register an accepted request, whose share of the model starts now."""
-        self._flows += 1
-        flow.tag = self._virtual_time
-        flow.bulk = len(flow.texts) > SMALL_REQUEST_TEXTS
-        if not flow.bulk:
+        own = self._class_of(entry)
+        own.entries += 1
+        entry.tag = own.virtual_time
+        if not (entry.bulk or entry.background):
             self._small_until = now + SMALL_AGO_SECONDS
 
-    def remove(self, flow: Flow) -> None:
+    def remove(self, entry: QueueEntry) -> None:
         """Forget a request that is done or dropped, and any of its texts that wait."""
-        self._flows -= 1
-        flow.rows = flow.lengths = _NOTHING
-        flow.tokens = 0
+        self._class_of(entry).entries -= 1
+        self.tokens -= entry.tokens
+        entry.rows = entry.lengths = NO_ROWS
+        entry.tokens = entry.left = 0
 
-    def push(self, flow: Flow, lengths: IntArray, rows: IntArray, group: Hashable) -> None:
+    def push(self, entry: QueueEntry, lengths: IntArray, rows: IntArray, group: Hashable) -> None:
         """Queue these texts of a request, with their lengths in tokens."""
-        if len(flow.rows):
-            lengths = np.concatenate((flow.lengths, lengths))
-            rows = np.concatenate((flow.rows, rows))
+        if len(entry.rows):
+            lengths = np.concatenate((entry.lengths, lengths))
+            rows = np.concatenate((entry.rows, rows))
         if len(lengths) > 1:
             order = lengths.argsort(kind="stable")
             lengths, rows = lengths[order], rows[order]
-        flow.tokens = sum(lengths.tolist())
-        flow.lengths, flow.rows, flow.group = lengths, rows, group
-        if not flow.queued:
-            flow.queued = True
-            flow.tag = max(flow.tag, self._virtual_time)
-            heapq.heappush(self._heap, (flow.tag, flow.bulk, next(self._sequence), flow))
-
-    def withdraw(self, flow: Flow, row: int) -> None:
-        """Remove one text, if it is queued."""
-        places = np.flatnonzero(flow.rows == row)
-        if len(places):
-            flow.take(int(places[0]), int(places[0]) + 1)
+        self.tokens -= entry.tokens
+        entry.tokens = sum(lengths.tolist())
+        self.tokens += entry.tokens
+        entry.lengths, entry.rows, entry.group = lengths, rows, group
+        if not entry.queued:
+            own = self._class_of(entry)
+            entry.queued = True
+            entry.tag = max(entry.tag, own.virtual_time)
+            heapq.heappush(own.heap, (entry.tag, entry.bulk, next(self._sequence), entry))
 
     def bulk_limit(self, budget: int, overhead: int, now: float) -> int:
         """How many tokens a batch may hold that requests with few texts may have to wait for."""
-        if self._separate_bulk and now < self._small_until:
+        if self._on_cpu and now < self._small_until:
             return min(budget, BULK_OVERHEADS * overhead)
         return budget
 
-    def next_batch(self, budget: int, overhead: int, now: float) -> tuple[Batch, list[Flow]]:
-        """Take the next batch, as rows of requests, and the requests whose deadline has passed.
+    def take(
+        self, budget: int, bulk_limit: int, overhead: int, now: float
+    ) -> tuple[Taken, int, list[QueueEntry]]:
+        """The next batch as rows of requests, its tokens, and the requests whose deadline has passed.
 
-        It holds at most `budget` tokens, padding included, but at least one text. `overhead` is what
-        another batch would cost, in tokens.
+        It holds at most `budget` tokens, padding included, and `bulk_limit` if it is bulk, but at least one
+        text. `overhead` is what another batch would cost, in tokens.
         """
-        window, expired = self._look(budget, now)
-        if not window:
-            return [], expired
-        due, _, _, head = window[0]
-        limit, fellows = budget, [flow for *_, flow in window if flow.group == head.group]
-        if self._separate_bulk:
-            fellows = [flow for flow in fellows if flow.bulk == head.bulk]
-            if head.bulk:
-                limit = self.bulk_limit(budget, overhead, now)
-        batch, served = _take(fellows, limit, 0 if self._heap else overhead)
-        self.served += served
-        for _, bulk, number, flow in window:
-            flow.queued = len(flow.rows) > 0
-            if flow.queued:
-                heapq.heappush(self._heap, (flow.tag, bulk, number, flow))
-        if all(bulk for _, bulk, _, _ in window):
-            # Bulk runs and nothing small waits: the next arrival goes first.
-            self._virtual_time = due
+        late: list[QueueEntry] = []
+        turns = [self._normal, self._background]
+        if self._background.heap and self._ahead <= 0:
+            turns.reverse()
+        for own in turns:
+            normal = own is self._normal
+            window = _look(own.heap, budget if normal else bulk_limit, now, late)
+            if not window:
+                continue
+            fellows, bulk = self._fellows(window)
+            taken, tokens = _choose(fellows, bulk_limit if bulk else budget, 0 if own.heap else overhead)
+            own.leave(window, tokens)
+            self.tokens -= tokens
+            self._ahead = self._ahead - tokens if normal else NORMAL_PER_BACKGROUND * tokens
+            return taken, tokens, late
+        return [], 0, late
+
+    def _fellows(self, window: list[_Waiting]) -> tuple[list[QueueEntry], bool]:
+        """The requests that may share a batch with the first one, and whether the batch is bulk."""
+        head = window[0][-1]
+        fellows = [entry for *_, entry in window if entry.group == head.group]
+        if head.background:
+            return fellows, True
+        if self._on_cpu:
+            fellows = [entry for entry in fellows if entry.bulk == head.bulk]
+        return fellows, self._on_cpu and head.bulk
+
+    def _class_of(self, entry: QueueEntry) -> _Class:
+        return self._background if entry.background else self._normal
+
+
+def _look(heap: list[_Waiting], budget: int, now: float, late: list[QueueEntry]) -> list[_Waiting]:
+    """Pop the requests whose turn is nearest, until they hold enough to choose from."""
+    window: list[_Waiting] = []
+    batches, texts = 0.0, 0
+    while heap and batches < WINDOW_BATCHES and texts < WINDOW_TEXTS:
+        waiting = heapq.heappop(heap)
+        entry = waiting[-1]
+        if not len(entry.rows):
+            entry.queued = False
+        elif now > entry.deadline:
+            entry.queued = False
+            late.append(entry)
         else:
-            self._virtual_time = max(due, self._virtual_time + served / max(1, self._flows))
-        return batch, expired
-
-    def _look(self, budget: int, now: float) -> tuple[list[_Entry], list[Flow]]:
-        """Pop the flows whose turn is nearest, until they hold enough to choose from."""
-        window: list[_Entry] = []
-        expired: list[Flow] = []
-        batches, texts = 0.0, 0
-        heap = self._heap
-        while heap and batches < WINDOW_BATCHES and texts < WINDOW_TEXTS:
-            entry = heapq.heappop(heap)
-            flow = entry[-1]
-            if not len(flow.rows):
-                flow.queued = False
-            elif now > flow.deadline:
-                flow.queued = False
-                expired.append(flow)
-            else:
-                window.append(entry)
-                # A long flow must not keep the others out of the window.
-                batches += min(1.0, flow.tokens / budget)
-                texts += min(len(flow.rows), WINDOW_TEXTS // WINDOW_BATCHES)
-        return window, expired
+            window.append(waiting)
+            # A long request must not keep the others out of the window.
+            batches += min(1.0, entry.tokens / budget)
+            texts += min(len(entry.rows), WINDOW_TEXTS // WINDOW_BATCHES)
+    return window
 
 
-def _take(fellows: list[Flow], limit: int, free: int) -> tuple[Batch, int]:
-    """Take a batch with the longest text of the first flow, and its tokens; each flow pays for its own."""
-    total = sum([flow.tokens for flow in fellows])
-    texts = sum([len(flow.rows) for flow in fellows])
-    padded = max([int(flow.lengths[-1]) for flow in fellows]) * texts
+def _choose(fellows: list[QueueEntry], limit: int, free: int) -> tuple[Taken, int]:
+    """Take a batch with the longest text of the first request, and its tokens."""
+    total = sum([entry.tokens for entry in fellows])
+    texts = sum([len(entry.rows) for entry in fellows])
+    padded = max([int(entry.lengths[-1]) for entry in fellows]) * texts
     if texts == 1 or (padded <= limit and padded - total <= max(free, PADDING_SHARE * padded)):
-        batch = []
-        for flow in fellows:
-            flow.tag += flow.tokens
-            batch.append((flow, flow.take(0, len(flow.rows))))
-        return batch, total
-    return _take_similar(fellows, limit, free)
+        return [(entry, entry.take(0, len(entry.rows))[0]) for entry in fellows], total
+    return _choose_similar(fellows, limit, free)
 
 
-def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[Batch, int]:
-    starts = [0, *accumulate([len(flow.rows) for flow in fellows])]
+def _choose_similar(fellows: list[QueueEntry], limit: int, free: int) -> tuple[Taken, int]:
+    starts = [0, *accumulate([len(entry.rows) for entry in fellows])]
     if len(fellows) == 1:
-        flow, before = fellows[0], fellows[0].tokens
-        low, high = densest(flow.lengths, starts[1] - 1, limit, free)
-        taken = flow.take(low, high)
-        flow.tag += before - flow.tokens
-        return [(flow, taken)], before - flow.tokens
-    lengths = np.concatenate([flow.lengths for flow in fellows])
-    # Stable, and each flow is in order, so that a range of the whole is a range of each flow.
+        low, high = densest(fellows[0].lengths, starts[1] - 1, limit, free)
+        rows, tokens = fellows[0].take(low, high)
+        return [(fellows[0], rows)], tokens
+    lengths = np.concatenate([entry.lengths for entry in fellows])
+    # Stable, and each request is in order, so that a range of the whole is a range of each request.
     order = lengths.argsort(kind="stable")
     head = int((order == starts[1] - 1).argmax())
     low, high = densest(lengths[order], head, limit, free)
@@ -214,14 +247,13 @@ def _take_similar(fellows: list[Flow], limit: int, free: int) -> tuple[Batch, in
     chosen.sort()
     cuts = chosen.searchsorted(starts).tolist()
     batch, served = [], 0
-    for index, flow in enumerate(fellows):
+    for index, entry in enumerate(fellows):
         size = cuts[index + 1] - cuts[index]
         if size:
-            before = flow.tokens
             first = int(chosen[cuts[index]]) - starts[index]
-            batch.append((flow, flow.take(first, first + size)))
-            flow.tag += before - flow.tokens
-            served += before - flow.tokens
+            rows, tokens = entry.take(first, first + size)
+            batch.append((entry, rows))
+            served += tokens
     return batch, served
 
 

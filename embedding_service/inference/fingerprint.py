@@ -11,7 +11,6 @@ from typing import Any
 
 from embedding_service.engine import Int8Ranges
 from embedding_service.inference.model_files import (
-    TRANSFORMERS,
     Listing,
     Module,
     files_read,
@@ -97,15 +96,14 @@ def _length_limit(listing: Listing, wanted: int) -> int | None:
     first, *_ = modules(listing)
     if first.kind == "StaticEmbedding":
         return None
-    if first.kind not in TRANSFORMERS:
+    if first.kind != "Transformer":
         return wanted
     own = listing.json(transformer_config(listing, first.folder) or "")
     if "modules.json" not in listing.names:
         own = {}
     arguments = own.get("processor_kwargs") or own.get("tokenizer_args") or {}
     tokenizer = listing.json(posixpath.join(first.folder, "tokenizer_config.json"))
-    config = listing.json(posixpath.join(first.folder, "config.json"))
-    positions = config.get("text_config", config).get("max_position_embeddings")
+    positions = listing.json(posixpath.join(first.folder, "config.json")).get("max_position_embeddings")
     lengths = (
         arguments.get("model_max_length")
         or own.get("max_seq_length")

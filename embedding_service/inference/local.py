@@ -108,12 +108,12 @@ class LocalEngine:
             else:
                 self._threads[type(request)].submit(self._answer, number, request, receiver)
         if together:
-            self._batcher.submit_all(together, receiver)
+            self._batcher.submit(together, receiver)
 
-    def cancel_all(self, receiver: Receiver) -> None:
+    def cancel(self, receiver: Receiver) -> None:
         """Drop all requests of a receiver that is gone."""
         if self._batcher is not None:
-            self._batcher.cancel_all(receiver)
+            self._batcher.cancel(receiver)
 
     def call(self, request: Request[AnswerT]) -> AnswerT:
         return cast(AnswerT, self._call(cast(AnyRequest, request)))
@@ -148,20 +148,20 @@ class LocalEngine:
         if self._batcher is None:
             raise Unavailable(self._status.reason, retry_after_seconds=1)
         done = threading.Event()
-        outcomes: list[Embeddings | ServiceError] = []
+        outcomes: list[tuple[int, Outcome]] = []
 
-        def finish(outcome: Embeddings | ServiceError) -> None:
-            outcomes.append(outcome)
+        def finish(together: Sequence[tuple[int, Outcome]]) -> None:
+            outcomes.extend(together)
             done.set()
 
-        job = self._batcher.submit(request, finish)
+        self._batcher.submit([(0, request)], finish)
         if not done.wait(request.deadline - time.monotonic() + GRACE_SECONDS):
-            self._batcher.cancel(job)
+            self._batcher.cancel(finish)
             raise DeadlineExceeded("the model did not answer before the deadline")
-        outcome = outcomes[0]
+        ((_, outcome),) = outcomes
         if isinstance(outcome, ServiceError):
             raise outcome
-        return outcome
+        return cast(Embeddings, outcome)
 
     def _split(self, request: EmbedRequest) -> list[list[Chunk]]:
         def split(texts: list[str]) -> list[list[Chunk]]:

@@ -31,16 +31,27 @@ class TokenizedTexts:
     def ids_of(self, rows: IntArray) -> IntArray:
         """The token ids of these rows, one after another."""
         lengths = self.lengths
-        if len(lengths) == 1:
-            return self.ids if len(rows) == 1 else np.tile(self.ids, len(rows))
         if len(rows) == 1:
             (row,) = rows.tolist()
-            return self.ids[self.offsets[row] : self.offsets[row] + lengths[row]]
+            first = self.offsets[row]
+            return self.ids[first : first + lengths[row]]
         lengths = lengths[rows]
         ends = lengths.cumsum()
         positions = np.arange(ends[-1]) + (self.offsets[rows] - ends + lengths).repeat(lengths)
         ids: IntArray = self.ids[positions]
         return ids
+
+    def extend(self, more: "TokenizedTexts") -> None:
+        """Append texts. Batches may read the rows that are here already, which stay the same."""
+        used = int(self.offsets[-1] + self.lengths[-1]) if len(self.offsets) else 0
+        if used + len(more.ids) > len(self.ids):
+            # Twice as many, so that a request in many parts is not copied for each of them.
+            self.ids = np.concatenate((self.ids[:used], np.empty(used + 2 * len(more.ids), np.int32)))
+        self.ids[used : used + len(more.ids)] = more.ids
+        self.offsets = np.concatenate((self.offsets, more.offsets + used))
+        self.texts += more.texts
+        self.truncated = np.concatenate((self.truncated, more.truncated))
+        self.lengths = np.concatenate((self.lengths, more.lengths))
 
 
 @dataclass(slots=True, frozen=True, eq=False)

@@ -83,7 +83,7 @@ class Connection:
         finally:
             self._server.forget(self)
             self._rest.put(None)
-            engine.cancel_all(self._answer)
+            engine.cancel(self._answer)
             self._channel.close()
 
     def _write_forever(self) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from embedding_service.engine import Embeddings, EmbedRequest, ModelInfo, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.inference.batcher import Batcher
-from embedding_service.inference.budget import BatchBudget
+from embedding_service.inference.budget import BatchBudget, BatchCost
 from embedding_service.inference.model import Model
 from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 DIMENSION = 8
+TOKEN_SECONDS = 1e-5  # what batches are said to cost
 LOG_NORMAL = (3.2, 0.8)  # tokens per text: median 25, one text in a hundred over 150
 
 
@@ -32,7 +33,12 @@ class FixedBudget(BatchBudget):
     """A fixed budget that records what it is told."""
 
     def __init__(self, tokens: int, overhead_tokens: int) -> None:
-        self.tokens, self.overhead_tokens = tokens, overhead_tokens
+        super().__init__(
+            BatchCost(overhead_tokens * TOKEN_SECONDS, TOKEN_SECONDS),
+            max_seq_length=1,
+            max_batch_tokens=tokens,
+        )
+        self.tokens = tokens
         self.observed: list[tuple[int, float]] = []
 
     def observe(self, tokens: int, seconds: float) -> None:
@@ -195,23 +201,26 @@ def request(texts: Sequence[str], seconds: float = 30.0, **fields) -> EmbedReque
 
 
 class Answer:
-    """The outcome of a submitted request, once there is one."""
+    """A receiver of one request's outcome."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
         self.outcomes: list[Embeddings | ServiceError] = []
-        self.job: Any = None
         self.seconds = 0.0
         self._began = time.monotonic()
 
-    def __call__(self, outcome: Embeddings | ServiceError) -> None:
+    def __call__(self, together: Sequence[tuple[int, Any]]) -> None:
         self.seconds = time.monotonic() - self._began
-        self.outcomes.append(outcome)
+        self.outcomes += [outcome for _, outcome in together]
         self._done.set()
 
     def wait(self, seconds: float = 20.0) -> Embeddings | ServiceError:
         assert self._done.wait(seconds), f"no outcome within {seconds} s"
         return self.outcomes[0]
+
+    def within(self, seconds: float) -> bool:
+        """Whether there is an outcome, at least after this time."""
+        return self._done.wait(seconds)
 
     @property
     def done(self) -> bool:
@@ -221,7 +230,7 @@ class Answer:
 def submit(batcher: Batcher, texts: Sequence[str], seconds: float = 30.0, **fields: Any) -> Answer:
     """Submit a request for the texts, with a deadline in this many seconds."""
     answer = Answer()
-    answer.job = batcher.submit(request(texts, seconds, **fields), answer)
+    batcher.submit([(0, request(texts, seconds, **fields))], answer)
     return answer
 
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from embedding_service.inference import warm_up
 from embedding_service.inference.backends.torch import CudaSession
-from embedding_service.inference.job import normalize
+from embedding_service.inference.pending import normalize
 from tests.inference.running import alone, load
 from tests.inference.test_cuda_path import CUDA, Watch, WithoutGuards, cuda  # noqa: F401
 

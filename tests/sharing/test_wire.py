@@ -123,7 +123,7 @@ def test_all_outcomes_of_a_batch_are_sent_in_one_system_call():
 
     class Server:
         class engine:
-            cancel_all = staticmethod(lambda _receiver: None)
+            cancel = staticmethod(lambda _receiver: None)
 
         forget = staticmethod(lambda _connection: None)
 

@@ -1,0 +1,58 @@
+"""Which texts of a request must be computed: each distinct one that the cache does not know."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from embedding_service.inference.tokenized import IntArray
+from embedding_service.inference.vector_cache import Cached, VectorCache
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Distinct:
+    """The distinct texts of a request, and for each of its texts which one it is, as np.unique returns them.
+
+    `inverse` counts the `texts` to compute first and the `cached` ones after them; it is None if each text
+    of the request is to be computed.
+    """
+
+    texts: list[str]
+    cached: list[Cached] = field(default_factory=list)
+    inverse: IntArray | None = None
+
+    def index_of(self, row: int) -> int:
+        """The first index in the request of a text to compute."""
+        return row if self.inverse is None else int(np.flatnonzero(self.inverse == row)[0])
+
+    @property
+    def hits(self) -> int:
+        """How many texts of the request the cache answered."""
+        return 0 if self.inverse is None else int(np.count_nonzero(self.inverse >= len(self.texts)))
+
+    @property
+    def cached_and_cut(self) -> list[int]:
+        """The indices of the cached texts that were truncated."""
+        cut = [len(self.texts) + row for row, entry in enumerate(self.cached) if entry.truncated]
+        if self.inverse is None or not cut:
+            return []
+        return np.flatnonzero(np.isin(self.inverse, cut)).tolist()
+
+
+def distinct(texts: list[str], context: Hashable, cache: VectorCache | None) -> Distinct:
+    """The texts without those that are repeated or cached."""
+    if cache is None and (len(texts) == 1 or len(set(texts)) == len(texts)):
+        return Distinct(texts)
+    new: dict[str, int] = {}
+    known: dict[str, tuple[int, Cached]] = {}
+    for text in texts:
+        if text not in new and text not in known:
+            entry = cache.get(context, text) if cache is not None else None
+            if entry is None:
+                new[text] = len(new)
+            else:
+                known[text] = (len(known), entry)
+    if len(new) == len(texts):
+        return Distinct(texts)
+    inverse = [new[text] if text in new else len(new) + known[text][0] for text in texts]
+    return Distinct(list(new), [entry for _, entry in known.values()], np.array(inverse, np.int32))

@@ -1,0 +1,210 @@
+"""The requests in progress: accepted, queued, taken into batches, given their vectors. No threads here."""
+
+import numpy as np
+
+from embedding_service.engine import EmbedRequest, Receiver, Vectors
+from embedding_service.errors import InvalidRequest
+from embedding_service.inference.admission import Admission
+from embedding_service.inference.distinct import distinct
+from embedding_service.inference.fair_queue import SMALL_REQUEST_TEXTS, FairQueue, QueueEntry
+from embedding_service.inference.model import Model
+from embedding_service.inference.pending import PendingRequest, Share
+from embedding_service.inference.tokenized import IntArray, TokenizedTexts
+from embedding_service.inference.vector_cache import VectorCache
+
+# How long batches stay halved after running out of memory.
+LOWERED_SECONDS = 60.0
+
+# How texts are estimated before they are tokenized: characters per token at first, then what recent texts
+# had, and special tokens.
+CHARACTERS_PER_TOKEN, SPECIAL_TOKENS, KEPT_SHARE = 4, 2, 0.99
+
+
+class Scheduler:
+    """What the batcher's threads share, under its lock. A request is in it from `accept` to `end`."""
+
+    def __init__(self, model: Model, *, max_queued_tokens: int, cache_bytes: int) -> None:
+        self._model = model
+        self._queue = FairQueue(on_cpu=model.on_cpu)
+        self._cache = VectorCache(cache_bytes) if cache_bytes else None
+        self._admission = Admission(
+            self._queue,
+            model.budget,
+            # Batches of several streams of an accelerator share it.
+            streams=len(model.lanes) if model.on_cpu else 1,
+            max_queued_tokens=max_queued_tokens,
+        )
+        self._pending: set[PendingRequest] = set()
+        self._seen_tokens, self._seen_characters = 1.0, float(CHARACTERS_PER_TOKEN)
+        self._most_tokens = model.info.max_batch_tokens
+        self._lowered_until = 0.0
+        self._last_ended = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether texts wait for a batch."""
+        return bool(self._queue)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens accepted and not yet answered."""
+        return self._admission.queued_tokens
+
+    @property
+    def fits_one_batch(self) -> bool:
+        """Whether all that waits is probably one batch."""
+        return self._queue.tokens <= min(self._model.budget.tokens, self._most_tokens)
+
+    def pending(self, receiver: Receiver | None = None) -> list[PendingRequest]:
+        """The requests of one receiver, or of all."""
+        return [one for one in self._pending if receiver is None or one.receiver == receiver]
+
+    def read(self, request: EmbedRequest, receiver: Receiver, number: int, now: float) -> PendingRequest:
+        """A request with what must be computed for it. Raises InvalidRequest."""
+        model, texts = self._model, request.texts
+        if not texts:
+            raise InvalidRequest("there is no text to embed")
+        _check_dimensions(request.dimensions, model.info.embedding_dimension)
+        prompt = model.prompt(request)
+        # Everything other than the text that affects a vector.
+        context = (model.info.fingerprint, prompt, request.input_type, request.truncation_side)
+        new = distinct(texts, context, self._cache)
+        count = len(new.texts)
+        pending = PendingRequest(
+            request=request,
+            receiver=receiver,
+            number=number,
+            submitted=now,
+            prompt=prompt,
+            context=context,
+            distinct=new,
+            characters=sum(map(len, new.texts)) + (len(prompt) * count if prompt else 0),
+            caches=self._cache is not None,
+            missing=count,
+        )
+        pending.entry = QueueEntry(
+            owner=pending,
+            deadline=request.deadline,
+            bulk=count > SMALL_REQUEST_TEXTS,
+            background=request.priority == "background",
+            left=0,
+        )
+        if new.cached:
+            pending.refuse_truncated(new.cached_and_cut, model.info.max_seq_length)
+        return pending
+
+    def accept(self, pending: PendingRequest, now: float) -> None:
+        """Let a request wait for its turn. Raises Overloaded, TooLarge or DeadlineExceeded."""
+        pending.charge = pending.entry.left = pending.tokens or self._estimate(pending)
+        self._admission.admit(pending.entry, now)
+        self._pending.add(pending)
+        self._queue.add(pending.entry, now)
+        if pending.arrived:
+            self._arrived(pending, 0)
+
+    def extend(self, pending: PendingRequest, part: TokenizedTexts) -> None:
+        """Queue the next texts of an accepted request."""
+        before = pending.arrived
+        pending.add(part)
+        self._arrived(pending, before)
+
+    def _arrived(self, pending: PendingRequest, before: int) -> None:
+        entry, tokenized, first = pending.entry, pending.tokenized, pending.first
+        assert tokenized is not None
+        rows = np.arange(first + before, first + pending.arrived, dtype=np.int32)
+        lengths = tokenized.lengths[first + before : first + pending.arrived]
+        self._queue.push(entry, lengths, rows, tokenized.group)
+        entry.left = max(entry.left, entry.tokens)
+        if pending.arrived == len(pending.distinct.texts):
+            self._seen_tokens = (
+                KEPT_SHARE * self._seen_tokens + pending.tokens - SPECIAL_TOKENS * pending.arrived
+            )
+            self._seen_characters = KEPT_SHARE * self._seen_characters + pending.characters
+            self._admission.queued_tokens += pending.tokens - pending.charge
+            pending.charge = pending.tokens
+            entry.left = entry.tokens
+        self._admission.changed()
+
+    def _estimate(self, pending: PendingRequest) -> int:
+        count = len(pending.distinct.texts)
+        tokens = pending.characters * self._seen_tokens / self._seen_characters + SPECIAL_TOKENS * count
+        return min(round(tokens), self._model.info.max_seq_length * count)
+
+    def take(self, now: float) -> tuple[list[Share], int, list[PendingRequest]]:
+        """Take the next batch; also returns its tokens, and the requests whose deadline has passed."""
+        if now > self._lowered_until:
+            self._most_tokens = self._model.info.max_batch_tokens
+        budget = self._model.budget
+        most = min(budget.tokens, self._most_tokens)
+        for_bulk = self._queue.bulk_limit(most, budget.overhead_tokens, now)
+        if for_bulk < most and not self._admission.finish_in_time(for_bulk, now):
+            for_bulk = most
+        taken, tokens, late = self._queue.take(most, for_bulk, budget.overhead_tokens, now)
+        self._admission.running_tokens += tokens
+        self._admission.changed()
+        return [(entry.owner, rows) for entry, rows in taken], tokens, [entry.owner for entry in late]
+
+    def ran(self, tokens: int) -> None:
+        """A batch of so many tokens has ended or failed."""
+        self._admission.running_tokens -= tokens
+        self._admission.changed()
+
+    def lower(self, now: float) -> None:
+        """Halve batches for a while, since one did not fit in memory."""
+        most = min(self._model.budget.tokens, self._most_tokens)
+        self._most_tokens = max(self._model.info.max_seq_length, most // 2)
+        self._lowered_until = now + LOWERED_SECONDS
+
+    def measure(self, padded: int, began: float, ended: float) -> None:
+        """Count a batch that has run in a stream; never in the one with all cores, whose cost is another."""
+        # On an accelerator, batches of two streams run in turn: count only the time since the last one ended.
+        since = began if self._model.on_cpu else max(began, self._last_ended)
+        self._model.budget.observe(padded, ended - since)
+        self._last_ended = ended
+
+    def deliver(
+        self, shares: list[Share], vectors: Vectors, unit: Vectors, began: float, ended: float
+    ) -> list[PendingRequest]:
+        """Give the requests their vectors, or those scaled to length 1.
+
+        Returns the requests that have their last vector now, and so have ended.
+        """
+        done, first = [], 0
+        for pending, rows in shares:
+            last = first + len(rows)
+            if self._cache is not None:
+                _keep(self._cache, pending, rows, vectors[first:last])
+            if not pending.finished and pending.receive(
+                rows, (vectors if pending.raw else unit)[first:last], began, ended
+            ):
+                self.end(pending)
+                done.append(pending)
+            first = last
+        return done
+
+    def end(self, pending: PendingRequest) -> bool:
+        """Forget a request; False if it has ended before."""
+        if pending.finished:
+            return False
+        pending.finished = True
+        if pending in self._pending:
+            self._pending.remove(pending)
+            self._queue.remove(pending.entry)
+            self._admission.queued_tokens -= pending.charge
+            self._admission.leave(pending.entry)
+        return True
+
+
+def _check_dimensions(wanted: int | None, dimension: int) -> None:
+    if wanted is not None and not 1 <= wanted <= dimension:
+        raise InvalidRequest(f"must be between 1 and {dimension}, not {wanted}", field="dimensions")
+
+
+def _keep(cache: VectorCache, pending: PendingRequest, rows: IntArray, vectors: Vectors) -> None:
+    tokenized = pending.tokenized
+    assert tokenized is not None
+    lengths, truncated = tokenized.lengths[rows].tolist(), tokenized.truncated[rows].tolist()
+    for row, vector, tokens, cut in zip(
+        (rows - pending.first).tolist(), vectors, lengths, truncated, strict=True
+    ):
+        if np.isfinite(vector).all():
+            cache.put(pending.context, pending.distinct.texts[row], vector, tokens, cut)
