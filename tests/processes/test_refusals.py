@@ -1,9 +1,9 @@
 """Errors that are found before the service listens: one line, exit code 78, no open port."""
 
+import contextlib
 import json
 import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from embedding_service.errors import StartupError
 from embedding_service.inference import source
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.server import preflight
-from tests.service import ROOT, free_port
+from tests.service import ROOT, free_port, wait_until
 
 GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
 
@@ -96,19 +96,16 @@ def test_an_error_of_the_model_process_is_the_last_line(start, tmp_path):
 def test_a_unix_socket_by_gunicorns_own_option(start_without_model, tmp_path):
     path = tmp_path / "embedding.sock"
     start_without_model([GUNICORN, "-b", f"unix:{path}", "app:app"])
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(5)
-                client.connect(str(path))
-                client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                answer = client.recv(1000)
-        except OSError:
-            continue
-        if answer:
-            break
-    assert answer.startswith(b"HTTP/1.1 200")
+
+    def answer() -> bytes:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            client.connect(str(path))
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return client.recv(1000)
+        return b""
+
+    assert wait_until(answer, 30, "an answer").startswith(b"HTTP/1.1 200")
 
 
 def test_a_startup_error_has_the_log_format_of_the_env_file(start, tmp_path):

@@ -1,7 +1,6 @@
 """Every documented command serves with one copy of the model, and responds from the first second."""
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +103,16 @@ def test_missing_cuda_falls_back_to_the_cpu_with_a_warning(start):
     assert "The model process (cpu) ended by signal 9" in running.log()
 
 
-@pytest.mark.parametrize("delay", [0, 0.1, 0.3])
-def test_a_stop_while_the_worker_starts_is_not_lost(start_without_model, delay):
+STAGES = {
+    "booting": lambda service: "Booting worker" in service.log(),
+    "listening": lambda service: service.health() is not None,
+    "ready": lambda service: (service.health() or [0])[0] == 200,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stop_while_the_worker_starts_is_not_lost(start_without_model, stage):
     service = start_without_model()
-    wait_until(lambda: "Booting worker" in service.log(), 30, "a worker")
-    time.sleep(delay)
+    wait_until(lambda: STAGES[stage](service), 30, stage)
     # Well before GRACEFUL_TIMEOUT_SECONDS, after which the master kills its workers.
     assert service.stop(seconds=15) == 0
