@@ -15,7 +15,7 @@ from embedding_service.inference.fair_queue import NORMAL_PER_BACKGROUND, FairQu
 
 # A request is accepted if it should finish within this share of its time limit, and if no other request
 # that would finish in time would then need more than the second share of what is left of its own.
-ADMITTED_SHARE, PROTECTED_SHARE = 0.8, 0.9
+ADMITTED_SHARE, PROTECTED_SHARE = 0.8, 0.85
 
 # How often the search for the time to try again halves its interval.
 HALVINGS = 20
@@ -98,7 +98,7 @@ class Admission:
     def tokens_within(self, seconds: float) -> float:
         """How many tokens can be embedded in this time: the inverse of `seconds`."""
         budget = self._budget
-        many = seconds * self._streams * budget.tokens / budget.seconds(budget.tokens)
+        many = seconds * self._streams * budget.tokens / budget.batch_seconds
         return many if many > budget.tokens else min(budget.tokens, budget.tokens_within(seconds))
 
     def finish_in_time(self, batch_tokens: int, now: float) -> bool:

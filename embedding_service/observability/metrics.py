@@ -129,13 +129,20 @@ def record_embedding(
         TRUNCATED_TEXTS.inc(truncated_texts)
 
 
+_padding: Any = PADDING_TOKENS._value
+_texts, _tokens, _seconds = map(Distribution, (BATCH_TEXTS, BATCH_TOKENS, BATCH_SECONDS))
+
+
 def record_batch(texts: int, tokens: int, padded_tokens: int, seconds: float) -> None:
     """Count a forward pass."""
-    BATCH_TEXTS.observe(texts)
-    BATCH_TOKENS.observe(tokens)
-    BATCH_SECONDS.observe(seconds)
-    if padded_tokens > tokens:
-        PADDING_TOKENS.inc(padded_tokens - tokens)
+    multiprocess.add(
+        (
+            *_texts.amounts(texts),
+            *_tokens.amounts(tokens),
+            *_seconds.amounts(seconds),
+            (_padding, padded_tokens - tokens),
+        )
+    )
 
 
 def record_cache(hits: int, misses: int) -> None:

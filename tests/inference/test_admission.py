@@ -5,6 +5,7 @@ try again later is accepted about then.
 """
 
 import heapq
+import random
 from itertools import count
 
 import numpy as np
@@ -96,8 +97,10 @@ class Engine:
             if shares:
                 self._idle -= 1
                 lengths = np.concatenate([part.lengths for part in rows_of(shares)])
-                ends = self.now + self.model.budget.seconds(int(lengths.max()) * len(lengths))
-                heapq.heappush(self._running, (ends, next(self._sequence), shares, tokens))
+                padded = int(lengths.max()) * len(lengths)
+                ends = self.now + self.model.budget.seconds(padded)
+                batch = (ends, next(self._sequence), shares, tokens)
+                heapq.heappush(self._running, batch)
 
     def assert_all_in_time(self) -> None:
         self.run()
@@ -208,3 +211,33 @@ def test_background_requests_keep_nobody_out(on_cpu):
 
 def test_a_deadline_that_passed_already_is_refused():
     assert isinstance(Engine(50_000, on_cpu=False).send(1, 5, 0.0), DeadlineExceeded)
+
+
+@RATES
+@DEVICES
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_times_the_load_is_refused_or_in_time_and_the_engine_stays_busy(rate, on_cpu, seed):
+    engine, chance = Engine(rate, on_cpu=on_cpu), random.Random(seed)
+    unit = engine.work(20_000)
+    refused: list[Overloaded] = []
+    for _ in range(500):
+        texts = chance.choice([1, 1, 1, 4, 32, 100])
+        tokens = chance.choice([12, 60, 200])
+        limit = chance.uniform(1, 10) * (unit + 4 * engine.batch_seconds)
+        outcome = engine.send(texts, tokens, limit)
+        if not isinstance(outcome, PendingRequest):
+            refused.append(outcome)
+        engine.run(engine.now + engine.work(texts * tokens) / 10)
+    end = engine.now
+    assert len(refused) > 50
+    assert all(isinstance(one, Overloaded) for one in refused)
+    engine.run()
+    # What arrives later decides how full the batches are: four in a hundred may be late.
+    late = [
+        one
+        for one in engine.accepted
+        if engine.finished.get(one, one.entry.deadline + 1e9) > one.entry.deadline
+    ]
+    assert len(late) <= len(engine.accepted) / 25
+    served = sum(one.tokens for one in engine.accepted)
+    assert engine.work(served) > 0.8 * end
