@@ -178,6 +178,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     reads_whole_texts: bool = False
     # The prompt for requests that do not name one.
     default_prompt_name: str | None = None
+    # The kind of transformer, in the words of its configuration, the number of its weights, and their size.
+    architecture: str = ""
+    parameters: int = 0
+    size_bytes: int = 0
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,4 +212,5 @@ def check_characters(texts: Sequence[str], most: int) -> None:
     """Raises TooLarge if a text has more than `most` characters."""
     if len(max(texts, key=len)) > most:
         index = next(i for i, text in enumerate(texts) if len(text) > most)
-        raise TooLarge(f"has {len(texts[index])} characters; at most {most} are allowed", index=index)
+        reason = f"has {len(texts[index])} characters; at most {most} are allowed (MAX_TEXT_CHARACTERS)"
+        raise TooLarge(reason, index=index)

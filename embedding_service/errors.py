@@ -2,6 +2,7 @@
 
 ServiceError
 ├── InvalidRequest         400  the caller can fix it
+├── TextTooLong            400  and may not be truncated
 ├── Unauthorized           401
 ├── NotFound               404
 ├── SlowUpload             408
@@ -52,6 +53,13 @@ class ServiceError(Exception):
 
 class InvalidRequest(ServiceError):
     """The request is invalid."""
+
+    status = 400
+    error_type = "validation"
+
+
+class TextTooLong(ServiceError):
+    """A text has more tokens than the model reads, and may not be truncated."""
 
     status = 400
     error_type = "validation"

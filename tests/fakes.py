@@ -10,10 +10,13 @@ from embedding_service.engine import (
     Embeddings,
     EmbedRequest,
     Engine,
+    ListTokensRequest,
     ModelInfo,
     Request,
     Status,
     Timings,
+    TokenizedText,
+    TokenLists,
     TokenVectors,
     TokenVectorsRequest,
 )
@@ -34,6 +37,9 @@ INFO = ModelInfo(
     batch_size=32,
     max_batch_tokens=256,
     fingerprint="0123456789abcdef",
+    architecture="bert",
+    parameters=22_713_216,
+    size_bytes=90_852_864,
 )
 
 
@@ -64,6 +70,8 @@ class FakeEngine:
     def call(self, request: Request[Any]) -> Any:
         if isinstance(request, TokenVectorsRequest):
             return self.embed_tokens(request)
+        if isinstance(request, ListTokensRequest):
+            return self.list_tokens(request)
         assert isinstance(request, EmbedRequest)
         return self.embed(request)
 
@@ -74,6 +82,21 @@ class FakeEngine:
         return TokenVectors(
             vectors=np.array([[count, 0, 1] for count in counts for _ in range(count)], np.float32),
             counts=counts,
+        )
+
+    def list_tokens(self, request: ListTokensRequest) -> TokenLists:
+        if self.error is not None:
+            raise self.error
+        return TokenLists(
+            [
+                TokenizedText(
+                    ids=[ord(each) for each in text],
+                    starts=list(range(len(text))),
+                    stops=list(range(1, len(text) + 1)),
+                    special={},
+                )
+                for text in request.texts
+            ]
         )
 
     def status(self) -> Status:

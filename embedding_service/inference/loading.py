@@ -137,6 +137,8 @@ def _assemble(
 def _info(
     settings: ModelSettings, checkpoint: Checkpoint, backend: Backend, warm: WarmUp, ranges: Int8Ranges | None
 ) -> ModelInfo:
+    weights = list(checkpoint.model.parameters())
+    transformer = getattr(checkpoint.model[0], "auto_model", None)
     return ModelInfo(
         model_name=settings.embedding_model,
         origin=checkpoint.source.origin,
@@ -154,6 +156,9 @@ def _info(
         int8_ranges=ranges,
         reads_whole_texts=checkpoint.reads_whole_texts,
         default_prompt_name=checkpoint.model.default_prompt_name,
+        architecture=transformer.config.model_type if transformer is not None else "static",
+        parameters=sum(each.numel() for each in weights),
+        size_bytes=sum(each.nbytes for each in weights),
     )
 
 

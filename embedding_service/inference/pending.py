@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedding_service.engine import Embeddings, EmbedRequest, Receiver, Timings, Vectors
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import TextTooLong
 from embedding_service.inference.distinct import Distinct
 from embedding_service.inference.fair_queue import QueueEntry
 from embedding_service.inference.tokenized import NO_FLAGS, NO_ROWS, BoolArray, IntArray, Rows, TokenizedTexts
@@ -83,11 +83,11 @@ class PendingRequest:
         self.tokens += int(part.lengths.sum())
 
     def refuse_truncated(self, indices: Sequence[int], max_seq_length: int) -> None:
-        """Raise InvalidRequest if texts, by their index in the request, are too long and may not be cut."""
+        """Raise TextTooLong if texts, by their index in the request, are too long and may not be cut."""
         if indices and self.request.overflow == "error":
-            raise InvalidRequest(
-                f"has more than {max_seq_length} tokens; send truncate=true to cut it", index=min(indices)
-            )
+            # In Ollama's words, by which its clients recognise this error.
+            reason = f"has more than {max_seq_length} tokens: the input length exceeds the context length"
+            raise TextTooLong(reason, index=min(indices))
 
     def receive(self, rows: IntArray, vectors: Vectors, began: float, ended: float) -> bool:
         """Store vectors of a batch that ran at this time; whether none is missing now."""

@@ -37,9 +37,9 @@ def _is_public() -> bool:
 
 
 def _sent_keys() -> list[bytes]:
-    """The keys in the request, at most two. WSGI decodes header values as Latin-1."""
+    """The keys in the request, at most three; Azure's is `api-key`. WSGI decodes header values as Latin-1."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    offered = [request.headers.get("X-API-Key", "")]
+    offered = [request.headers.get(name, "") for name in ("X-API-Key", "api-key")]
     if scheme.lower() == "bearer":
         offered.append(token)
     return [key.strip().encode("latin-1", "replace") for key in offered if key.strip()]

@@ -1,6 +1,7 @@
 """Reads a request's body into a validated struct, and writes a dict as a JSON response."""
 
 import functools
+import json
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Sequence
@@ -58,7 +59,12 @@ class BodyDecoder(Generic[Body]):
             self._check_fields(self.type, msgspec.json.decode(raw))
             return self._tolerant.decode(raw)
         except msgspec.ValidationError:
-            raise explain(self.type, raw) from None
+            fault = explain(self.type, raw)
+        try:
+            # In JSON, 384.0 is a whole number.
+            return msgspec.convert(json.loads(raw, parse_float=_whole), self.type)
+        except (ValueError, OverflowError):
+            raise fault from None
 
     def _check_fields(self, kind: type, value: Any, parent: str = "") -> None:
         if not isinstance(value, dict):
@@ -68,6 +74,11 @@ class BodyDecoder(Generic[Body]):
         for name, structs in fields.items():
             for struct in structs:
                 self._check_fields(struct, value.get(name), f"{parent}{name}.")
+
+
+def _whole(number: str) -> int | float:
+    value = float(number)
+    return int(value) if value.is_integer() else value
 
 
 def _without_others(kind: type[Body]) -> type[Body]:
@@ -94,6 +105,25 @@ def _fields(kind: type) -> dict[str, list[type[msgspec.Struct]]]:
 def _structs(kind: Any) -> list[type[msgspec.Struct]]:
     members = get_args(kind) or (kind,)
     return [each for each in members if isinstance(each, type) and issubclass(each, msgspec.Struct)]
+
+
+class Fields(msgspec.Struct, frozen=True):
+    """The two fields that may hold the texts, to see which of them a body has."""
+
+    texts: msgspec.Raw = msgspec.Raw(b"null")
+    inputs: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_fields_decoder = msgspec.json.Decoder(Fields)
+
+
+def texts_and_inputs(raw: bytes) -> tuple[bytes, bytes]:
+    """The JSON of these fields; `null` if a body does not have them."""
+    try:
+        found = _fields_decoder.decode(raw)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        found = Fields()
+    return bytes(found.texts), bytes(found.inputs)
 
 
 def parse(decoder: BodyDecoder[Body]) -> Body:
@@ -127,7 +157,7 @@ def read() -> bytes:
     limit = request.service.settings.max_body_bytes
     length = get_content_length(request.environ)
     if (length or 0) > limit:
-        raise TooLarge(f"the body is over {limit} bytes")
+        raise TooLarge(f"the body is over {limit} bytes (MAX_BODY_BYTES)")
     # The length of a chunked body is unknown, so read one byte more than allowed to detect one that is too
     # large. The stream ends with the body.
     try:
@@ -138,7 +168,7 @@ def read() -> bytes:
         # Each server raises its own errors for malformed chunks and slow or disconnected clients.
         raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None
     if len(raw) > limit:
-        raise TooLarge(f"the body is over {limit} bytes")
+        raise TooLarge(f"the body is over {limit} bytes (MAX_BODY_BYTES)")
     if len(raw) < (length or 0):
         raise InvalidRequest(f"the body ended after {len(raw)} of {length} bytes")
     if not raw:
@@ -164,7 +194,7 @@ def _decompressed(raw: bytes, limit: int) -> bytes:
                 parts.append(member.decompress(block, room))
                 room -= len(parts[-1])
                 if room <= 0:
-                    raise TooLarge(f"the decompressed body is over {limit} bytes")
+                    raise TooLarge(f"the decompressed body is over {limit} bytes (MAX_BODY_BYTES)")
                 block = member.unused_data
     except zlib.error as error:
         raise InvalidRequest(f"the body is not valid gzip: {error}") from None

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, EmbedRequest, Overflow, Vectors
-from embedding_service.errors import FingerprintMismatch, InvalidRequest, ServiceError
+from embedding_service.engine import Embeddings, EmbedRequest, Vectors
+from embedding_service.errors import FingerprintMismatch, ServiceError
 from embedding_service.observability import metrics
 from embedding_service.quantization import Precision, quantize
 from embedding_service.web.body import dump, json_response
@@ -34,18 +34,7 @@ PrecisionField = Annotated[
         )
     ),
 ]
-Dimensions = Annotated[
-    int,
-    Meta(
-        ge=1, le=65_536, description="Truncate each vector to this many dimensions, then normalise it again."
-    ),
-]
-PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
-# Limited because a copy of the prompt is put in front of each text, and a request may hold many short texts.
-Prompt = Annotated[str, Meta(max_length=10_000, description="Text to put in front of each text, as it is.")]
-InputType = Annotated[
-    Literal["query", "document"], Meta(description="Use the model's own prompt for queries or documents.")
-]
+Texts = Annotated[str | list[str], Meta(description="One or more texts.", examples=[["hello", "world"]])]
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 Vector = Annotated[Any, Meta(description="float32", extra_json_schema=_NUMBERS)]
@@ -86,37 +75,6 @@ def listed(texts: str | list[str]) -> list[str]:
     """One text or many, as a list."""
     return [texts] if isinstance(texts, str) else texts
 
-
-OverflowField = Annotated[
-    Literal["truncate", "error", "mean"],
-    Meta(
-        description=(
-            "How to handle texts that are too long for the model: truncate them, return an error, or embed "
-            "them in pieces and return the mean."
-        )
-    ),
-]
-ChunkOverlap = Annotated[
-    int, Meta(ge=0, le=65_536, description="Maximum number of tokens that neighbouring pieces share.")
-]
-
-
-def overflow_of(overflow: Overflow | None, truncate: bool | None, field: str = "truncate") -> Overflow:
-    """How to handle over-long texts, as either field says, or else DEFAULT_OVERFLOW.
-
-    `field` is the caller's name for `truncate`, for the error if the two contradict each other.
-    """
-    if truncate is None:
-        return overflow or current().service.settings.default_overflow
-    if overflow is not None and truncate != (overflow == "truncate"):
-        raise InvalidRequest("contradicts overflow; send one of the two", field=field)
-    return "truncate" if truncate else (overflow or "error")
-
-
-Priority = Annotated[
-    Literal["normal", "background"],
-    Meta(description="background requests wait for all others, and use what these leave of the model."),
-]
 
 Place = Callable[[int], tuple[str, int | None]]
 
@@ -182,12 +140,14 @@ def model_name() -> str:
     return current().service.model_name()
 
 
-NPY = "application/x-npy"
+JSON, NPY = "application/json", "application/x-npy"
 
 
 def wants_npy() -> bool:
-    """Whether the caller accepts the vectors in numpy's own format."""
-    return NPY in current().environ.get("HTTP_ACCEPT", "")
+    """Whether the caller prefers numpy's own format to JSON. Most callers do not name it at all."""
+    if NPY not in current().environ.get("HTTP_ACCEPT", "").lower():
+        return False
+    return current().accept_mimetypes.best_match([JSON, NPY]) == NPY
 
 
 def answer_npy(vectors: npt.NDArray[Any], result: Embeddings) -> Response:

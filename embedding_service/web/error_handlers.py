@@ -8,6 +8,7 @@ from werkzeug.exceptions import HTTPException
 
 from embedding_service.errors import Overloaded, ServiceError
 from embedding_service.web.body import answer
+from embedding_service.web.elsewhere import instead
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
 from embedding_service.web.request import current
@@ -33,7 +34,7 @@ def on_service_error(error: ServiceError) -> Response:
     # Rejections are not logged by default, so that an overloaded service does not fill its disk.
     level = logging.DEBUG if isinstance(error, Overloaded) else level
     protocol = current_protocol()
-    failure = protocol.failure(error)
+    failure = protocol.failure(error, current().asked)
     log.log(level, "%d %s: %s", error.status, error.error_type, failure.message[:LOGGED_CHARACTERS])
     response = answer(*protocol.render(failure))
     add_retry_after(response, error)
@@ -51,7 +52,8 @@ def on_http_error(error: HTTPException) -> Response:
     """Werkzeug's own errors and redirects, with their headers (such as Allow with a 405)."""
     status = error.code or 500
     error_type = HTTP_ERROR_TYPES.get(status, "validation" if status < 500 else "internal")
-    response = render(Failure(status, error_type, error.description or error.name))
+    reason = instead(current().path) if status == 404 else error.description or error.name
+    response = render(Failure(status, error_type, reason))
     for name, value in error.get_headers():
         if name.lower() != "content-type":
             response.headers[name] = value
@@ -70,13 +72,15 @@ def render(failure: Failure) -> Response:
 
 
 def current_protocol() -> ApiProtocol:
-    """The protocol of this request: set explicitly, or found by route or path, or else the native one."""
+    """The protocol of this request: set explicitly, or found by route or longest path, or the native one."""
     request, blueprints = current(), current_app.blueprints
     chosen = request.protocol or blueprints.get(request.blueprint or "")
     if isinstance(chosen, ApiProtocol):
         return chosen
-    if request.url_rule is None:
-        for blueprint in blueprints.values():
-            if isinstance(blueprint, ApiProtocol) and request.path.startswith(blueprint.paths):
-                return blueprint
-    return native.protocol
+    if request.url_rule is not None:
+        return native.protocol
+    protocols = [each for each in blueprints.values() if isinstance(each, ApiProtocol)]
+    below = {
+        path: each for each in protocols for path in each.paths if f"{request.path}/".startswith(f"{path}/")
+    }
+    return below[max(below, key=len)] if below else native.protocol

@@ -8,64 +8,48 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.web.request import current
 from embedding_service.words import nearest
 
-# Fields that change the vectors in some API or library, with the values that ask for what we do anyway.
-VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
-    "autoTruncate": (True,),
-    "dimension": (),
-    "dimensions": (),
-    "embedding_dimension": (),
-    "embedding_type": ("float",),
-    "embedding_types": (["float"],),
-    "encoding_format": ("float",),
-    "input_type": (),
-    "instruct": ("",),
-    "instruction": ("",),
-    "late_chunking": (False,),
-    "matryoshka_dim": (),
-    "normalize": (True,),
-    "normalize_embeddings": (True,),
-    "normalized": (True,),
-    "output_dimension": (),
-    "output_dimensionality": (),
-    "output_dimensions": (),
-    "output_dtype": ("float", "float32"),
-    "outputDimensionality": (),
-    "overflow": ("truncate",),
-    "pooling": (),
-    "pooling_mode": (),
-    "pooling_strategy": (),
-    "pooling_type": (),
-    "precision": ("float32",),
-    "prompt": ("",),
-    "prompt_name": (),
-    "quantization": ("none", "float32"),
-    "return_multivector": (False,),
-    "task": (),
-    "task_type": (),
-    "truncate": (True,),
-    "truncate_dim": (),
-    "truncate_prompt_tokens": (),
-    "truncation": (True,),
-    "truncation_direction": (),
-    "truncation_side": (),
+# What changes the vectors in some API: by meaning, the names of fields, and the values that ask for
+# what we do anyway. Meanings have the names of EmbedRequest's fields, if there is one.
+MEANINGS: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
+    "dimensions": (
+        (
+            *("dimensions", "dimension", "embedding_dimension", "output_dimension", "output_dimensions"),
+            *("output_dimensionality", "outputDimensionality", "matryoshka_dim", "truncate_dim"),
+        ),
+        (),
+    ),
+    "normalize": (("normalize", "normalized", "normalize_embeddings"), ()),
+    "prompt_name": (("prompt_name",), ()),
+    "input_type": (("task_type", "input_type", "task", "embedding_task"), ()),
+    "prompt": (
+        (
+            *("prompt", "prefix", "instruction", "instruct", "prompt_prefix", "text_prefix"),
+            *("query_prefix", "query_instruction", "document_prefix", "passage_prefix", "embed_instruction"),
+        ),
+        ("",),
+    ),
+    "truncate": (("truncate", "truncation", "autoTruncate", "truncate_prompt_tokens"), (True, -1, "END")),
+    "truncation_side": (("truncation_direction", "truncation_side"), ()),
+    "overflow": (("overflow",), ("truncate",)),
+    "precision": (
+        (
+            *("precision", "output_dtype", "embedding_type", "embedding_types", "encoding_format"),
+            "quantization",
+        ),
+        ("float", "float32", ["float"], "none"),
+    ),
+    "pooling": (("pooling", "pooling_mode", "pooling_strategy", "pooling_type"), ()),
+    "late_chunking": (("late_chunking", "return_multivector"), (False,)),
 }
+MEANING_OF = {name: meaning for meaning, (names, _) in MEANINGS.items() for name in names}
 
-# Those that ask for vectors of length 1.
-NORMALIZE_FIELDS = ("normalize", "normalize_embeddings", "normalized")
-
-# Other names that callers use for the texts.
+# Names that callers use for the texts.
 TEXT_FIELDS = (
-    "input",
-    "prompt",
-    "sentence",
-    "sentences",
-    "content",
-    "document",
-    "documents",
-    "data",
-    "query",
+    *("texts", "inputs", "input", "instances", "text", "prompt", "sentence", "sentences", "content"),
+    *("document", "documents", "data", "query"),
 )
 
 
@@ -86,12 +70,23 @@ def check_others(
         if value is None or name in names:
             continue
         path = f"{parent}{name[:50]}"
+        current().asked = {path: (path, value)}
+        meant = None if parent else _texts_meant(name, names, sent)
         if near:
-            meant = nearest(name[:50], names)
-            if meant is None and name in TEXT_FIELDS and "texts" not in sent:
-                meant = "texts"
-            if meant is not None:
-                raise InvalidRequest(f"is not a field here; use {meant}", field=path)
-        accepted = (normalizes,) if name in NORMALIZE_FIELDS else VECTOR_FIELDS.get(name)
-        if accepted is not None and value not in accepted:
-            raise InvalidRequest("is not supported here, and would change the vectors", field=path)
+            meant = nearest(name[:50], names) or meant
+        meaning = MEANING_OF.get(name)
+        if meant is None and meaning is not None:
+            accepted = (normalizes,) if meaning == "normalize" else MEANINGS[meaning][1]
+            if value in accepted:
+                continue
+            meant = next((each for each in MEANINGS[meaning][0] if each in names), None)
+            if meant is None:
+                raise InvalidRequest("is not supported here, and would change the vectors", field=path)
+        if meant is not None:
+            raise InvalidRequest(f"is not a field here; use {meant}", field=path)
+
+
+def _texts_meant(name: str, known: tuple[str, ...], sent: Mapping[str, Any]) -> str | None:
+    """The route's field for texts, if the body has none, and this one probably holds them."""
+    own = [each for each in TEXT_FIELDS if each in known]
+    return own[0] if own and name in TEXT_FIELDS and sent.keys().isdisjoint(own) else None

@@ -25,7 +25,9 @@ def check_texts(texts: list[str], *, characters: bool = True) -> None:
         raise InvalidRequest("is empty; send at least one text", field="texts")
     if len(texts) > settings.max_texts_per_request:
         raise TooLarge(
-            f"has {len(texts)} texts; at most {settings.max_texts_per_request} are allowed", field="texts"
+            f"has {len(texts)} texts; at most {settings.max_texts_per_request} are allowed "
+            "(MAX_TEXTS_PER_REQUEST)",
+            field="texts",
         )
     if characters:
         check_characters(texts, settings.max_text_characters)

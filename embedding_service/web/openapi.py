@@ -43,6 +43,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "OllamaEmbedBody": {"input": _LIST},
     "OllamaEmbeddingsBody": {"prompt": _LIST[0]},
     "WeaviateBody": {"text": _LIST[0]},
+    "OllamaGenerateBody": {"model": "all-minilm", "keep_alive": 0},
+    "CohereTokenizeBody": {"text": _LIST[0]},
     "CohereEmbedBody": {"texts": _LIST, "input_type": "search_document"},
     "VertexBody": {"instances": _LIST},
 }
@@ -58,6 +60,7 @@ TAGS = {
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "azure": {"type": "apiKey", "in": "header", "name": "api-key"},
     "basic": {"type": "http", "scheme": "basic", "description": "The key is the password."},
 }
 
@@ -72,7 +75,7 @@ def document(app: Flask) -> dict[str, Any]:
     schemas = Schemas([kind for _, view, found in described for kind in _types(app, view, found)])
     paths: dict[str, dict[str, Any]] = {}
     for rule, view, found in described:
-        method = "post" if "POST" in (rule.methods or ()) else "get"
+        method = next(each for each in ("post", "delete", "get") if each.upper() in (rule.methods or ()))
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         name = re.sub(r"\W+", "_", method + (rule.rule if rule.rule != "/" else "/root")).rstrip("_")
         operation = _operation(app, rule, view, found, schemas)

@@ -24,6 +24,8 @@ class Failure(msgspec.Struct, frozen=True):
         return sentence(self.reason, self.index, self.field)
 
 
+# What a caller asked for: by meaning, the field and its value.
+Asked = Mapping[str, tuple[str, Any]]
 Render = Callable[[Failure], tuple[Mapping[str, Any], int]]
 
 
@@ -51,9 +53,9 @@ class ApiProtocol(Blueprint):
         self.paths = paths
         self._names = names or {}
 
-    def failure(self, error: ServiceError) -> Failure:
-        """The error, with this protocol's names."""
+    def failure(self, error: ServiceError, asked: Asked) -> Failure:
+        """The error, with the names that the caller sent, or else this protocol's."""
         field = error.field if error.index is None else error.field or "texts"
         if field is not None:
-            field = self._names.get(field, field)
+            field = asked[field][0] if field in asked else self._names.get(field, field)
         return Failure(error.status, error.error_type, error.reason, error.index, field)

@@ -3,6 +3,7 @@
 import random
 import re
 import time
+from types import MappingProxyType
 from typing import Any
 
 from flask import Request, has_request_context, request
@@ -10,7 +11,7 @@ from werkzeug.utils import cached_property
 
 from embedding_service.engine import Embeddings
 from embedding_service.web.context import ServiceContext
-from embedding_service.web.protocol import ApiProtocol
+from embedding_service.web.protocol import ApiProtocol, Asked
 
 SLASHES = re.compile("/{2,}")
 # https://www.w3.org/TR/trace-context/: version, trace, parent, flags; only versions after 00 may append more.
@@ -22,6 +23,7 @@ class ServiceRequest(Request):
     """Flask's request with our own per-request state, which so cannot outlive the request."""
 
     protocol: ApiProtocol | None = None
+    asked: Asked = MappingProxyType({})
     # For the access log and traces: the texts in the request, the tokens read, and the engine's result.
     texts: int | None = None
     tokens: int | None = None

@@ -47,7 +47,7 @@ def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, clos
         ),
         (
             {"instances": ["a"], "parameters": {"outputDimensionality": 64}},
-            "parameters.outputDimensionality is not supported",
+            "parameters.outputDimensionality is not a field here; use dimensions",
         ),
     ],
     ids=[

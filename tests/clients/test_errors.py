@@ -32,9 +32,18 @@ BODIES = {
     "/embed_all": {"inputs": "x"},
     "/invocations": {"inputs": "x"},
     "/predict": {"instances": [{"inputs": "x"}]},
+    "/models/{name}": {"inputs": "x"},
+    "/pipeline/feature-extraction/{name}": {"inputs": "x"},
+    "/pipeline/sentence-similarity/{name}": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
+    "/openai/deployments/{name}/embeddings": {"input": "x"},
+    "/openai/v1/embeddings": {"input": "x"},
+    "/v1/tokenize": {"text": "x"},
 }
 # They use the statuses of Text Embeddings Inference.
-AS_TEI = ("/", "/v1", "/tokenize", "/similarity", "/embed_all", "/invocations", "/predict")
+AS_TEI = (
+    *("/", "/v1", "/tokenize", "/similarity", "/embed_all", "/invocations", "/predict", "/models/{name}"),
+    *("/pipeline/feature-extraction/{name}", "/pipeline/sentence-similarity/{name}"),
+)
 
 
 class FailingEngine:
@@ -66,7 +75,7 @@ def validator(app, path: str, status: int) -> jsonschema_rs.Validator:
 
 
 # POST routes that do not use the engine.
-DESCRIBING = {"/api/show", "/api/pull"}
+DESCRIBING = {"/api/show", "/api/pull", "/api/generate", "/v1/check-api-key"}
 
 
 def test_every_embedding_route_is_in_the_table(app):

@@ -44,14 +44,11 @@ def test_the_asynchronous_client(service, close):
 
 
 def test_list(client, model_name):
-    model, *aliases = client.list().models
-    assert model.model == model_name
-    assert model.modified_at is not None
-    assert [alias.model for alias in aliases] == [
-        "all-minilm:latest",
-        "all-minilm-l6-v2:latest",
-        "any:latest",
-    ]
+    models = client.list().models
+    assert models[0].model == f"{model_name}:latest"
+    assert models[0].modified_at is not None
+    assert (models[0].details.family, models[0].details.parameter_size) == ("bert", "22.7M")
+    assert models[0].size > 40e6
 
 
 @pytest.mark.parametrize("name", ["all-minilm", "all-minilm:latest", "any"])
@@ -60,8 +57,11 @@ def test_clients_that_look_up_a_name_first_find_it(client, name, model_name):
     assert shown.capabilities == ["embedding"]
     assert shown.modelinfo["bert.embedding_length"] == 384
     assert client.pull(name).status == "success"
-    assert [progress.status for progress in client.pull(name, stream=True)] == ["success"]
-    assert [model.model for model in client.ps().models] == [model_name]
+    assert [progress.status for progress in client.pull(name, stream=True)] == [
+        "pulling manifest",
+        "success",
+    ]
+    assert [model.model for model in client.ps().models] == [f"{model_name}:latest"]
 
 
 def test_truncate_false_refuses_over_long_texts(client):
@@ -71,14 +71,6 @@ def test_truncate_false_refuses_over_long_texts(client):
 
 
 def test_an_unknown_route_gets_an_error_in_ollamas_format(client):
-    with pytest.raises(ollama.ResponseError, match="not found") as caught:
+    with pytest.raises(ollama.ResponseError, match="embeds texts and generates none") as caught:
         client.generate(model="any", prompt="hello")
     assert caught.value.status_code == 404
-
-
-def test_version(service):
-    import requests
-
-    from embedding_service import __version__
-
-    assert requests.get(f"{service.url}/api/version", timeout=10).json() == {"version": __version__}

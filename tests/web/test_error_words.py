@@ -87,8 +87,8 @@ BODIES = [
     ({"texts": "a", "dimensions": 1.5}, "dimensions must be a whole number from 1 to 65536, not 1.5"),
     ({"texts": "a", "dimensions": True}, "dimensions must be a whole number from 1 to 65536, not true"),
     ({"texts": "a", "normalize": "yes" * 20}, "normalize must be true or false, not a string"),
-    ({"texts": "a", "input_type": "passage"}, 'input_type must be "document" or "query", not "passage"'),
-    ({"texts": "a", "input_type": 3}, 'input_type must be "document" or "query", not 3'),
+    ({"texts": "a", "output": "token"}, 'output must be "sentence" or "tokens", not "token"'),
+    ({"texts": "a", "output": 3}, 'output must be "sentence" or "tokens", not 3'),
     ({}, "texts is missing"),
     ([], "the body must be an object, not an array"),
 ]

@@ -64,7 +64,7 @@ CHANGES_VECTORS = {
 
 # Fields that a route honours; other tests show how.
 HONOURED = {("/embed", "precision")} | {
-    ("/v1/embeddings", name) for name in ("output_dtype", "embedding_type", "task")
+    ("/v1/embeddings", name) for name in ("output_dtype", "embedding_type", "task", "truncate_prompt_tokens")
 }
 
 
@@ -109,7 +109,7 @@ def test_nested_fields_are_checked_too(client):
     answer = client.post("/", json={"inputs": "a", "parameters": {"precision": "int8"}})
     assert message(answer).startswith("parameters.precision is not supported")
     answer = client.post("/vectors", json={"text": "a", "config": {"task": "x"}})
-    assert message(answer).startswith("config.task is not supported")
+    assert message(answer).startswith("config.task is not a field here; use task_type")
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_nested_fields_are_checked_too(client):
         ("/api/embeddings", {"normalize_embeddings": True}, None),
         ("/api/embeddings", {"options": {"normalize": True}}, None),
         ("/api/embed", {"normalize": True}, True),
-        ("/api/embed", {"normalize": False}, None),
+        ("/api/embed", {"normalize": False}, False),
         ("/v1/embeddings", {"normalized": True}, True),
-        ("/v1/embeddings", {"normalized": False}, None),
+        ("/v1/embeddings", {"normalized": False}, False),
     ],
     ids=str,
 )
@@ -136,12 +136,15 @@ def test_normalization_is_as_requested_or_rejected(client, engine, path, sent, n
 
 
 @pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings"])
-@pytest.mark.parametrize(("window", "status"), [(15, 400), (16, 200), (8192, 200), (0, 200), (None, 200)])
-def test_a_window_shorter_than_the_models_is_rejected(client, path, window, status):
-    response = client.post(path, json=BODIES[path] | {"options": {"num_ctx": window}})
+@pytest.mark.parametrize(
+    ("window", "status"), [(9, 400), (10, 200), (16, 200), (8192, 200), (0, 200), (None, 200)]
+)
+def test_a_window_shorter_than_a_text_is_rejected(client, path, window, status):
+    (field,) = BODIES[path]
+    response = client.post(path, json={field: "ten tokens", "options": {"num_ctx": window}})
     assert response.status_code == status
     if status == 400:
-        assert message(response) == ("options.num_ctx must be at least 16, the model's maximum, or left out")
+        assert message(response) == "options.num_ctx must be at least 10 for these texts, or left out"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_another_pooling_than_the_models_is_rejected(client, strategy, status):
 
 def test_v1_accepts_inputs_and_names_them_in_errors(client):
     assert client.post("/v1", json={"inputs": ["a", "bb"]}).json == [[1.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
-    assert client.post("/v1", json={"input": "a"}).json["error"] == "inputs is missing"
+    assert client.post("/v1", json={"input": "a"}).json["error"] == "input is not a field here; use inputs"
 
 
 def optional_fields(app):

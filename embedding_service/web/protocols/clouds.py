@@ -11,6 +11,7 @@ from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.embedding import Matrix, answer_embeddings
 from embedding_service.web.health import HealthAnswer, health
 from embedding_service.web.operation import operation
+from embedding_service.web.options import embed
 from embedding_service.web.protocol import ApiProtocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.settings import WebSettings
@@ -85,7 +86,7 @@ def predict() -> Response:
     texts = [
         each if isinstance(each, str) else _text_of(each, index) for index, each in enumerate(body.instances)
     ]
-    result = tei.embed_texts(texts, body.parameters or tei.TEIParameters())
+    result = embed(texts, body.parameters or tei.TEIParameters())
     return answer_embeddings({"predictions": result.vectors}, result)
 
 

@@ -1,4 +1,4 @@
-"""Cohere: POST /v2/embed and /v1/embed, for texts."""
+"""Cohere: POST /v2/embed and /v1/embed, for texts, and what its clients call before these."""
 
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
@@ -6,22 +6,15 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, EmbedRequest
+from embedding_service.engine import Embeddings, ListTokensRequest
 from embedding_service.errors import InvalidRequest
 from embedding_service.quantization import Precision
-from embedding_service.web.body import BodyDecoder, parse
+from embedding_service.web.body import BodyDecoder, answer, parse, read
 from embedding_service.web.context import context
-from embedding_service.web.embedding import (
-    ChunkOverlap,
-    Dimensions,
-    OverflowField,
-    answer_embeddings,
-    ask,
-    encoded,
-    in_precision,
-    overflow_of,
-)
+from embedding_service.web.embedding import answer_embeddings, encoded, in_precision
+from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import operation
+from embedding_service.web.options import Dimensions, Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current, current_id
 
@@ -43,14 +36,10 @@ protocol = ApiProtocol(
     "Cohere",
     render,
     CohereErrorAnswer,
-    paths=("/v2/", "/v1/embed"),
-    names={"dimensions": "output_dimension"},
+    paths=("/v2", "/v1/embed", "/v1/tokenize", "/v1/check-api-key"),
 )
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
-
-# Cohere's names for the two sides of a search.
-SIDES: dict[str, Literal["query", "document"]] = {"search_query": "query", "search_document": "document"}
 
 
 class CohereContent(msgspec.Struct, frozen=True):
@@ -66,37 +55,27 @@ class CohereInput(msgspec.Struct, frozen=True):
     content: list[CohereContent]
 
 
-class CohereEmbedBody(msgspec.Struct, frozen=True, kw_only=True):
+class CohereEmbedBody(Options, frozen=True, kw_only=True):
     """Texts to embed, in `texts` or `inputs`."""
 
     texts: Annotated[list[str], Meta(examples=[["hello", "world"]])] | None = None
     inputs: list[CohereInput] | None = None
     images: Annotated[list[str], Meta(description="Not supported: the model reads text.")] | None = None
     model: Annotated[str, Meta(description="Any name; there is only one model.")] | None = None
-    input_type: (
-        Annotated[
-            Literal["search_document", "search_query", "classification", "clustering"],
-            Meta(description="Use the model's own prompt for this, if it has one."),
-        ]
-        | None
-    ) = None
     embedding_types: (
         Annotated[list[EmbeddingType], Meta(description="Number formats of the embeddings.")] | None
     ) = None
-    output_dimension: Dimensions | None = None
-    truncate: (
-        Annotated[
-            Literal["NONE", "START", "END"],
-            Meta(description="The end at which over-long texts are truncated; NONE rejects them."),
-        ]
-        | None
-    ) = None
+    output_dimension: Annotated[Dimensions, Meta(description="Cohere's name for dimensions.")] | None = None
     max_tokens: (
         Annotated[int, Meta(ge=1, le=1_000_000, description="If set, at least the model's maximum.")] | None
     ) = None
-    priority: Annotated[int, Meta(ge=0, le=999, description="Not used.")] | None = None
-    overflow: OverflowField | None = None
-    chunk_overlap: ChunkOverlap | None = 0
+
+
+class CohereTokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A text to tokenize."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=65_536, examples=["hello"])]
+    model: Annotated[str, Meta(description="Any name; there is only one model.")] | None = None
 
 
 class CohereUnits(TypedDict):
@@ -128,7 +107,28 @@ class CohereEmbedAnswer(TypedDict):
     meta: CohereMeta
 
 
+class CohereVersioned(TypedDict):
+    """Details of a request that embeds nothing."""
+
+    api_version: CohereVersion
+
+
+class CohereTokens(TypedDict):
+    """The tokens of the text, without special ones."""
+
+    tokens: list[int]
+    token_strings: list[str]
+    meta: CohereVersioned
+
+
+class CohereKeyCheck(TypedDict):
+    """Whether the key is valid; a request with another one is refused."""
+
+    valid: Literal[True]
+
+
 _decoder = BodyDecoder(CohereEmbedBody)
+_tokenize_decoder = BodyDecoder(CohereTokenizeBody)
 
 
 @protocol.post("/v2/embed")
@@ -137,23 +137,55 @@ def embed_v2() -> Response:
     """Embed texts in one or more number formats."""
     body = parse(_decoder)
     texts, result = _embed(body)
-    answer = _answer(texts, result, _by_type(body.embedding_types or ["float"], result), "2")
-    return answer_embeddings(answer, result)
+    found = _answer(texts, result, _by_type(body.embedding_types or ["float"], result), "2")
+    return answer_embeddings(found, result)
 
 
 @protocol.post("/v1/embed")
 @operation({200: CohereEmbedAnswer}, body=_decoder, embeds=True)
 def embed_v1() -> Response:
     """Embed texts; without `embedding_types` the response has a bare list of vectors."""
-    body = parse(_decoder)
+    return embed_raw(read())
+
+
+def embed_raw(raw: bytes) -> Response:
+    """The response of /v1/embed to a body that has been read."""
+    body = _decoder.decode(raw)
     texts, result = _embed(body)
     if body.embedding_types:
-        answer = _answer(texts, result, _by_type(body.embedding_types, result), "1")
-        answer["response_type"] = "embeddings_by_type"
+        found = _answer(texts, result, _by_type(body.embedding_types, result), "1")
+        found["response_type"] = "embeddings_by_type"
     else:
-        answer = _answer(texts, result, encoded(result.vectors, "float"), "1")
-        answer["response_type"] = "embeddings_floats"
-    return answer_embeddings(answer, result)
+        found = _answer(texts, result, result.vectors, "1")
+        found["response_type"] = "embeddings_floats"
+    return answer_embeddings(found, result)
+
+
+@protocol.post("/v1/tokenize")
+@operation({200: CohereTokens}, body=_tokenize_decoder)
+def tokenize() -> Response:
+    """List the tokens of a text, by the model's own tokenizer."""
+    texts = [parse(_tokenize_decoder).text]
+    check_texts(texts)
+    request = ListTokensRequest(texts=texts, deadline=current().deadline, add_special_tokens=False)
+    (tokens,) = context().call(request).texts
+    found: CohereTokens = {
+        "tokens": tokens.ids,
+        "token_strings": [
+            tokens.special.get(place, texts[0][start:stop])
+            for place, (start, stop) in enumerate(zip(tokens.starts, tokens.stops, strict=True))
+        ],
+        "meta": {"api_version": {"version": "1"}},
+    }
+    return answer(found)
+
+
+@protocol.post("/v1/check-api-key")
+@operation({200: CohereKeyCheck})
+def check_key() -> Response:
+    """Confirm the key, which has been checked as that of every request."""
+    found: CohereKeyCheck = {"valid": True}
+    return answer(found)
 
 
 def _embed(body: CohereEmbedBody) -> tuple[list[str], Embeddings]:
@@ -164,21 +196,8 @@ def _embed(body: CohereEmbedBody) -> tuple[list[str], Embeddings]:
             f"must be at least {info.max_seq_length}, the model's maximum, or left out",
             field="max_tokens",
         )
-    side: Literal["left", "right"] | None = None
-    if body.truncate in ("START", "END"):
-        side = "left" if body.truncate == "START" else "right"
-    kind = body.input_type or ""
-    request = EmbedRequest(
-        texts=texts,
-        deadline=current().deadline,
-        input_type=SIDES.get(kind),
-        prompt_name=kind if kind not in SIDES and kind in info.prompts else None,
-        dimensions=body.output_dimension,
-        truncation_side=side,
-        overflow=overflow_of(body.overflow, None if body.truncate is None else body.truncate != "NONE"),
-        overlap=body.chunk_overlap or 0,
-    )
-    return texts, ask(request, (lambda index: ("inputs", index)) if body.texts is None else None)
+    place = (lambda index: ("inputs", index)) if body.texts is None else None
+    return texts, embed(texts, body, place, advice='"truncate": "END"')
 
 
 def _texts(body: CohereEmbedBody) -> list[str]:

@@ -2,36 +2,30 @@
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-import msgspec
 import numpy as np
 from flask import Response
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import Meta
 
 from embedding_service.engine import Embeddings, EmbedRequest, TokenVectorsRequest
 from embedding_service.errors import InvalidRequest
-from embedding_service.web.body import BodyDecoder, read
+from embedding_service.web.body import BodyDecoder, read, texts_and_inputs
 from embedding_service.web.embedding import (
     NPY,
-    ChunkOverlap,
-    Dimensions,
     EncodedTexts,
     EncodingFormat,
-    InputType,
     PrecisionField,
-    Priority,
-    Prompt,
-    PromptName,
+    Texts,
     answer_embeddings,
     answer_npy,
-    ask,
     encoded,
     in_precision,
     listed,
     model_name,
-    overflow_of,
     wants_npy,
 )
 from embedding_service.web.operation import JSON, operation
+from embedding_service.web.options import Options, Prompt, understand
+from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import tei
 from embedding_service.web.request import current, current_id
@@ -67,49 +61,27 @@ def render(failure: Failure) -> tuple[ErrorAnswer, int]:
 protocol = ApiProtocol("native", "Embedding service", render, ErrorAnswer)
 
 
-class EmbedBody(msgspec.Struct, frozen=True):
+class EmbedBody(Options, frozen=True, kw_only=True):
     """Texts to embed."""
 
-    texts: Annotated[str | list[str], Meta(description="One or more texts.", examples=[["hello", "world"]])]
-    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = True
-    prompt_name: PromptName | None = None
+    texts: Texts
     prompt: Prompt | None = None
-    input_type: InputType | None = None
-    dimensions: Dimensions | None = None
-    truncate: (
-        Annotated[bool, Meta(description="true means overflow: truncate; false means overflow: error.")]
-        | None
-    ) = None
-    overflow: (
-        Annotated[
-            Literal["truncate", "error", "mean", "chunks"],
-            Meta(
-                description=(
-                    "How to handle texts that are too long for the model: truncate them, return an error, "
-                    "embed them in pieces and return the mean, or return the vectors of the pieces (chunks)."
-                )
-            ),
-        ]
-        | None
-    ) = None
-    chunk_overlap: ChunkOverlap | None = 0
     on_error: (
         Annotated[
             Literal["fail", "null"],
             Meta(description="With null, a bad text gets null and an entry in errors; the others succeed."),
         ]
         | None
-    ) = "fail"
+    ) = None
     output: (
         Annotated[
             Literal["sentence", "tokens"],
             Meta(description="With tokens, each text gets a list of vectors, one for each of its tokens."),
         ]
         | None
-    ) = "sentence"
-    priority: Priority | None = "normal"
-    encoding_format: EncodingFormat | None = "float"
-    precision: PrecisionField | None = "float32"
+    ) = None
+    encoding_format: EncodingFormat | None = None
+    precision: PrecisionField | None = None
 
 
 class Usage(TypedDict):
@@ -157,15 +129,7 @@ class EmbedAnswer(TypedDict):
     ]
 
 
-class Fields(msgspec.Struct, frozen=True):
-    """The two fields that may hold the texts, to see which of them a body has."""
-
-    texts: Raw | UnsetType = UNSET
-    inputs: Raw | UnsetType = UNSET
-
-
 _decoder = BodyDecoder(EmbedBody, near=True)
-_fields_decoder = msgspec.json.Decoder(Fields)
 
 
 @protocol.post("/embed")
@@ -176,25 +140,14 @@ def embed() -> Response:
     try:
         body = _decoder.decode(raw)
     except InvalidRequest:
-        if not _is_for_tei(raw):
+        own, inputs = texts_and_inputs(raw)
+        if own != b"null" or inputs == b"null":
             raise
         current().protocol = tei.protocol
         return tei.embed_raw(raw)
-    wanted = EmbedRequest(
-        texts=listed(body.texts),
-        deadline=current().deadline,
-        normalize=body.normalize is not False,
-        prompt_name=body.prompt_name,
-        prompt=body.prompt,
-        input_type=body.input_type,
-        dimensions=body.dimensions,
-        priority=body.priority or "normal",
-        overflow=overflow_of(body.overflow, body.truncate),
-        overlap=body.chunk_overlap or 0,
-        on_error=body.on_error or "fail",
-    )
+    texts = listed(body.texts)
     if body.output == "tokens":
-        return _tokens(body, wanted)
+        return _tokens(body, understand(texts, body))
     if wants_npy():
         if body.on_error == "null":
             raise InvalidRequest("null needs a JSON response, for the errors", field="on_error")
@@ -202,7 +155,7 @@ def embed() -> Response:
             raise InvalidRequest(
                 "chunks needs a JSON response, for the positions of the pieces", field="overflow"
             )
-    return _answer(body, ask(wanted))
+    return _answer(body, embed_texts(texts, body, on_error=body.on_error))
 
 
 def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
@@ -210,7 +163,7 @@ def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
         value = getattr(body, name)
         if value not in (None, "truncate", "float", "float32", "fail", "normal"):
             raise InvalidRequest("cannot be used with output: tokens", field=name)
-    if body.truncate is False:
+    if body.truncate in (False, "NONE", "START"):
         raise InvalidRequest("cannot be used with output: tokens", field="truncate")
     if wants_npy():
         raise InvalidRequest("tokens needs a JSON response", field="output")
@@ -232,18 +185,6 @@ def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
         "usage": {"tokens": current().tokens or 0},
     }
     return answer_tokens(answer_body)
-
-
-def _is_for_tei(raw: bytes) -> bool:
-    try:
-        fields = _fields_decoder.decode(raw)
-    except (msgspec.MsgspecError, RecursionError):
-        return False
-    return _is_left_out(fields.texts) and not _is_left_out(fields.inputs)
-
-
-def _is_left_out(field: Raw | UnsetType) -> bool:
-    return isinstance(field, UnsetType) or bytes(field) == b"null"
 
 
 def _answer(body: EmbedBody, result: Embeddings) -> Response:

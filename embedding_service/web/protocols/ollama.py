@@ -1,84 +1,95 @@
 """Ollama: POST /api/embed and /api/embeddings, and the routes that its clients call before these."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
-from flask import Response
+from flask import Response, request
 from msgspec import Meta
 
-from embedding_service import __version__
-from embedding_service.engine import EmbedRequest, ModelInfo
-from embedding_service.errors import InvalidRequest, Unavailable
+from embedding_service.engine import ListTokensRequest, ModelInfo
+from embedding_service.errors import InvalidRequest, NotFound, Unavailable
 from embedding_service.web.body import BodyDecoder, answer, parse
 from embedding_service.web.context import context
-from embedding_service.web.embedding import (
-    Dimensions,
-    Matrix,
-    Vector,
-    answer_embeddings,
-    ask,
-    listed,
-    model_name,
-)
+from embedding_service.web.elsewhere import instead
+from embedding_service.web.embedding import Matrix, Texts, Vector, answer_embeddings, listed, model_name
 from embedding_service.web.fields import check_others
-from embedding_service.web.limits import max_tokens
-from embedding_service.web.operation import operation
+from embedding_service.web.limits import check_texts, max_tokens
+from embedding_service.web.operation import JSON, operation
+from embedding_service.web.options import Options
+from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current
 
+JSON_LINES = "application/x-ndjson"
 STARTED = datetime.now(UTC).isoformat()
 FOREVER = "9999-12-31T23:59:59Z"
 
-# Names of hub models in Ollama's library.
+# The level of Ollama's API that is followed: some clients require one.
+API_VERSION = "0.12.0"
+
+# Names and tags in Ollama's library, by the last part of a model's name on the hub.
 LIBRARY_NAMES = {
-    "all-minilm-l6-v2": "all-minilm",
-    "bge-large-en-v1.5": "bge-large",
-    "bge-m3": "bge-m3",
-    "embeddinggemma-300m": "embeddinggemma",
-    "mxbai-embed-large-v1": "mxbai-embed-large",
-    "nomic-embed-text-v1.5": "nomic-embed-text",
-    "paraphrase-multilingual-minilm-l12-v2": "paraphrase-multilingual",
-    "snowflake-arctic-embed-l-v2.0": "snowflake-arctic-embed2",
+    "all-minilm-l6-v2": ("all-minilm:latest", "all-minilm:l6-v2", "all-minilm:22m"),
+    "all-minilm-l12-v2": ("all-minilm:l12-v2", "all-minilm:33m"),
+    "bge-large-en-v1.5": ("bge-large:latest", "bge-large:335m"),
+    "bge-m3": ("bge-m3:latest", "bge-m3:567m"),
+    "embeddinggemma-300m": ("embeddinggemma:latest", "embeddinggemma:300m"),
+    "mxbai-embed-large-v1": ("mxbai-embed-large:latest", "mxbai-embed-large:335m", "mxbai-embed-large:v1"),
+    "nomic-embed-text-v1.5": ("nomic-embed-text:latest", "nomic-embed-text:v1.5"),
+    "paraphrase-multilingual-minilm-l12-v2": ("paraphrase-multilingual:latest",),
+    "qwen3-embedding-0.6b": ("qwen3-embedding:0.6b",),
+    "snowflake-arctic-embed-l-v2.0": ("snowflake-arctic-embed2:latest", "snowflake-arctic-embed2:568m"),
 }
 
 
 class OllamaErrorAnswer(TypedDict):
-    """An error in Ollama's format."""
+    """An error in Ollama's format. Without a key, its Go client shows only `status`."""
 
     error: str
+    status: NotRequired[str]
 
 
 def render(failure: Failure) -> tuple[OllamaErrorAnswer, int]:
     """Ollama's error."""
-    return {"error": failure.message}, failure.status
+    body: OllamaErrorAnswer = {"error": failure.message}
+    if failure.status == 401:
+        body["status"] = failure.message
+    return body, failure.status
 
 
 protocol = ApiProtocol(
-    "ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api/",), names={"texts": "input"}
+    "ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api",), names={"texts": "input"}
 )
 
 ModelName = Annotated[str, Meta(description="Any name; there is only one model, and the response names it.")]
 
 
 KeepAlive = Annotated[Any, Meta(description="Not used: the model is always loaded.")]
-Options = Annotated[
+ModelOptions = Annotated[
     dict[str, Any] | None,
-    Meta(
-        description="Options, most of them for generation; a num_ctx below the model's maximum is rejected."
-    ),
+    Meta(description="Options, most of them for generation; texts longer than num_ctx are refused."),
 ]
 
 
-class OllamaEmbedBody(msgspec.Struct, frozen=True):
+class OllamaEmbedBody(Options, frozen=True, kw_only=True):
     """Texts to embed. Without texts, Ollama loads the model; here it is always loaded."""
 
     model: ModelName | None = None
-    input: Annotated[str | list[str], Meta(examples=[["hello", "world"]])] | None = None
-    truncate: Annotated[bool, Meta(description="Truncate over-long texts; false rejects them.")] | None = None
-    dimensions: Dimensions | None = None
+    input: Texts | None = None
+    dimensions: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=65_536,
+                description="As `dimensions` of /embed; 0 means all.",
+            ),
+        ]
+        | None
+    ) = None
     keep_alive: KeepAlive = None
-    options: Options = None
+    options: ModelOptions = None
 
 
 class OllamaEmbedAnswer(TypedDict):
@@ -91,14 +102,13 @@ class OllamaEmbedAnswer(TypedDict):
     prompt_eval_count: int
 
 
-class OllamaEmbeddingsBody(msgspec.Struct, frozen=True):
+class OllamaEmbeddingsBody(Options, frozen=True, kw_only=True):
     """One text to embed."""
 
     model: ModelName | None = None
-    prompt: str | None = None
-    normalize: Annotated[bool, Meta(description="Scale the vector to length 1.")] | None = False
+    prompt: Annotated[str, Meta(examples=["hello"])] | None = None
     keep_alive: KeepAlive = None
-    options: Options = None
+    options: ModelOptions = None
 
 
 class OllamaEmbeddingsAnswer(TypedDict):
@@ -110,8 +120,11 @@ class OllamaEmbeddingsAnswer(TypedDict):
 class OllamaDetails(TypedDict):
     """The kind of model."""
 
+    parent_model: str
     format: str
     family: str
+    families: list[str]
+    parameter_size: str
     quantization_level: str
 
 
@@ -137,6 +150,7 @@ class OllamaRunningModel(OllamaModel):
 
     expires_at: str
     size_vram: int
+    context_length: int
 
 
 class OllamaRunning(TypedDict):
@@ -155,29 +169,51 @@ class OllamaNameBody(msgspec.Struct, frozen=True):
     insecure: bool | None = None
 
 
+class OllamaGenerateBody(OllamaNameBody, frozen=True):
+    """A model to load or unload; texts are not generated."""
+
+    prompt: str | None = None
+    keep_alive: KeepAlive = None
+
+
+class OllamaGenerated(TypedDict):
+    """What Ollama answers when it has loaded or unloaded a model."""
+
+    model: str
+    created_at: str
+    response: Literal[""]
+    done: Literal[True]
+    done_reason: Literal["load", "unload"]
+
+
 class OllamaShow(TypedDict):
     """The details that Ollama's clients read before they use a model."""
 
-    modified_at: str
+    license: str
+    modelfile: str
+    parameters: str
+    template: str
     details: OllamaDetails
     model_info: dict[str, Any]
     capabilities: list[str]
+    modified_at: str
 
 
 class OllamaPull(TypedDict):
-    """The result of a download."""
+    """The progress of a download."""
 
     status: str
 
 
 class OllamaVersion(TypedDict):
-    """This service's version."""
+    """The level of Ollama's API that is followed."""
 
     version: str
 
 
 _embed_decoder = BodyDecoder(OllamaEmbedBody)
 _name_decoder = BodyDecoder(OllamaNameBody)
+_generate_decoder = BodyDecoder(OllamaGenerateBody)
 _embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody, normalizes=False)
 
 
@@ -186,17 +222,13 @@ _embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody, normalizes=False)
 def embed() -> Response:
     """Embed one or more texts, as vectors of length 1."""
     body = parse(_embed_decoder)
-    _check_options(body.options)
-    if not body.input:
+    texts = listed(body.input or [])
+    _check_options(body.options, texts)
+    if not texts:
         return answer(_answer([], 0))
-    result = ask(
-        EmbedRequest(
-            texts=listed(body.input),
-            deadline=current().deadline,
-            dimensions=body.dimensions,
-            overflow="error" if body.truncate is False else "truncate",
-        )
-    )
+    if body.dimensions == 0:
+        body = msgspec.structs.replace(body, dimensions=None)
+    result = embed_texts(texts, body)
     return answer_embeddings(_answer(result.vectors, result.tokens), result)
 
 
@@ -205,14 +237,13 @@ def embed() -> Response:
 def embeddings() -> Response:
     """Embed one text, in the older form: the vector is scaled to length 1 only if `normalize` is true."""
     body = parse(_embeddings_decoder)
-    _check_options(body.options, normalizes=False)
     if not body.prompt:
         empty: OllamaEmbeddingsAnswer = {"embedding": []}
         return answer(empty)
-    result = ask(
-        EmbedRequest(texts=[body.prompt], deadline=current().deadline, normalize=body.normalize is True),
-        lambda _index: ("prompt", None),
-    )
+    _check_options(body.options, [body.prompt], normalizes=False)
+    # The text: the options have no prompt here.
+    options = msgspec.structs.replace(body, prompt=None)
+    result = embed_texts([body.prompt], options, lambda _index: ("prompt", None), normalize=False)
     found: OllamaEmbeddingsAnswer = {"embedding": result.vectors[0]}
     return answer_embeddings(found, result)
 
@@ -231,7 +262,12 @@ def tags() -> Response:
 def running() -> Response:
     """List the model, which is always loaded."""
     info = context().require_info()
-    one: OllamaRunningModel = {**_model(info, info.model_name), "expires_at": FOREVER, "size_vram": 0}
+    one: OllamaRunningModel = {
+        **_model(info, _names(info)[0]),
+        "expires_at": FOREVER,
+        "size_vram": 0 if info.device == "cpu" else info.size_bytes,
+        "context_length": max_tokens(info),
+    }
     found: OllamaRunning = {"models": [one]}
     return answer(found)
 
@@ -242,67 +278,125 @@ def show() -> Response:
     """Describe the model, whatever name is sent."""
     parse(_name_decoder)
     info = context().require_info()
+    kind = info.architecture
     found: OllamaShow = {
-        "modified_at": STARTED,
+        "license": "",
+        "modelfile": f"FROM {info.model_name}\n",
+        "parameters": "",
+        "template": "",
         "details": _details(info),
         "model_info": {
-            "general.architecture": "bert",
+            "general.architecture": kind,
             "general.basename": info.model_name,
-            "bert.context_length": max_tokens(info),
-            "bert.embedding_length": info.embedding_dimension,
+            "general.parameter_count": info.parameters,
+            f"{kind}.context_length": max_tokens(info),
+            f"{kind}.embedding_length": info.embedding_dimension,
         },
         "capabilities": ["embedding"],
+        "modified_at": STARTED,
     }
     return answer(found)
 
 
 @protocol.post("/api/pull")
-@operation({200: OllamaPull}, body=_name_decoder)
+@operation({200: OllamaPull}, media=(JSON_LINES, JSON), body=_name_decoder, raises=(NotFound,))
 def pull() -> Response:
-    """Succeed at once: the model is loaded, and any name means it."""
+    """Succeed at once for a name of the model; another one would not be listed afterwards."""
+    body = parse(_name_decoder)
+    names = _names(context().require_info())
+    wanted = body.model or body.name or names[0]
+    if _tagged(wanted).lower() not in map(str.lower, names):
+        raise NotFound(
+            f"{wanted[:100]!r} is not served here; the one model has these names, and SERVED_MODEL_NAME "
+            f"adds more: {', '.join(names)}"
+        )
+    success: OllamaPull = {"status": "success"}
+    if body.stream is False:
+        return answer(success)
+    steps: list[OllamaPull] = [{"status": "pulling manifest"}, success]
+    return Response(b"".join(msgspec.json.encode(step) + b"\n" for step in steps), mimetype=JSON_LINES)
+
+
+@protocol.delete("/api/delete")
+@operation({200: None}, body=_name_decoder)
+def delete() -> Response:
+    """Succeed without effect: the model stays."""
     parse(_name_decoder)
-    context().require_info()
-    found: OllamaPull = {"status": "success"}
+    return Response()
+
+
+@protocol.post("/api/generate")
+@operation({200: OllamaGenerated}, body=_generate_decoder, raises=(NotFound,))
+def generate() -> Response:
+    """Succeed without effect if the model is only to be loaded or unloaded; no texts are generated."""
+    body = parse(_generate_decoder)
+    if body.prompt:
+        raise NotFound(instead(request.path))
+    found: OllamaGenerated = {
+        "model": body.model or model_name(),
+        "created_at": datetime.now(UTC).isoformat(),
+        "response": "",
+        "done": True,
+        "done_reason": "unload" if body.keep_alive in (0, "0", "0s") else "load",
+    }
     return answer(found)
 
 
 @protocol.get("/api/version")
 @operation({200: OllamaVersion})
 def version() -> Response:
-    """The version of this service."""
-    found: OllamaVersion = {"version": __version__}
+    """The level of Ollama's API that is followed."""
+    found: OllamaVersion = {"version": API_VERSION}
     return answer(found)
 
 
-def _check_options(options: dict[str, Any] | None, *, normalizes: bool = True) -> None:
-    """Raises InvalidRequest for options that would change the vectors: a window shorter than the model's."""
+def _check_options(options: dict[str, Any] | None, texts: list[str], *, normalizes: bool = True) -> None:
+    """Raises InvalidRequest for options that would change the vectors: a window that would cut a text."""
     check_others((), options or {}, "options.", normalizes=normalizes)
     window, info = (options or {}).get("num_ctx"), context().status().info
-    if info is None or not isinstance(window, int | float):
-        return
-    length = max_tokens(info)
     # In Ollama, 0 means the default.
-    if 0 < window < length:
+    if info is None or not isinstance(window, int | float) or not 0 < window < max_tokens(info) or not texts:
+        return
+    check_texts(texts)
+    tokenized = context().call(ListTokensRequest(texts=texts, deadline=current().deadline)).texts
+    longest = max(len(each.ids) for each in tokenized)
+    if longest > window:
+        wanted = min(longest, max_tokens(info))
         raise InvalidRequest(
-            f"must be at least {length}, the model's maximum, or left out",
-            field="options.num_ctx",
+            f"must be at least {wanted} for these texts, or left out", field="options.num_ctx"
         )
 
 
 def _names(info: ModelInfo) -> list[str]:
-    """The model's own name, its names in Ollama's library, and the name in Ollama's examples."""
+    """Its own name, those of SERVED_MODEL_NAME and Ollama's library, and that of Ollama's examples."""
     short = info.model_name.rstrip("/").rpartition("/")[2].lower()
-    known = [f"{LIBRARY_NAMES[short]}:latest"] if short in LIBRARY_NAMES else []
-    served = context().names
-    return list(dict.fromkeys([info.model_name, *served, *known, f"{short}:latest", "any:latest"]))
+    library = LIBRARY_NAMES.get(short, ())
+    return list(dict.fromkeys(map(_tagged, [info.model_name, *context().names, *library, short, "any"])))
+
+
+def _tagged(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _details(info: ModelInfo) -> OllamaDetails:
     return {
+        "parent_model": "",
         "format": "safetensors",
-        "family": "sentence-transformers",
-        "quantization_level": info.dtype,
+        "family": info.architecture,
+        "families": [info.architecture],
+        "parameter_size": _size(info.parameters),
+        "quantization_level": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(
+            info.dtype, info.dtype
+        ),
     }
+
+
+def _size(parameters: int) -> str:
+    """The number as Ollama shows it: 22.71M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{unit}"
+    return str(parameters)
 
 
 def _model(info: ModelInfo, name: str) -> OllamaModel:
@@ -310,7 +404,7 @@ def _model(info: ModelInfo, name: str) -> OllamaModel:
         "name": name,
         "model": name,
         "modified_at": STARTED,
-        "size": 0,
+        "size": info.size_bytes,
         "digest": info.fingerprint,
         "details": _details(info),
     }

@@ -1,4 +1,4 @@
-"""OpenAI: POST /v1/embeddings (and /embeddings), GET /v1/models and /v1/models/{id}."""
+"""OpenAI, and those that follow it: POST /v1/embeddings, GET /v1/models, and their other addresses."""
 
 import time
 from typing import Annotated, Any, Literal, TypedDict
@@ -7,29 +7,21 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import EmbedRequest
-from embedding_service.errors import InvalidRequest, NotFound, Unavailable
+from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.quantization import Precision
 from embedding_service.web.body import BodyDecoder, answer, read
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
-    ChunkOverlap,
-    Dimensions,
     EncodedVector,
     EncodingFormat,
-    InputType,
-    OverflowField,
-    Priority,
-    Prompt,
-    PromptName,
     answer_embeddings,
-    ask,
     encoded,
     in_precision,
     model_name,
-    overflow_of,
 )
+from embedding_service.web.limits import max_tokens
 from embedding_service.web.operation import operation
+from embedding_service.web.options import Dimensions, Options, Prompt, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.request import current
 
@@ -80,7 +72,7 @@ protocol = ApiProtocol(
     "OpenAI",
     render,
     OpenAIErrorAnswer,
-    paths=("/v1/", "/embeddings"),
+    paths=("/v1", "/embeddings", "/models", "/openai", "/api/v0", "/chat", "/completions"),
     names={"texts": "input"},
 )
 
@@ -101,13 +93,6 @@ EmbeddingType = Annotated[
     Literal["float", "base64", "binary", "ubinary"],
     Meta(description="Jina's name for the number format or encoding of the vectors."),
 ]
-# Jina's names for the two sides of a search.
-SIDES: dict[str, Literal["query", "document"]] = {"query": "query", "passage": "document"}
-TASKS: dict[str, Literal["query", "document"]] = {
-    f"{kind}.{side}": meant
-    for kind in ("retrieval", "code", "nl2code", "code2code", "code2nl", "code2completion", "qa")
-    for side, meant in SIDES.items()
-}
 
 
 class JinaInput(msgspec.Struct, frozen=True):
@@ -117,7 +102,7 @@ class JinaInput(msgspec.Struct, frozen=True):
     image: Annotated[Any, Meta(description="Not supported: the model reads text.")] = None
 
 
-class OpenAIEmbedBody(msgspec.Struct, frozen=True):
+class OpenAIEmbedBody(Options, frozen=True, kw_only=True):
     """Texts to embed."""
 
     input: Annotated[
@@ -128,14 +113,12 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
         | None
     ) = None
     encoding_format: EncodingFormat | None = None
-    dimensions: Dimensions | None = None
     user: Annotated[str, Meta(description="Not used.")] | None = None
-    input_type: InputType | None = None
     prompt: Prompt | None = None
-    prompt_name: PromptName | None = None
     output_dimension: Annotated[Dimensions, Meta(description="Voyage's name for dimensions.")] | None = None
     output_dtype: OutputDtype | None = None
     embedding_type: EmbeddingType | None = None
+    normalized: Annotated[bool, Meta(description="Jina's name for normalize.")] | None = None
     task: (
         Annotated[
             Literal[
@@ -162,12 +145,18 @@ class OpenAIEmbedBody(msgspec.Struct, frozen=True):
         ]
         | None
     ) = None
-    truncation: Annotated[bool, Meta(description="Truncate over-long texts; false rejects them.")] | None = (
-        None
-    )
-    priority: Priority | None = "normal"
-    overflow: OverflowField | None = None
-    chunk_overlap: ChunkOverlap | None = 0
+    truncation: Annotated[bool, Meta(description="Voyage's name for truncate.")] | None = None
+    truncate_prompt_tokens: (
+        Annotated[
+            int,
+            Meta(
+                ge=-1,
+                le=1_000_000,
+                description="vLLM's name for truncate: -1, or at least the model's maximum.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class TokenIdsBody(msgspec.Struct, frozen=True):
@@ -194,6 +183,7 @@ class OpenAIUsage(TypedDict):
 class OpenAIEmbedAnswer(TypedDict):
     """The embeddings, in the order of the texts."""
 
+    id: str
     object: Literal["list"]
     data: list[OpenAIEmbedding]
     model: str
@@ -209,11 +199,40 @@ class OpenAIModel(TypedDict):
     owned_by: str
 
 
+class CohereModel(TypedDict):
+    """The model, as Cohere's clients read it from the same route."""
+
+    name: str
+    endpoints: list[Literal["embed"]]
+
+
 class OpenAIModels(TypedDict):
-    """All models, which is one."""
+    """All models, which is one; `models` is for Cohere's clients."""
 
     object: Literal["list"]
     data: list[OpenAIModel]
+    models: list[CohereModel]
+
+
+class LMStudioModel(TypedDict):
+    """The model, as LM Studio's clients read it."""
+
+    id: str
+    object: Literal["model"]
+    type: Literal["embeddings"]
+    publisher: str
+    arch: str
+    compatibility_type: str
+    quantization: str
+    state: Literal["loaded"]
+    max_context_length: int
+
+
+class LMStudioModels(TypedDict):
+    """All models, which is one."""
+
+    object: Literal["list"]
+    data: list[LMStudioModel]
 
 
 _decoder = BodyDecoder(OpenAIEmbedBody)
@@ -222,53 +241,84 @@ _token_ids_decoder = msgspec.json.Decoder(TokenIdsBody)
 
 @protocol.post("/v1/embeddings")
 @protocol.post("/embeddings")
+@protocol.post("/openai/deployments/<path:name>/embeddings")
+@protocol.post("/openai/v1/embeddings")
 @operation({200: OpenAIEmbedAnswer}, body=_decoder, embeds=True)
-def embeddings() -> Response:
-    """Embed one or more texts, as vectors of length 1."""
+def embeddings(name: str = "") -> Response:
+    """Embed one or more texts, as vectors of length 1. Azure's clients name the model in the path."""
     body = _parse()
-    result = ask(
-        EmbedRequest(
-            texts=_texts(body.input),
-            deadline=current().deadline,
-            input_type=body.input_type or TASKS.get(body.task or ""),
-            prompt=body.prompt,
-            prompt_name=body.prompt_name,
-            priority=body.priority or "normal",
-            dimensions=body.output_dimension if body.dimensions is None else body.dimensions,
-            overflow=overflow_of(body.overflow, body.truncation, "truncation"),
-            overlap=body.chunk_overlap or 0,
-        )
-    )
+    result = embed(_texts(body.input), body, advice='"truncation": true')
     if body.output_dtype is not None and body.embedding_type is not None:
         raise InvalidRequest("cannot be sent together with output_dtype", field="embedding_type")
-    precision = PRECISIONS.get(body.output_dtype or body.embedding_type or "float")
-    numbers = in_precision(result.vectors, precision, field="output_dtype")
+    field = "output_dtype" if body.embedding_type is None else "embedding_type"
+    numbers = in_precision(result.vectors, PRECISIONS.get(getattr(body, field) or ""), field)
     encoding = body.encoding_format or ("base64" if body.embedding_type == "base64" else "float")
-    vectors = encoded(numbers, encoding)
     data: list[OpenAIEmbedding] = [
-        {"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)
+        {"object": "embedding", "index": index, "embedding": vector}
+        for index, vector in enumerate(encoded(numbers, encoding))
     ]
-    usage: OpenAIUsage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
-    found: OpenAIEmbedAnswer = {"object": "list", "data": data, "model": model_name(), "usage": usage}
+    found: OpenAIEmbedAnswer = {
+        "id": current().id,
+        "object": "list",
+        "data": data,
+        "model": model_name(),
+        "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
+    }
     return answer_embeddings(found, result)
 
 
 @protocol.get("/v1/models")
+@protocol.get("/models")
+@protocol.get("/v1")
+@protocol.get("/openai/v1/models")
 @operation({200: OpenAIModels}, raises=(Unavailable,))
 def models() -> Response:
     """List the model."""
-    found: OpenAIModels = {"object": "list", "data": [_model()]}
+    one = _model()
+    found: OpenAIModels = {
+        "object": "list",
+        "data": [one],
+        "models": [{"name": one["id"], "endpoints": ["embed"]}],
+    }
     return answer(found)
 
 
 @protocol.get("/v1/models/<path:name>")
-@operation({200: OpenAIModel}, raises=(Unavailable, NotFound))
+@protocol.get("/models/<path:name>")
+@operation({200: OpenAIModel}, raises=(Unavailable,))
 def model(name: str) -> Response:
-    """Describe the model; any other name is not found."""
-    found = _model()
-    if name.strip("/") not in (found["id"].strip("/"), *context().names):
-        raise NotFound(f"there is no model {name!r}; the model is {found['id']!r}")
+    """Describe the model, which serves every name; the response has its own."""
+    return answer(_model())
+
+
+@protocol.get("/api/v0/models")
+@operation({200: LMStudioModels}, raises=(Unavailable,))
+def lm_studio_models() -> Response:
+    """List the model, in LM Studio's form."""
+    found: LMStudioModels = {"object": "list", "data": [_lm_studio_model()]}
     return answer(found)
+
+
+@protocol.get("/api/v0/models/<path:name>")
+@operation({200: LMStudioModel}, raises=(Unavailable,))
+def lm_studio_model(name: str) -> Response:
+    """Describe the model, in LM Studio's form."""
+    return answer(_lm_studio_model())
+
+
+def _lm_studio_model() -> LMStudioModel:
+    info = context().require_info()
+    return {
+        "id": info.model_name,
+        "object": "model",
+        "type": "embeddings",
+        "publisher": info.model_name.rpartition("/")[0],
+        "arch": info.architecture,
+        "compatibility_type": "safetensors",
+        "quantization": info.dtype,
+        "state": "loaded",
+        "max_context_length": max_tokens(info),
+    }
 
 
 def _model() -> OpenAIModel:

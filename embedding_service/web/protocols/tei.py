@@ -1,38 +1,22 @@
-"""Text Embeddings Inference: POST / and /embed with `inputs`, POST /tokenize and /similarity."""
+"""Text Embeddings Inference, and Hugging Face's pipelines: `inputs` -> bare vectors, or tokens."""
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import (
-    Embeddings,
-    EmbedRequest,
-    ListTokensRequest,
-    TokenizedText,
-    TokenVectorsRequest,
-)
+from embedding_service.engine import ListTokensRequest, TokenizedText, TokenVectorsRequest
 from embedding_service.errors import InvalidRequest, TooLarge
-from embedding_service.web.body import BodyDecoder, answer, parse, read
+from embedding_service.web.body import BodyDecoder, answer, parse, read, texts_and_inputs
 from embedding_service.web.context import context
-from embedding_service.web.embedding import (
-    ChunkOverlap,
-    Dimensions,
-    Matrix,
-    OverflowField,
-    Priority,
-    Prompt,
-    PromptName,
-    Vector,
-    answer_embeddings,
-    ask,
-    listed,
-    overflow_of,
-)
+from embedding_service.web.embedding import Matrix, Texts, Vector, answer_embeddings, listed
 from embedding_service.web.limits import check_texts
 from embedding_service.web.operation import operation
+from embedding_service.web.options import Options, Prompt, PromptName
+from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
+from embedding_service.web.protocols import cohere
 from embedding_service.web.request import current
 from embedding_service.web.token_vectors import Matrices, answer_tokens, ask_tokens
 
@@ -68,29 +52,21 @@ protocol = ApiProtocol(
     "Text Embeddings Inference",
     render,
     TEIErrorAnswer,
+    paths=("/rerank", "/embed_sparse", "/pipeline", "/classify"),
     names={"texts": "inputs", "truncation_side": "truncation_direction"},
 )
 
-Truncate = Annotated[bool, Meta(description="Truncate over-long texts; false rejects them.")]
 Direction = Annotated[
     Literal["left", "right", "Left", "Right"],
     Meta(description="The end at which over-long texts are truncated; by default the model's choice."),
 ]
-Texts = Annotated[str | list[str], Meta(description="One or more texts.", examples=[["hello", "world"]])]
 
 
-class TEIParameters(msgspec.Struct, frozen=True, kw_only=True):
+class TEIParameters(Options, frozen=True, kw_only=True):
     """How to embed."""
 
-    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = None
-    truncate: Truncate | None = None
-    truncation_direction: Direction | None = None
-    prompt_name: PromptName | None = None
     prompt: Prompt | None = None
-    dimensions: Dimensions | None = None
-    overflow: OverflowField | None = None
-    chunk_overlap: ChunkOverlap | None = None
-    priority: Priority | None = None
+    truncation_direction: Direction | None = None
 
 
 class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
@@ -133,30 +109,15 @@ class SimilarityInputs(msgspec.Struct, frozen=True):
     sentences: list[str]
 
 
-class SimilarityParameters(msgspec.Struct, frozen=True):
-    """How to embed the sentences."""
-
-    truncate: Truncate | None = None
-    truncation_direction: Direction | None = None
-    prompt_name: PromptName | None = None
-
-
-class Comparison(msgspec.Struct, frozen=True):
-    """Matches a body with sentences to compare, but not one with texts to embed."""
-
-    inputs: dict[str, Any]
-
-
 class SimilarityBody(msgspec.Struct, frozen=True):
     """Sentences to compare."""
 
     inputs: SimilarityInputs
-    parameters: SimilarityParameters | None = None
+    parameters: TEIParameters | None = None
 
 
 embed_decoder = BodyDecoder(TEIEmbedBody)
 embed_all_decoder = BodyDecoder(TEIEmbedAllBody)
-_comparison_decoder = msgspec.json.Decoder(Comparison)
 _tokenize_decoder = BodyDecoder(TokenizeBody)
 _similarity_decoder = BodyDecoder(SimilarityBody)
 
@@ -171,15 +132,9 @@ def similarity() -> Response:
 def _compare(body: SimilarityBody) -> Response:
     if not body.inputs.sentences:
         raise InvalidRequest("is empty; send at least one sentence", field="inputs.sentences")
-    parameters = body.parameters or SimilarityParameters()
-    result = ask(
-        EmbedRequest(
-            texts=[body.inputs.source_sentence, *body.inputs.sentences],
-            deadline=current().deadline,
-            prompt_name=parameters.prompt_name,
-            overflow="error" if parameters.truncate is False else "truncate",
-            truncation_side=_side(parameters.truncation_direction),
-        ),
+    result = embed_texts(
+        [body.inputs.source_sentence, *body.inputs.sentences],
+        body.parameters or TEIParameters(),
         lambda index: ("inputs.sentences", index - 1) if index else ("inputs.source_sentence", None),
     )
     return answer_embeddings(result.vectors[1:] @ result.vectors[0], result)
@@ -187,15 +142,21 @@ def _compare(body: SimilarityBody) -> Response:
 
 @protocol.post("/")
 @protocol.post("/v1")
+@protocol.post("/models/<path:name>")
+@protocol.post("/pipeline/feature-extraction/<path:name>")
+@protocol.post("/pipeline/sentence-similarity/<path:name>")
 @operation({200: Matrix}, body=embed_decoder, embeds=True, variant=similarity)
-def embed() -> Response:
+def embed(name: str = "") -> Response:
     """Embed one or more texts, or compare sentences as /similarity does; returns bare numbers."""
     raw = read()
-    try:
-        _comparison_decoder.decode(raw)
-    except (msgspec.MsgspecError, RecursionError):
-        return embed_raw(raw)
-    return _compare(_similarity_decoder.decode(raw))
+    texts, inputs = texts_and_inputs(raw)
+    if inputs == b"null" and texts != b"null":
+        # As litellm's `cohere/` does with this address.
+        current().protocol = cohere.protocol
+        return cohere.embed_raw(raw)
+    if inputs.startswith(b"{"):
+        return _compare(_similarity_decoder.decode(raw))
+    return embed_raw(raw)
 
 
 def embed_raw(raw: bytes) -> Response:
@@ -205,24 +166,6 @@ def embed_raw(raw: bytes) -> Response:
     given = {name: getattr(body, name) if value is None else value for name, value in inner.items()}
     result = embed_texts(listed(body.inputs), TEIParameters(**given))
     return answer_embeddings(result.vectors, result)
-
-
-def embed_texts(texts: list[str], given: TEIParameters) -> Embeddings:
-    """Embed texts as the parameters say."""
-    return ask(
-        EmbedRequest(
-            texts=texts,
-            deadline=current().deadline,
-            normalize=given.normalize is not False,
-            prompt_name=given.prompt_name,
-            prompt=given.prompt,
-            dimensions=given.dimensions,
-            truncation_side=_side(given.truncation_direction),
-            priority=given.priority or "normal",
-            overflow=overflow_of(given.overflow, given.truncate),
-            overlap=given.chunk_overlap or 0,
-        )
-    )
 
 
 @protocol.post("/embed_all")
@@ -271,7 +214,3 @@ def _tokens(text: str, tokenized: TokenizedText) -> list[Token]:
         )
         tokens.append(token)
     return tokens
-
-
-def _side(direction: str | None) -> Any:
-    return direction.lower() if direction else None

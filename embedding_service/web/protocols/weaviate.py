@@ -6,15 +6,14 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import EmbedRequest
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, answer, parse
 from embedding_service.web.context import context
-from embedding_service.web.embedding import Dimensions, Matrix, Vector, answer_embeddings, ask
+from embedding_service.web.embedding import Matrix, Vector, answer_embeddings
 from embedding_service.web.limits import max_tokens
 from embedding_service.web.operation import operation
+from embedding_service.web.options import Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
-from embedding_service.web.request import current
 
 
 class WeaviateErrorAnswer(TypedDict):
@@ -33,15 +32,12 @@ protocol = ApiProtocol(
     "Weaviate",
     render,
     WeaviateErrorAnswer,
-    paths=("/vectors", "/.well-known/"),
+    paths=("/vectors", "/.well-known"),
     names={"dimensions": "config.dimensions"},
 )
 
-# Weaviate's names for the two kinds of text.
-INPUT_TYPES: dict[str, Literal["query", "document"]] = {"query": "query", "passage": "document"}
 
-
-class WeaviateConfig(msgspec.Struct, frozen=True):
+class WeaviateConfig(Options, frozen=True, kw_only=True):
     """How to embed."""
 
     task_type: (
@@ -51,7 +47,6 @@ class WeaviateConfig(msgspec.Struct, frozen=True):
         ]
         | None
     ) = None
-    dimensions: Dimensions | None = None
     pooling_strategy: (
         Annotated[
             str,
@@ -110,13 +105,7 @@ def vectors() -> Response:
         texts, place = [body.text], _place_of_one
     else:
         raise InvalidRequest("the request has neither text nor texts")
-    request = EmbedRequest(
-        texts=texts,
-        deadline=current().deadline,
-        input_type=INPUT_TYPES.get(config.task_type or ""),
-        dimensions=config.dimensions,
-    )
-    result = ask(request, place)
+    result = embed(texts, config, place, parent="config.", advice='"config": {"truncate": true}')
     dims = result.vectors.shape[1]
     found: WeaviateBatchAnswer | WeaviateAnswer = {"vectors": result.vectors, "dims": dims}
     if body.texts is None:

@@ -1,0 +1,226 @@
+"""How to embed: the fields that most APIs have, and the names and values by which each API means the same."""
+
+import functools
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from embedding_service.engine import Embeddings, EmbedRequest, Overflow
+from embedding_service.errors import InvalidRequest, TextTooLong
+from embedding_service.web.embedding import Place, ask
+from embedding_service.web.fields import MEANINGS
+from embedding_service.web.protocol import Asked
+from embedding_service.web.request import current
+
+Dimensions = Annotated[
+    int,
+    Meta(
+        ge=1, le=65_536, description="Truncate each vector to this many dimensions, then normalise it again."
+    ),
+]
+PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
+# Limited because a copy of the prompt is put in front of each text, and a request may hold many short texts.
+Prompt = Annotated[str, Meta(max_length=10_000, description="Text to put in front of each text, as it is.")]
+InputType = Annotated[
+    Literal[
+        "query",
+        "document",
+        "passage",
+        "search_query",
+        "search_document",
+        "classification",
+        "clustering",
+        "text",
+        "image",
+    ],
+    Meta(
+        description=(
+            "Use the model's own prompt for queries (query, search_query), for documents (document, passage, "
+            "search_document), or the one of this name, if it has one. Images are not supported."
+        )
+    ),
+]
+Truncate = Annotated[
+    bool | Literal["NONE", "START", "END"],
+    Meta(
+        description=(
+            "Truncate over-long texts (true), at the end (END) or at the start (START), or refuse them."
+        )
+    ),
+]
+Priority = Annotated[
+    Literal["normal", "background"] | int,
+    Meta(
+        description=(
+            "background requests wait for all others, and use what these leave of the model. "
+            "Numbers are accepted and not used."
+        )
+    ),
+]
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How to embed."""
+
+    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = None
+    prompt_name: PromptName | None = None
+    input_type: InputType | None = None
+    dimensions: Dimensions | None = None
+    truncate: Truncate | None = None
+    overflow: (
+        Annotated[
+            Overflow,
+            Meta(
+                description=(
+                    "How to handle over-long texts: truncate them, return an error, embed them in pieces and "
+                    "return the mean, or return the vectors of the pieces (chunks, only on /embed)."
+                )
+            ),
+        ]
+        | None
+    ) = None
+    chunk_overlap: (
+        Annotated[
+            int, Meta(ge=0, le=65_536, description="Maximum number of tokens that neighbouring pieces share.")
+        ]
+        | None
+    ) = None
+    priority: Priority | None = None
+
+
+# The two sides of a search: NVIDIA and Weaviate say passage, Cohere search_query, Jina code.query.
+Meant: TypeAlias = Literal["query", "document"]
+NAMES: dict[str, Meant] = {"query": "query", "document": "document", "passage": "document"}
+SIDES: dict[str, Meant] = {
+    f"{before}{name}": side
+    for name, side in NAMES.items()
+    for before in (
+        *("", "search_", "retrieval.", "code.", "nl2code.", "code2code."),
+        *("code2nl.", "code2completion.", "qa."),
+    )
+}
+# What a value for over-long texts means: whether they are truncated, and at which end.
+Cut: TypeAlias = tuple[bool, Literal["left", "right"] | None]
+CUTS: dict[Any, Cut] = {
+    True: (True, None),
+    False: (False, None),
+    "END": (True, "right"),
+    "START": (True, "left"),
+    "NONE": (False, None),
+}
+SAME: dict[Any, Any] = SIDES | CUTS
+# A value that truncates for each that does not, for advice.
+CUTTING = {False: "true", "NONE": '"END"', "error": '"truncate"'}
+
+
+def embed(
+    texts: list[str],
+    options: Options,
+    place: Place | None = None,
+    *,
+    on_error: Literal["fail", "null"] | None = None,
+    normalize: bool = True,
+    parent: str = "",
+    advice: str = '"truncate": true',
+) -> Embeddings:
+    """Embed the texts as the caller asked, by default with `normalize`.
+
+    `place` is as in `ask`. `parent` precedes the names of the options in the body, and `advice` is the field
+    that truncates over-long texts, in case the caller sent none.
+    """
+    request = understand(texts, options, on_error, normalize=normalize, parent=parent)
+    try:
+        return ask(request, place)
+    except TextTooLong as error:
+        asked = [current().asked[each] for each in ("overflow", "truncate") if each in current().asked]
+        sent = " and ".join(f'"{name}": {CUTTING[value]}' for name, value in asked)
+        error.reason += f"; send {sent or advice} to cut it"
+        raise
+
+
+def understand(
+    texts: list[str],
+    options: Options,
+    on_error: Literal["fail", "null"] | None = None,
+    *,
+    normalize: bool = True,
+    parent: str = "",
+) -> EmbedRequest:
+    """The request that the options describe. Raises InvalidRequest."""
+    asked = current().asked = _asked(options, parent)
+    sent = {meaning: value for meaning, (_, value) in asked.items()}
+    cut, side = _cut(asked)
+    kind = sent.get("input_type")
+    if kind == "image":
+        raise InvalidRequest('is "image"; the model reads text', field="input_type")
+    prompt_name = sent.get("prompt_name")
+    if prompt_name is None and kind is not None and kind not in SIDES:
+        prompt_name = kind if kind in current().service.require_info().prompts else None
+    return EmbedRequest(
+        texts=texts,
+        deadline=current().deadline,
+        normalize=sent.get("normalize", normalize),
+        prompt_name=prompt_name,
+        input_type=SIDES.get(kind or ""),
+        prompt=sent.get("prompt"),
+        dimensions=sent.get("dimensions"),
+        truncation_side=_direction(sent.get("truncation_side")) or side,
+        priority="background" if options.priority == "background" else "normal",
+        overflow=_overflow(asked, cut),
+        overlap=options.chunk_overlap or 0,
+        on_error=on_error or "fail",
+    )
+
+
+def _asked(options: Options, parent: str) -> Asked:
+    """Raises InvalidRequest if two fields with the same meaning contradict each other."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name, meaning in _meanings(type(options)):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        before, other = found.setdefault(meaning, (f"{parent}{name}", value))
+        if SAME.get(other, other) != SAME.get(value, value):
+            raise InvalidRequest(f"contradicts {before}; send one of the two", field=f"{parent}{name}")
+    return found
+
+
+@functools.cache
+def _meanings(kind: type[Options]) -> list[tuple[str, str]]:
+    """The fields of the struct that have a meaning in `MEANINGS`, each with it."""
+    fields = {field.name for field in msgspec.structs.fields(kind)}
+    return [
+        (name, meaning)
+        for meaning, (names, _) in MEANINGS.items()
+        for name in names
+        if name in fields and meaning not in ("precision", "pooling")
+    ]
+
+
+def _cut(asked: Asked) -> tuple[bool | None, Literal["left", "right"] | None]:
+    """Whether over-long texts are truncated, if the caller says so, and at which end."""
+    name, value = asked.get("truncate", ("", None))
+    if value is None:
+        return None, None
+    if isinstance(value, bool | str):
+        return CUTS[value]
+    # vLLM's number of tokens, which is ours only if it is the model's maximum; -1 means that.
+    length = current().service.require_info().max_seq_length
+    if value != -1 and value < length:
+        raise InvalidRequest(f"must be at least {length}, the model's maximum, or -1", field=name)
+    return True, None
+
+
+def _overflow(asked: Asked, cut: bool | None) -> Overflow:
+    """How to handle over-long texts, as either field says, or else DEFAULT_OVERFLOW."""
+    name, overflow = asked.get("overflow", ("", None))
+    if cut is None:
+        return overflow or current().service.settings.default_overflow
+    if overflow is not None and cut != (overflow == "truncate"):
+        raise InvalidRequest(f"contradicts {name}; send one of the two", field=asked["truncate"][0])
+    return "truncate" if cut else (overflow or "error")
+
+
+def _direction(sent: str | None) -> Any:
+    return sent.lower() if sent else None
