@@ -90,7 +90,7 @@ def test_every_embedding_route_is_in_the_table(app):
         (kind, path)
         for kind in KINDS
         for path in BODIES
-        if (kind, path) != (errors.FingerprintMismatch, "/tokenize")
+        if kind is not errors.FingerprintMismatch or "tokenize" not in path
     ],
     ids=lambda given: getattr(given, "__name__", given),
 )
