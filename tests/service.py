@@ -15,7 +15,7 @@ import psutil
 import requests
 
 ROOT = Path(__file__).parent.parent
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 # The variable that names the folder which all workers of a test run share.
 RUN_FOLDER = "TEST_RUN_FOLDER"

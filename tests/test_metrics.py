@@ -424,6 +424,7 @@ for hot in (request, batch):
 """
 
 
+@pytest.mark.long
 def test_counting_costs_little(tmp_path):
     """At most 40 µs for a request in a web worker and 30 µs for a batch, in the best of 30 runs."""
     command = [sys.executable, "-c", COSTS, str(tmp_path)]

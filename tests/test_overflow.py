@@ -7,10 +7,12 @@ import pytest
 import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from embedding_service.engine import Chunk, Embeddings, EmbedRequest, Timings
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.pieces import embed_in_passes, means
+from embedding_service.inference.preprocessing import without_limits
 from embedding_service.inference.splitting import Splitter, end_of_piece, start_of_next
 from tests.service import ROOT
 
@@ -39,9 +41,14 @@ def test_the_next_piece_starts_with_a_word(first, last, overlap, found):
     assert start_of_next(WORDS, first, last, overlap) == found
 
 
+def plain(oracle) -> Tokenizer:
+    """The model's tokenizer, which neither truncates nor pads."""
+    return without_limits(oracle.tokenizer.backend_tokenizer)
+
+
 @pytest.fixture(scope="module")
 def splitter(oracle):
-    return Splitter(oracle, 256)
+    return Splitter(plain(oracle), 256)
 
 
 def tokens_of(oracle, text: str) -> int:
@@ -80,7 +87,7 @@ def test_pieces_fit_cover_the_text_and_overlap_no_more_than_requested(oracle, sp
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=400), st.integers(0, 3))
 def test_any_text_is_split(oracle, text, overlap):
-    short = Splitter(oracle, 12)
+    short = Splitter(plain(oracle), 12)
     [chunks] = short.split([text], None, overlap)
     assert chunks
     assert all(tokens_of(oracle, text[chunk.start : chunk.stop]) <= 12 for chunk in chunks)
@@ -144,7 +151,7 @@ def test_if_every_text_is_bad_there_are_no_chunks():
 
 
 def test_a_model_that_reads_everything_gets_whole_texts(oracle):
-    assert [len(own) for own in Splitter(oracle, None).split([LONG, SHORT], None, 0)] == [1, 1]
+    assert [len(own) for own in Splitter(plain(oracle), None).split([LONG, SHORT], None, 0)] == [1, 1]
 
 
 def test_the_mean_is_weighted_by_tokens_and_keeps_single_pieces_unchanged():
@@ -182,7 +189,7 @@ def test_chunks_are_vectors_of_their_characters_alone(service, oracle, overlap):
     ids=["native", "OpenAI", "TEI", "Cohere"],
 )
 def test_mean_is_the_weighted_mean_of_the_pieces(service, oracle, path, field, vectors):
-    [chunks] = Splitter(oracle, 256).split([LONG], None, 0)
+    [chunks] = Splitter(plain(oracle), 256).split([LONG], None, 0)
     pieces = oracle.encode([LONG[chunk.start : chunk.stop] for chunk in chunks], normalize_embeddings=True)
     expected = np.average(pieces, axis=0, weights=[chunk.tokens for chunk in chunks])
     expected /= np.linalg.norm(expected)

@@ -196,6 +196,7 @@ def test_only_a_part_of_the_file_is_in_memory(tmp_path, kind):
     assert count == rows and peak < 4 << 20
 
 
+@pytest.mark.slow
 def test_an_endless_line_is_a_bad_row_and_does_not_fill_the_memory(tmp_path):
     path = tmp_path / "endless.jsonl"
     with path.open("wb") as file:

@@ -55,6 +55,7 @@ def test_an_end_of_a_line_over_two_blocks_is_one(monkeypatch):
         assert [row.text for row in rows] == ["one", "two", "three", "", "five"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_a_line_is_too_long_from_the_same_byte_on_whatever_its_end(end):
     for size, is_bad in ((MAX_BYTES - 1, False), (MAX_BYTES, True), (2 * MAX_BYTES, True)):
