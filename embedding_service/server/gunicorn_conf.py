@@ -121,12 +121,13 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """In a worker with its app: connect its shutdown signal, and wait for the model's first status."""
-    from embedding_service.observability import metrics  # not needed in the master
+    from embedding_service.observability import collector, metrics  # not needed in the master
 
     metrics.share(supervisor.folder.metrics)
     context = worker.wsgi.extensions["embedding_service"]
     context.draining = lambda: not worker.alive
     context.engine.settle(1.0)
+    collector.freeze()
 
 
 def on_exit(server: Any) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from embedding_service.engine import AnyRequest, Outcome, Status
 from embedding_service.errors import StartupError
 from embedding_service.inference.local import LocalEngine
-from embedding_service.observability import logs, metrics
+from embedding_service.observability import collector, logs, metrics
 from embedding_service.sharing import wire
 from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LoadReport, ProcessSettings
 
@@ -173,6 +173,7 @@ def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
         reason = str(engine.startup_error).encode(errors="replace").decode()
         os.write(0, msgspec.json.encode(LoadReport(failure=reason)))
         return EX_CONFIG
+    collector.freeze()
     if (info := engine.status().info) is not None:
         os.write(0, msgspec.json.encode(LoadReport(device=info.device)))
     idle = threading.Event()
