@@ -282,6 +282,7 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
     from embedding_service.inference.settings import ModelSettings
 
     settings = environment.current().settings
+    logs.check(settings.log_format, settings.log_file)
     logs.setup(settings.log_level, settings.log_format, settings.log_file)
     model = msgspec.convert(settings, ModelSettings, from_attributes=True)
     engine = LocalEngine(msgspec.structs.replace(model, device=settings.devices[0]))
@@ -329,6 +330,7 @@ def execute(given: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
     code = main(given, prog)
     sys.stdout.flush()
     sys.stderr.flush()
+    logs.writer.flush()
     # sys.exit would wait for requests in flight, whose answers are no longer needed.
     os._exit(code)
 

@@ -1,5 +1,7 @@
 """Keys: which routes require one, how it is sent and rotated, and that it is never logged."""
 
+import base64
+import hmac
 import sys
 from pathlib import Path
 
@@ -10,12 +12,17 @@ import requests
 import config
 from embedding_service.engine import Embeddings, Status, Timings
 from embedding_service.errors import StartupError
-from embedding_service.web import auth
+from embedding_service.web import keys
 from embedding_service.web.factory import create_app
 from embedding_service.web.keys import KeyRing
 from embedding_service.web.settings import WebSettings
 from tests.fakes import INFO
 from tests.service import wait_until
+
+
+def basic(login: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+
 
 OURS, OTHERS, FILED, ROTATED = (
     "key-of-ours-1",
@@ -57,6 +64,9 @@ SENT = {
     "scheme in lower case": {"Authorization": f"bearer {OURS}"},
     "second key": {"X-API-Key": OTHERS.encode().decode("latin-1")},
     "x-api-key": {"X-API-Key": OURS},
+    "Azure's api-key": {"api-key": OURS},
+    "password of basic": basic(f"any:{OURS}"),
+    "password of basic without a name": basic(f":{OTHERS}"),
     "x-api-key beside the proxy's own login": {"X-API-Key": OURS, "Authorization": "Basic dXNlcjpwYXNz"},
 }
 REFUSED = {
@@ -65,7 +75,10 @@ REFUSED = {
     "empty bearer": {"Authorization": "Bearer "},
     "empty x-api-key": {"X-API-Key": ""},
     "no scheme": {"Authorization": OURS},
-    "basic": {"Authorization": f"Basic {OURS}"},
+    "basic that is not encoded": {"Authorization": f"Basic {OURS}"},
+    "the key as the name of basic": basic(f"{OURS}:"),
+    "basic without a colon": basic(OURS),
+    "a wrong password of basic": basic("any:wrong"),
     "the beginning of a key": {"X-API-Key": OURS[:-1]},
     "longer than a key": {"X-API-Key": OURS + "x"},
     "the whole list": {"X-API-Key": f"{OURS}, {OTHERS}"},
@@ -158,7 +171,7 @@ def test_no_key_is_required_if_none_is_set():
 
 def test_a_key_is_compared_with_every_known_key(monkeypatch):
     compared = []
-    real = auth.KeyRing.holds.__globals__["hmac"].compare_digest
+    real = hmac.compare_digest
 
     def compare(a, b):
         compared.append((len(a), len(b)))
@@ -172,13 +185,20 @@ def test_a_key_is_compared_with_every_known_key(monkeypatch):
         assert compared == [(32, 32)] * 3
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """The key file is looked at for every request, and waited for."""
+    monkeypatch.setattr(keys, "REREAD_SECONDS", 0.0)
+    monkeypatch.setattr(keys, "PATIENCE_SECONDS", 30.0)
+
+
 def replace(file: Path, *keys: str) -> None:
     new = file.with_suffix(".new")
     new.write_text("".join(f"{key}\n" for key in keys))
     new.replace(file)
 
 
-def test_the_key_file_is_reread_when_it_changes(tmp_path):
+def test_the_key_file_is_reread_when_it_changes(tmp_path, at_once):
     file = tmp_path / "keys"
     file.write_text(f"# a comment\n\n  {FILED}  \r\nsecond\n")
     ring = KeyRing(OURS, str(file))
@@ -193,7 +213,7 @@ def test_the_key_file_is_reread_when_it_changes(tmp_path):
     assert [ring.holds(key.encode()) for key in (OURS, FILED, ROTATED)] == [True, False, True]
 
 
-def test_an_emptied_key_file_lets_nobody_in(tmp_path):
+def test_an_emptied_key_file_lets_nobody_in(tmp_path, at_once):
     file = tmp_path / "keys"
     file.write_text(f"{FILED}\n")
     client = client_for(api_keys_file=str(file))
@@ -203,7 +223,7 @@ def test_an_emptied_key_file_lets_nobody_in(tmp_path):
     assert client.get("/info").status_code == 401
 
 
-def test_an_unreadable_key_file_keeps_its_last_keys_and_is_logged_once(tmp_path, caplog):
+def test_an_unreadable_key_file_keeps_its_last_keys_and_is_logged_once(tmp_path, caplog, at_once):
     file = tmp_path / "keys"
     file.write_text(f"{FILED}\n")
     ring = KeyRing(None, str(file))
@@ -266,8 +286,10 @@ def test_the_real_service_requires_keys_rotates_them_and_never_logs_them(start_w
     assert requests.get(f"{running.url}/metrics", timeout=10).status_code == 401
     replace(file, ROTATED)
     # New connections, so that both workers get requests.
-    assert {status(ROTATED) for _ in range(20)} == {200}
-    assert {status(FILED) for _ in range(20)} == {401}
+    wait_until(lambda: {status(ROTATED) for _ in range(20)} == {200}, what="the new key in both workers")
+    wait_until(lambda: {status(FILED) for _ in range(20)} == {401}, what="the end of the old key")
+    address = running.url.replace("//", f"//any:{OURS}@")
+    assert requests.post(f"{address}/embed", json=BODY, timeout=10).status_code == 200
     assert status(OURS) == 200
 
     with requests.Session() as session:  # a rejected body must not be read as the next request
@@ -279,7 +301,7 @@ def test_the_real_service_requires_keys_rotates_them_and_never_logs_them(start_w
         scraped = session.get(f"{running.url}/metrics", headers=header, timeout=10).text
 
     command_lines = " ".join(" ".join(process.cmdline()) for process in running.processes())
-    for key in (OURS, FILED, ROTATED):
+    for key in (OURS, FILED, ROTATED, base64.b64encode(f"any:{OURS}".encode()).decode()):
         for place in (running.log(), scraped, command_lines):
             assert key not in place
     assert "no key is required" not in running.log()

@@ -220,6 +220,22 @@ def test_a_misspelt_setting_gets_a_suggestion(env_file, written, meant):
     assert warning.endswith(f"did you mean {meant}?")
 
 
+def test_a_misspelt_setting_in_the_environment_gets_a_suggestion():
+    others = {
+        "PATH": "/bin",
+        "HOSTNAME": "x",
+        "PROMPT": "$ ",
+        "API_KEY": "x",
+        "PYTHONPATH": "",
+        "WEB_THREADS": "1",
+    }
+    found = environment.read({"EMBEDING_MODEL": "x", "SUPPORTED": "1"} | others).warnings
+    assert [line for line in found if "did you mean" in line] == [
+        "the environment: EMBEDING_MODEL is not a setting of this service and has no effect; "
+        "did you mean EMBEDDING_MODEL?"
+    ]
+
+
 def test_the_clients_key_alone_gets_a_warning_that_it_protects_nothing(env_file):
     env_file.write_text("API_KEY=x\n")
     assert "the service requires API_KEYS" in read().warnings[0]

@@ -1,9 +1,10 @@
 """Logging for every process of the service: one line per event, with the request id if there is one."""
 
+import atexit
+import contextlib
 import io
 import logging
-import logging.config
-import logging.handlers
+import os
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 import orjson
 
 from embedding_service.errors import StartupError
+from embedding_service.observability.outside import LockType, SimpleQueue, allocate_lock, start_new_thread
 
 
 def _no_request() -> None:
@@ -27,6 +29,9 @@ request_id: Callable[[], str | None] = _no_request
 
 # Likewise for the id of the W3C trace that the request is part of.
 trace_id: Callable[[], str | None] = _no_request
+
+# Lines that may wait for a log that hangs, and how long the end of a process may.
+MAX_WAITING_LINES, FLUSH_SECONDS = 10_000, 0.25
 
 # A message may contain a caller's text, whose line breaks must not forge a second log line.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
@@ -65,59 +70,135 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(fields).decode()
 
 
-class FileHandler(logging.handlers.WatchedFileHandler):
-    """A log file that follows logrotate; lines go to standard error while it cannot be written."""
+class Writer:
+    """Writes lines in a thread of its own, since a disk or a pipe may hang, and its process must not.
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=_stream())
+    The thread is the operating system's also in a web worker, where `threading` makes greenlets. The file is
+    opened again after logrotate has moved it. Lines go to standard error while the file cannot be written.
+    """
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+        self._file, self._identity = -1, (0, 0)
+        self.leave()
+
+    def leave(self) -> None:
+        """In a forked child: the parent writes its own lines, and its thread is not here."""
+        self._items: SimpleQueue[str | LockType] = SimpleQueue()
+        self._is_running = False
+        self._dropped = 0
+
+    def put(self, line: str) -> None:
+        """Write the line soon; drop it if too many are waiting."""
+        if not self._is_running:
+            self._is_running = True
+            start_new_thread(self._write_forever, ())
+        if self._items.qsize() < MAX_WAITING_LINES:
+            self._items.put(line)
+        else:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """Wait for the lines so far, but not long: this process is about to end."""
+        if self._is_running:
+            written = allocate_lock()
+            written.acquire()
+            self._items.put(written)
+            written.acquire(timeout=FLUSH_SECONDS)
+
+    def _write_forever(self) -> None:
+        while True:
+            item = self._items.get()
+            if not isinstance(item, str):
+                item.release()
+                continue
+            dropped, self._dropped = self._dropped, 0
+            note = f"{dropped} log lines were dropped, since the log could not be written in time\n" * bool(
+                dropped
+            )
+            data = (note + item + "\n").encode(errors="backslashreplace")
+            try:
+                _write(self._opened() if self.path else _stream().fileno(), data)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    _write(_stream().fileno(), data)
+
+    def _opened(self) -> int:
+        assert self.path is not None
+        with contextlib.suppress(FileNotFoundError):
+            facts = Path(self.path).stat()
+            if (facts.st_dev, facts.st_ino) == self._identity:
+                return self._file
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = _open(self.path)
+        facts = os.fstat(self._file)
+        self._identity = facts.st_dev, facts.st_ino
+        return self._file
 
 
-def dict_config(level: str, form: str, file: str | None) -> dict[str, Any]:
-    """The configuration for `logging.config.dictConfig` and gunicorn's `logconfig_dict`."""
-    # WatchedFileHandler reopens the file after logrotate has moved it.
-    handler: dict[str, Any] = (
-        {"class": "embedding_service.observability.logs.FileHandler", "filename": file, "encoding": "utf-8"}
-        if file
-        else {"class": "logging.StreamHandler", "stream": _stream()}
-    )
-    handler["formatter"] = "line"
-    formatter = JsonFormatter if form == "json" else TextFormatter
-    root_level = "DEBUG" if level == "debug" else "WARNING"
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"line": {"()": formatter}},
-        "handlers": {"out": handler},
-        "root": {"level": root_level, "handlers": ["out"]},
-        "loggers": {
-            "embedding_service": {"level": level.upper()},
-            "stdout": {"level": level.upper()},
-            "gunicorn.error": {"level": level.upper(), "handlers": [], "propagate": True},
-        },
-    }
+def _open(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+writer = Writer()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=writer.leave)
+atexit.register(writer.flush)
+
+
+class Handler(logging.Handler):
+    """Formats a record at once, where its request is known, and leaves the line to the writer."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            writer.put(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def check(form: str, file: str | None) -> None:
+    """Raises StartupError if the log file cannot be written."""
+    if file:
+        # Only writing a line detects a full disk.
+        record = logging.LogRecord(__name__, logging.INFO, "", 0, "The service logs here", None, None)
+        try:
+            log = _open(file)
+            _write(log, f"{_formatter(form).format(record)}\n".encode())
+            os.close(log)
+        except OSError as error:
+            raise StartupError(f"LOG_FILE={file!r} cannot be written: {error.strerror}") from None
 
 
 def setup(level: str, form: str, file: str | None) -> None:
-    """Configure logging in this process. Raises StartupError if the log file cannot be written."""
-    config = dict_config(level, form, file)
-    if file:
-        # Only writing a line detects a full disk.
-        formatter = config["formatters"]["line"]["()"]()
-        record = logging.LogRecord(__name__, logging.INFO, "", 0, "A process logs here", None, None)
-        try:
-            with Path(file).open("a", encoding="utf-8") as log:
-                log.write(f"{formatter.format(record)}\n")
-        except OSError as error:
-            raise StartupError(f"LOG_FILE={file!r} cannot be written: {error.strerror}") from None
-    logging.config.dictConfig(config)
+    """Configure logging in this process."""
+    writer.path = file
+    handler = Handler()
+    handler.setFormatter(_formatter(form))
+    logging.root.handlers = [handler]
+    logging.root.setLevel("DEBUG" if level == "debug" else "WARNING")
+    for name in ("embedding_service", "stdout", "gunicorn.error"):
+        logging.getLogger(name).setLevel(level.upper())
+    gunicorn = logging.getLogger("gunicorn.error")
+    gunicorn.handlers, gunicorn.propagate = [], True
     logging.captureWarnings(True)
     sys.excepthook, threading.excepthook = _log_uncaught, _log_uncaught_in_thread
     if form == "json":
         _capture()
 
 
+def _formatter(form: str) -> logging.Formatter:
+    return JsonFormatter() if form == "json" else TextFormatter()
+
+
 def refuse(error: object, form: str) -> None:
     """Report on standard error why the service does not start, even if logging is not set up."""
+    writer.flush()
     record = logging.LogRecord("start", logging.CRITICAL, "", 0, "%s", (error,), None)
     print(JsonFormatter().format(record) if form == "json" else error, file=_stream())
 

@@ -12,9 +12,8 @@ from embedding_service.server import preflight
 from embedding_service.settings import environment
 from embedding_service.sharing import supervisor_handle
 from embedding_service.sharing.client import RemoteEngine
-from embedding_service.sharing.settings import LogSettings
 from embedding_service.web.factory import create_app
-from embedding_service.web.keys import OPEN_WARNING, KeyRing
+from embedding_service.web.keys import OPEN_WARNING
 from embedding_service.web.settings import WebSettings
 
 
@@ -27,16 +26,11 @@ def build() -> Flask:
     if supervisor is not None:
         engine = RemoteEngine(supervisor, len(settings.devices))
     else:
-        logs.setup(*msgspec.structs.astuple(msgspec.convert(settings, LogSettings, from_attributes=True)))
-        log = logging.getLogger("embedding_service")
-        for warning in started.warnings:
-            log.warning(warning)
-        KeyRing(settings.api_keys, settings.api_keys_file).check()
+        logs.check(settings.log_format, settings.log_file)
+        logs.setup(settings.log_level, settings.log_format, settings.log_file)
+        preflight.check(started)
         if settings.is_open_at(settings.host):
-            log.warning(OPEN_WARNING, settings.host)
-        model = msgspec.convert(settings, ModelSettings, from_attributes=True)
-        preflight.check_model(model)
-        preflight.check_traces(started.sends_traces)
-        engine = LocalEngine(model)
+            logging.getLogger(__name__).warning(OPEN_WARNING, settings.host)
+        engine = LocalEngine(msgspec.convert(settings, ModelSettings, from_attributes=True))
     web = msgspec.convert(settings, WebSettings, from_attributes=True)
     return create_app(engine, msgspec.structs.replace(web, traces=started.sends_traces))

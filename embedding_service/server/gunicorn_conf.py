@@ -15,12 +15,15 @@ from embedding_service.server import preflight
 from embedding_service.settings import environment
 from embedding_service.sharing import supervisor_handle
 from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings
-from embedding_service.web.keys import OPEN_WARNING, KeyRing
+from embedding_service.web.keys import OPEN_WARNING
 
 try:
     started = environment.current()
     settings = started.settings
     logging = msgspec.convert(settings, LogSettings, from_attributes=True)
+    # Not again at SIGHUP, when a hanging disk would stop the master.
+    if supervisor_handle.inherited() is None:
+        logs.check(settings.log_format, settings.log_file)
     logs.setup(*msgspec.structs.astuple(logging))
     supervisor = supervisor_handle.prepare()
 except StartupError as error:
@@ -66,8 +69,6 @@ def on_starting(server: Any) -> None:
     """In the master, before any worker: start the supervisor of the model processes."""
     # SIGUSR2 runs this command again; sys.argv no longer has all of it after `python -m`.
     server.START_CTX["args"] = [sys.executable, *sys.orig_argv[1:]]
-    for warning in started.warnings:
-        server.log.warning("%s", warning)
     if server.cfg.worker_class_str != worker_class:
         server.log.warning("-k %s: slow clients can hold up this worker", server.cfg.worker_class_str)
     elif server.cfg.threads != threads:
@@ -84,9 +85,7 @@ def on_starting(server: Any) -> None:
         for index, device in enumerate(settings.devices)
     ]
     try:
-        KeyRing(settings.api_keys, settings.api_keys_file).check()
-        preflight.check_model(model)
-        preflight.check_traces(started.sends_traces)
+        preflight.check(started)
         for address in _new_addresses(server):
             preflight.check_address(*address)
         supervisor.start(processes)

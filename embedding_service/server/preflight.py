@@ -4,12 +4,19 @@ import ctypes.util
 import errno
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import socket
+
+import msgspec
 
 from embedding_service.errors import StartupError
 from embedding_service.inference import source
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.settings.environment import Environment
+from embedding_service.web import keys
+
+log = logging.getLogger(__name__)
 
 
 def check_model(settings: ModelSettings) -> None:
@@ -30,12 +37,28 @@ def check_model(settings: ModelSettings) -> None:
             )
 
 
-def check_traces(wanted: bool) -> None:
-    """Raises StartupError if traces are wanted and OpenTelemetry is not installed."""
-    if wanted and importlib.util.find_spec("opentelemetry") is None:
+def check(started: Environment) -> None:
+    """All of these checks but the addresses; also logs the warnings. Raises StartupError."""
+    for warning in started.warnings:
+        log.warning("%s", warning)
+    settings = started.settings
+    keys.ring(settings.api_keys, settings.api_keys_file).check()
+    check_model(msgspec.convert(settings, ModelSettings, from_attributes=True))
+    if started.sends_traces:
+        check_traces(started.traces_protocol)
+
+
+def check_traces(protocol: str) -> None:
+    """Raises StartupError if OpenTelemetry is not installed, or is to send spans in another protocol."""
+    if importlib.util.find_spec("opentelemetry") is None:
         raise StartupError(
             "OTEL_EXPORTER_OTLP_ENDPOINT is set, but OpenTelemetry is not installed: "
             "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        )
+    if protocol not in ("", "http/protobuf"):
+        raise StartupError(
+            f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} is not supported: spans are sent as http/protobuf, "
+            "usually to port 4318. Unset it, or set OTEL_SDK_DISABLED=true"
         )
 
 

@@ -24,6 +24,8 @@ from gunicorn.http import Request, RequestParser, errors, wsgi
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
+from embedding_service.observability import logs
+
 # A request must arrive within READ_SECONDS plus the time that its bytes take at the minimum rate, and a
 # response must be read within WRITE_SECONDS plus that time. This cuts off clients that are too slow, but not
 # large bodies on slow lines.
@@ -297,6 +299,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             listener.drain()
         self._drain()
         if self.ppid != os.getppid():
+            logs.writer.flush()
             os._exit(0)
 
     def _drain(self) -> None:

@@ -12,6 +12,10 @@ from embedding_service.settings import config, env_file
 PROJECT = Path(__file__).parent.parent.parent
 
 
+# Other software's variables, and embed_file's, whose names are only similar.
+NOT_MISSPELT = ("API_KEY", "PROMPT", *(old for old in config.OLD_NAMES.values()))
+
+
 class Environment(msgspec.Struct, frozen=True):
     """All variables, warnings about them, and those of `.env` that libraries look for in os.environ."""
 
@@ -27,14 +31,24 @@ class Environment(msgspec.Struct, frozen=True):
     @property
     def client_api_key(self) -> str | None:
         """The key that embed_file sends, from API_KEY; the service itself reads API_KEYS."""
-        return self.variables.get("API_KEY", "").strip() or None
+        return self._first("API_KEY") or None
 
     @property
     def sends_traces(self) -> bool:
         """Whether OpenTelemetry's own variables name a collector to send traces to."""
-        names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-        is_off = self.variables.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-        return not is_off and any(self.variables.get(name, "").strip() for name in names)
+        is_off = self._first("OTEL_SDK_DISABLED").lower() == "true"
+        return not is_off and bool(
+            self._first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+        )
+
+    @property
+    def traces_protocol(self) -> str:
+        """The protocol that OpenTelemetry's own variables ask for; empty if they do not say."""
+        return self._first("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+
+    def _first(self, *names: str) -> str:
+        """The value of the first of these variables that is set, else empty."""
+        return next((value for name in names if (value := self.variables.get(name, "").strip())), "")
 
 
 def read(environ: Mapping[str, str], **arguments: str) -> Environment:
@@ -46,10 +60,13 @@ def read(environ: Mapping[str, str], **arguments: str) -> Environment:
     file = env_file.find(places)
     written = env_file.read(file, environ) if file is not None else {}
     variables = written | dict(environ) | arguments
+    places_of = dict.fromkeys(environ.keys() - written.keys(), "the environment") | dict.fromkeys(
+        written, file
+    )
     warnings = [
-        f"{file}: {name} is not a setting of this service and has no effect; did you mean {meant}?"
-        for name, meant in env_file.misspelt(written, config.NAMES).items()
-        if name != "API_KEY"
+        f"{places_of[name]}: {name} is not a setting of this service and has no effect; did you mean {meant}?"
+        for name, meant in env_file.misspelt(places_of, config.NAMES).items()
+        if name not in NOT_MISSPELT
     ]
     if "API_KEY" in written and not (variables.get("API_KEYS") or variables.get("API_KEYS_FILE")):
         warnings.append(f"{file}: API_KEY is the key that embed_file sends; the service requires API_KEYS")

@@ -157,6 +157,7 @@ def _exit_with_parent() -> None:
     with contextlib.suppress(ConnectionResetError):
         while os.read(0, 4096):
             pass
+    logs.writer.flush()
     os._exit(0)
 
 
@@ -212,6 +213,6 @@ def main(argument: str) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1])
-    logging.shutdown()
+    logs.writer.flush()
     # Not sys.exit: a hung batch or a lost CUDA context would keep the interpreter from ending.
     os._exit(code)

@@ -1,10 +1,13 @@
 """Requires a key for requests to views that are not public, if any keys are configured."""
 
+import base64
+import contextlib
+
 from flask import Flask, Response, current_app, request
 
 from embedding_service.errors import Unauthorized
+from embedding_service.web import keys
 from embedding_service.web.context import KEY
-from embedding_service.web.keys import KeyRing
 from embedding_service.web.operation import operation_of
 
 CHALLENGE = 'Bearer realm="embedding-service"'
@@ -13,7 +16,7 @@ CHALLENGE = 'Bearer realm="embedding-service"'
 def register(app: Flask) -> None:
     """Attach to the app's requests."""
     settings = app.extensions[KEY].settings
-    ring = KeyRing(settings.api_keys, settings.api_keys_file)
+    ring = keys.ring(settings.api_keys, settings.api_keys_file)
     if not ring.required:
         return
 
@@ -21,7 +24,8 @@ def register(app: Flask) -> None:
         if _is_public() or any(ring.holds(key) for key in _sent_keys()):
             return
         raise Unauthorized(
-            "a valid key is required; send it as 'Authorization: Bearer <key>' or as 'X-API-Key: <key>'"
+            "a valid key is required; send it as 'Authorization: Bearer <key>', as 'X-API-Key: <key>', "
+            "or in the address: http://any:<key>@host"
         )
 
     app.before_request(demand_key)
@@ -39,10 +43,16 @@ def _is_public() -> bool:
 def _sent_keys() -> list[bytes]:
     """The keys in the request, at most three; Azure's is `api-key`. WSGI decodes header values as Latin-1."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    offered = [request.headers.get(name, "") for name in ("X-API-Key", "api-key")]
+    offered = [
+        request.headers.get(name, "").encode("latin-1", "replace") for name in ("X-API-Key", "api-key")
+    ]
     if scheme.lower() == "bearer":
-        offered.append(token)
-    return [key.strip().encode("latin-1", "replace") for key in offered if key.strip()]
+        offered.append(token.encode("latin-1", "replace"))
+    elif scheme.lower() == "basic":
+        # A client that can send no key gets it in its address: http://any:KEY@host:8001. The name is ignored.
+        with contextlib.suppress(ValueError):
+            offered.append(base64.b64decode(token.strip()).partition(b":")[2])
+    return [key.strip() for key in offered if key.strip()]
 
 
 def _challenge(response: Response) -> Response:

@@ -1,12 +1,14 @@
 """The accepted keys, from the settings and from a file that may change while the service runs."""
 
+import functools
 import hashlib
 import hmac
 import logging
-import threading
+import time
 from pathlib import Path
 
 from embedding_service.errors import StartupError
+from embedding_service.observability import outside
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +17,16 @@ OPEN_WARNING = (
     "or HOST=127.0.0.1 for this machine only"
 )
 
+# How often the file is looked at, and how long one request waits for it.
+REREAD_SECONDS, PATIENCE_SECONDS = 1.0, 0.5
+
 Version = tuple[int, ...]
+
+
+@functools.cache
+def ring(listed: str | None, file: str | None) -> "KeyRing":
+    """The keys of this process. A web worker inherits those that its master has read."""
+    return KeyRing(listed, file)
 
 
 class KeyRing:
@@ -25,64 +36,64 @@ class KeyRing:
         """`listed` is comma-separated; `file` has one key per line, and comment lines that begin with #."""
         self.required = listed is not None or file is not None
         self._listed = _hashes((listed or "").split(","))
-        self._file = Path(file) if file is not None else None
-        self._version: Version | None = None
+        self._file = file
+        self._version: Version = ()
         self._filed: list[bytes] = []
-        self._lock = threading.Lock()
+        self._problem = ""
+        self._is_reading = False
+        self._due = 0.0
 
     def check(self) -> None:
         """Raises StartupError if keys are configured but there are none: nobody could use the service."""
         if self._file is not None:
-            try:
-                self._filed = _read(self._file)
-            except (OSError, ValueError) as error:
-                raise StartupError(
-                    f"API_KEYS_FILE={str(self._file)!r} cannot be read: {_why(error)}"
-                ) from None
+            self._read()
+            if self._problem:
+                raise StartupError(f"API_KEYS_FILE={self._file!r} cannot be read: {self._problem}")
         if self.required and not (self._listed or self._filed):
             raise StartupError(
                 "API_KEYS and API_KEYS_FILE contain no key; to serve without keys, leave both empty"
             )
 
     def holds(self, key: bytes) -> bool:
-        """Whether this is currently one of the keys."""
-        if self._file is not None:
-            self._refresh(self._file)
+        """Whether this is one of the keys; changes to the file count after REREAD_SECONDS."""
+        if self._file is not None and not self._is_reading and time.monotonic() >= self._due:
+            self._refresh()
         sent = hashlib.sha256(key).digest()
         found = False
         for known in (*self._listed, *self._filed):
             found |= hmac.compare_digest(sent, known)
         return found
 
-    def _refresh(self, file: Path) -> None:
+    def _refresh(self) -> None:
+        """Read the file again if it has changed. If its disk hangs, the last known keys stay valid."""
+        self._due = time.monotonic() + REREAD_SECONDS
+        version, problem = self._version, self._problem
+        self._is_reading = True
+        if not outside.run(self._read, PATIENCE_SECONDS):
+            self._problem = "its disk does not answer"
+        if self._problem and self._problem != problem:
+            log.error("API_KEYS_FILE cannot be read; the last known keys stay valid: %s", self._problem)
+        elif self._version != version:
+            log.info("Read %d keys from API_KEYS_FILE", len(self._filed))
+
+    def _read(self) -> None:
         try:
-            version = _version(file)
-            if version == self._version:
-                return
-            with self._lock:
-                if version != self._version:
-                    # The version is from before reading, so a change made meanwhile is noticed next time.
-                    self._filed, self._version = _read(file), version
-                    log.info("Read %d keys from API_KEYS_FILE", len(self._filed))
-        except (OSError, ValueError) as error:
-            if self._version != ():
-                self._version = ()
-                log.error("API_KEYS_FILE cannot be read; the last known keys stay valid: %s", _why(error))
+            file = Path(self._file or "")
+            facts = file.stat()
+            # From before reading, so that a change made meanwhile is noticed next time.
+            version = facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino
+            if version != self._version:
+                lines = file.read_text(encoding="utf-8").splitlines()
+                self._filed = _hashes([line for line in lines if not line.lstrip().startswith("#")])
+                self._version = version
+            self._problem = ""
+        except OSError as error:
+            self._problem = error.strerror or type(error).__name__
+        except ValueError:
+            self._problem = "it is not UTF-8"
+        finally:
+            self._is_reading = False
 
 
 def _hashes(keys: list[str]) -> list[bytes]:
     return [hashlib.sha256(key.strip().encode()).digest() for key in keys if key.strip()]
-
-
-def _read(file: Path) -> list[bytes]:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return _hashes([line for line in lines if not line.lstrip().startswith("#")])
-
-
-def _version(file: Path) -> Version:
-    facts = file.stat()
-    return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino
-
-
-def _why(error: OSError | ValueError) -> str:
-    return error.strerror or "" if isinstance(error, OSError) else "it is not UTF-8"

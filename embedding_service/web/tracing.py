@@ -1,13 +1,26 @@
 """Sends a span for each request over OTLP, if OpenTelemetry's variables name a collector."""
 
+import atexit
+import logging
+import threading
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, request
 
 from embedding_service import __version__
+from embedding_service.observability.outside import SimpleQueue, start_new_thread
 from embedding_service.web.context import KEY
 from embedding_service.web.request import current
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+log = logging.getLogger(__name__)
+
+# How often the end of an export is looked for, and how long the end of the process waits for the last one.
+PAUSE_SECONDS, LAST_SECONDS = 0.05, 0.5
 
 
 def register(app: Flask) -> None:
@@ -18,10 +31,36 @@ def register(app: Flask) -> None:
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    class OutsideExporter(SpanExporter):
+        """Sends in one thread of the operating system, with its own connections, names and TLS."""
+
+        def __init__(self, exporter: SpanExporter) -> None:
+            self._exporter = exporter
+            self._batches: SimpleQueue[tuple[Sequence[ReadableSpan], list[SpanExportResult]]] = SimpleQueue()
+            self._thread = 0
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            if not self._thread:
+                self._thread = start_new_thread(self._send_forever, ())
+            results: list[SpanExportResult] = []
+            self._batches.put((spans, results))
+            while not results:
+                time.sleep(PAUSE_SECONDS)  # other greenlets run meanwhile
+            return results[0]
+
+        def _send_forever(self) -> None:
+            while True:
+                spans, results = self._batches.get()
+                try:
+                    results.append(self._exporter.export(spans))
+                except Exception as error:
+                    log.warning("Spans could not be sent: %s", error)
+                    results.append(SpanExportResult.FAILURE)
 
     class RequestTraceIds(RandomIdGenerator):
         """A span without a parent gets the trace id that is on the request's log lines."""
@@ -33,8 +72,10 @@ def register(app: Flask) -> None:
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         # OTEL_SERVICE_NAME is not set.
         resource = resource.merge(Resource({SERVICE_NAME: "embedding-service"}))
-    provider = TracerProvider(resource=resource, id_generator=RequestTraceIds())
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider = TracerProvider(resource=resource, id_generator=RequestTraceIds(), shutdown_on_exit=False)
+    processor = BatchSpanProcessor(OutsideExporter(OTLPSpanExporter()))
+    provider.add_span_processor(processor)
+    atexit.register(_send_last, processor)
     tracer = provider.get_tracer("embedding_service")
     propagator = TraceContextTextMapPropagator()
 
@@ -55,6 +96,13 @@ def register(app: Flask) -> None:
         return response
 
     app.after_request(end)
+
+
+def _send_last(processor: "BatchSpanProcessor") -> None:
+    """Send what is waiting, but let no collector delay the end of the process."""
+    sending = threading.Thread(target=processor.force_flush, daemon=True)
+    sending.start()
+    sending.join(LAST_SECONDS)
 
 
 def _attributes(route: str, response: Response) -> dict[str, Any]:

@@ -105,8 +105,13 @@ def test_an_unreachable_collector_delays_nobody(start_without_model):
 def test_a_missing_package_stops_the_start(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(StartupError, match=r"pip install opentelemetry-sdk"):
-        preflight.check_traces(True)
-    preflight.check_traces(False)
+        preflight.check_traces("")
+
+
+def test_another_protocol_than_ours_stops_the_start(start):
+    service = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:4317", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
+    assert service.process.wait(30) == 78
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc is not supported" in service.log().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
