@@ -141,9 +141,13 @@ def _from_hub(name: str, revision: str | None) -> Source:
             f"EMBEDDING_MODEL={name!r} is not on the hub; for a private model set HF_TOKEN"
         ) from None
     except Exception as error:
+        setting = "" if revision is None else f", MODEL_REVISION={revision!r},"
+        packaged = name == DEFAULT_MODEL and importlib.util.find_spec(PACKAGE) is not None
         raise StartupError(
-            f"EMBEDDING_MODEL={name!r} is not in the cache and the hub did not answer "
-            f"({type(error).__name__}). Set EMBEDDING_MODEL=/path/to/a/folder; "
-            "or HF_HOME=/path/to/a/filled/cache, with HF_HUB_OFFLINE=1 to skip the hub; or check the network"
+            f"EMBEDDING_MODEL={name!r}{setting} is not in the cache and the hub did not answer "
+            f"({type(error).__name__}). "
+            f"{'Unset MODEL_REVISION: the packaged model needs no hub; or use' if packaged else 'Use'} the "
+            "path of a folder instead of the name; or set HF_HOME=/path/to/a/filled/cache, with "
+            "HF_HUB_OFFLINE=1 to skip the hub; or check the network"
         ) from None
     return Source(folder=folder, origin="Hugging Face hub", revision=folder.name)

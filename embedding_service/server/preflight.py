@@ -7,12 +7,16 @@ import importlib.util
 import logging
 import os
 import socket
+from pathlib import Path
 
 import msgspec
 
 from embedding_service.errors import StartupError
 from embedding_service.inference import source
+from embedding_service.inference.fingerprint import effective_prompts
+from embedding_service.inference.model_files import Listing
 from embedding_service.inference.settings import ModelSettings
+from embedding_service.quantization import read_ranges
 from embedding_service.settings.environment import Environment
 from embedding_service.web import keys
 
@@ -27,6 +31,9 @@ def check_model(settings: ModelSettings) -> None:
     for package, needs in (("openvino", settings.backend == "openvino" or settings.dtype == "int8"),):
         if needs and importlib.util.find_spec(package) is None:
             raise StartupError(f"BACKEND=openvino and DTYPE=int8 need {package}, which is for x86 CPUs")
+    if settings.int8_ranges:
+        read_ranges(Path(settings.int8_ranges).expanduser())
+    _check_default_prompt(settings)
     devices = settings.device.split(",")
     if not settings.cpu_fallback and any(device.startswith("cuda") for device in devices):
         reason = _no_cuda()
@@ -46,6 +53,18 @@ def check(started: Environment) -> None:
     check_model(msgspec.convert(settings, ModelSettings, from_attributes=True))
     if started.sends_traces:
         check_traces(started.traces_protocol)
+
+
+def _check_default_prompt(settings: ModelSettings) -> None:
+    """Raises StartupError if the prompt is in neither the settings nor the model, if that is in a folder."""
+    name, folder = settings.default_prompt_name, Path(settings.embedding_model).expanduser()
+    if name is None or name in settings.prompts or not folder.is_dir():
+        return
+    known, _ = effective_prompts(Listing.of(folder), settings.prompts, name)
+    if name not in known:
+        raise StartupError(
+            f"DEFAULT_PROMPT_NAME={name!r} is not a prompt; there are: {', '.join(sorted(known)) or 'none'}"
+        )
 
 
 def check_traces(protocol: str) -> None:
@@ -94,7 +113,12 @@ def _why_not(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EACCES:
         return f"PORT={port} needs privileges, as ports below 1024 do: set PORT to another port"
     if isinstance(error, socket.gaierror):
-        return f"HOST={host!r} cannot be resolved to an address: {error.strerror}"
+        hint = (
+            "; conda sets HOST to the name of its platform: unset it, or use --host"
+            if "conda" in host
+            else ""
+        )
+        return f"HOST={host!r} cannot be resolved to an address: {error.strerror}{hint}"
     if error.errno == errno.EADDRNOTAVAIL:
         return f"HOST={host!r} is not an address of this machine"
     return f"HOST={host!r}, PORT={port}: {error.strerror}"

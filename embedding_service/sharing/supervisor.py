@@ -162,7 +162,6 @@ def main(folder: RuntimeFolder, report: socket.socket, all_settings: list[Proces
         for child in children:
             reason = reason or child.keep_alive()
     if reason is not None:
-        log.critical("Giving up: %s", reason.reason)
         with contextlib.suppress(OSError):
             report.sendall(msgspec.json.encode(reason))
     for child in children:

@@ -90,7 +90,9 @@ def _environment() -> dict[str, str]:
     """An environment in which child processes can import this package from any working directory."""
     found = str(Path(__file__).parent.parent.parent)
     others = os.environ.get("PYTHONPATH")  # noqa: TID251 - Python's own, not a setting
-    return os.environ | {"PYTHONPATH": f"{found}{os.pathsep}{others}" if others else found}  # noqa: TID251
+    path = f"{found}{os.pathsep}{others}" if others else found
+    # No progress bars in the log.
+    return {"TQDM_DISABLE": "1"} | os.environ | {"PYTHONPATH": path}  # noqa: TID251
 
 
 # Made by the master and inherited by its workers: gunicorn imports the app by name, without arguments.

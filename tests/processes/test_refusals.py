@@ -28,6 +28,8 @@ GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
         pytest.param({"API_KEYS_FILE": "/nowhere"}, "API_KEYS_FILE='/nowhere' cannot be read", id="no keys"),
         pytest.param({"LOG_FILE": "/nowhere/log"}, "LOG_FILE='/nowhere/log' cannot be written", id="no log"),
         pytest.param({"HOST": "nowhere.invalid"}, "HOST='nowhere.invalid' cannot be", id="an unknown name"),
+        pytest.param({"HOST": "x86_64-conda-linux-gnu"}, "conda sets HOST", id="conda's platform"),
+        pytest.param({"INT8_RANGES": "/nowhere"}, "INT8_RANGES='/nowhere' cannot be read", id="no ranges"),
         pytest.param({"HOST": "192.0.2.1"}, "HOST='192.0.2.1' is not an address", id="another's address"),
         pytest.param({"HOST": "unix:/run/x.sock"}, "HOST='unix:/run/x.sock' is not allowed", id="unix"),
         pytest.param({"HOST": "*"}, "0.0.0.0 for every address", id="a star"),
@@ -137,3 +139,16 @@ def test_a_socket_from_systemd_is_not_a_port_in_use(start_without_model):
         [sys.executable, "-c", LAUNCH.replace("{", "{{").replace("}", "}}"), "{port}"]
     )
     assert service.wait_ready().post("/embed", {"texts": "hello"}).ok
+
+
+def test_a_default_prompt_that_the_models_folder_does_not_have(tmp_path):
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
+    for name, prompts in (("query", {}), ("mine", {"mine": "m: "}), (None, {})):
+        preflight._check_default_prompt(
+            ModelSettings(embedding_model=str(tmp_path), default_prompt_name=name, prompts=prompts)
+        )
+    with pytest.raises(StartupError, match="DEFAULT_PROMPT_NAME='passage' is not a prompt; there are: query"):
+        preflight._check_default_prompt(
+            ModelSettings(embedding_model=str(tmp_path), default_prompt_name="passage")
+        )
