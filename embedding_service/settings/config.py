@@ -179,7 +179,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_queued_tokens: Annotated[
         int,
         Meta(
-            ge=1024, description="Maximum number of tokens that wait for the model; further requests get 429."
+            ge=1024,
+            description=(
+                "Maximum number of tokens that wait for the model; further requests get 429. A request that "
+                "waits counts with at most the tokens of the one that arrives, so that a large one keeps no "
+                "small one out."
+            ),
         ),
     ] = 2_000_000
     cache_mb: Annotated[
