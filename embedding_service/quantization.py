@@ -71,7 +71,7 @@ def read_ranges(path: Path) -> Int8Ranges:
         return msgspec.json.decode(path.read_bytes(), type=Int8Ranges)
     except OSError as error:
         raise StartupError(f"INT8_RANGES={str(path)!r} cannot be read: {error.strerror}") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StartupError(
             f"INT8_RANGES={str(path)!r} was not written by `embedding-service calibrate`: {error}"
         ) from None

@@ -188,7 +188,7 @@ class RemoteEmbedder:
             raise Answered(_error(response), response.status_code, retry_after_seconds(response.headers))
         try:
             return msgspec.json.decode(response.content, type=kind)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Lost(f"{self._url}{path} does not look like this service: {error}") from None
 
 
@@ -247,6 +247,6 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 
 
 def _error(response: httpx2.Response) -> _Error:
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
         return msgspec.json.decode(response.content, type=_Error)
     return _Error(f"HTTP {response.status_code}")

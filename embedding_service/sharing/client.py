@@ -63,6 +63,8 @@ class ModelConnection:
         self._calls = threading.Lock()
         self._calls.acquire()
         self._is_sending = False
+        # Held by the thread that sends.
+        self._sending = threading.Lock()
         self._numbers = count()
         self._was_healthy = False
         self._known = threading.Event()
@@ -80,14 +82,22 @@ class ModelConnection:
         waiter = Waiter(request.deadline + GRACE_SECONDS)
         number = next(self._numbers)
         self._waiters[number] = waiter
-        if self._channel is None:
+        channel = self._channel
+        if channel is None:
             # Checked only now: if the connection is lost in between, `_disconnect` has seen this waiter.
             self._waiters.pop(number, None)
             raise self._lost()
-        self._unsent[number] = cast(AnyRequest, request)
-        if not self._is_sending:
-            self._is_sending = True
-            self._wake_sender()
+        if len(self._waiters) == 1 and self._sending.acquire(blocking=False):
+            # Nothing can go with it, so it does not wait for the sender's turn.
+            try:
+                self._send(channel, [(number, cast(AnyRequest, request))])
+            finally:
+                self._sending.release()
+        else:
+            self._unsent[number] = cast(AnyRequest, request)
+            if not self._is_sending:
+                self._is_sending = True
+                self._wake_sender()
         outcome = waiter.wait()
         if isinstance(outcome, ServiceError):
             raise outcome
@@ -107,7 +117,8 @@ class ModelConnection:
             calls = [(number, request) for number, request in waiting if request is not None]
             channel = self._channel
             if channel is not None and calls:
-                self._send(channel, calls)
+                with self._sending:
+                    self._send(channel, calls)
 
     def _send(self, channel: wire.Channel, calls: list[tuple[int, AnyRequest]]) -> None:
         """Send calls in one message. Only those that cannot be encoded fail."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Sequence
@@ -19,11 +20,23 @@ from embedding_service.web.fields import check_others
 from embedding_service.web.request import current
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+Decoded = TypeVar("Decoded")
 
 GZIP = ("gzip", "x-gzip")
 # A gzip body is read in blocks. Its members are limited because even an empty one takes time.
 MAX_MEMBERS, BLOCK_BYTES = 1000, 1 << 16
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+
+HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
+
+
+def try_decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded | None:
+    """The body if it is of the decoder's type, else None, whatever is wrong with it."""
+    try:
+        return decoder.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 class BodyDecoder(Generic[Body]):
@@ -42,15 +55,24 @@ class BodyDecoder(Generic[Body]):
 
     def decode(self, raw: bytes) -> Body:
         """Decode a body. Raises InvalidRequest, or UnsupportedMediaType for a form."""
+        body = self.exact(raw)
+        return self.tolerant(raw) if body is None else body
+
+    def exact(self, raw: bytes) -> Body | None:
+        """The body if it is valid and has no extra fields."""
+        return try_decode(self._exact, raw)
+
+    def tolerant(self, raw: bytes) -> Body:
+        """Decode a body that is not exact; raises as `decode` does."""
         try:
-            try:
-                return self._exact.decode(raw)
-            except msgspec.ValidationError:
-                return self._decode_with_others(raw)
+            return self._decode_with_others(raw)
         except UnicodeDecodeError as error:
             raise _not_json(f"the body is not valid UTF-8: {error.reason}") from None
         except msgspec.DecodeError as error:
-            raise _not_json(f"the body is not valid JSON: {error}") from None
+            # This is also what msgspec says of a text at the end that ends with half of a pair.
+            is_half = "truncated" in str(error) and HIGH_SURROGATE.search(raw[-12:])
+            reason = "a text ends with half of a surrogate pair" if is_half else error
+            raise _not_json(f"the body is not valid JSON: {reason}") from None
         except RecursionError:
             raise InvalidRequest("the body is nested too deeply") from None
 
@@ -119,10 +141,7 @@ _fields_decoder = msgspec.json.Decoder(Fields)
 
 def texts_and_inputs(raw: bytes) -> tuple[bytes, bytes]:
     """The JSON of these fields; `null` if a body does not have them."""
-    try:
-        found = _fields_decoder.decode(raw)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-        found = Fields()
+    found = try_decode(_fields_decoder, raw) or Fields()
     return bytes(found.texts), bytes(found.inputs)
 
 

@@ -153,7 +153,8 @@ def test_fuzzed_bodies_never_make_a_5xx_and_always_get_json(service, count):
     for _ in range(count):
         path, raw = fuzzed(numbers)
         status, headers, answer = client.embed(raw, path)
-        assert status < 500, (path, raw, answer)
+        # 424 is TEI's status for a fault of ours.
+        assert status < 500 and status != 424, (path, raw, answer)
         assert headers["content-type"].startswith("application/json"), (path, raw, headers)
         json.loads(answer)
         statuses[status] = statuses.get(status, 0) + 1

@@ -212,3 +212,19 @@ def test_requests_over_the_limit_get_429_and_health_still_answers(app, engine, c
     app.extensions["embedding_service"]._places.clear()
     assert client.post("/embed", json={"texts": "a"}).status_code == 429
     assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/embed", "/", "/similarity", "/v1/embeddings", "/invocations", "/predict"])
+@pytest.mark.parametrize("name", ["inputs", "texts", "input", "instances"])
+def test_bad_utf8_anywhere_is_the_callers_fault(client, path, name):
+    for value in (b'"\xff"', b'["\xff"]', b'{"source_sentence": "\xff", "sentences": ["a"]}', b'{"\xff": 1}'):
+        answer = client.post(path, data=b'{"%b": %b}' % (name.encode(), value))
+        assert answer.status_code in (400, 422)
+        assert "not valid UTF-8" in answer.text
+
+
+@pytest.mark.parametrize("end", ['"}', '"]}', ' a text after it"}'])
+def test_half_of_a_surrogate_pair_is_not_called_a_truncated_body(client, end):
+    answer = client.post("/embed", data='{"texts": ' + "[" * ("]" in end) + '"\\ud800' + end)
+    assert answer.status_code == 400
+    assert "surrogate pair" in answer.json["error"]

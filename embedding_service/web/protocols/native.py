@@ -137,14 +137,13 @@ _decoder = BodyDecoder(EmbedBody, near=True)
 def embed() -> Response:
     """Embed one or more texts. A body for Text Embeddings Inference gets bare vectors, as there."""
     raw = read()
-    try:
-        body = _decoder.decode(raw)
-    except InvalidRequest:
+    body = _decoder.exact(raw)
+    if body is None:
         own, inputs = texts_and_inputs(raw)
-        if own != b"null" or inputs == b"null":
-            raise
-        current().protocol = tei.protocol
-        return tei.embed_raw(raw)
+        if own == b"null" and inputs != b"null":
+            current().protocol = tei.protocol
+            return tei.embed_raw(raw)
+        body = _decoder.tolerant(raw)
     texts = listed(body.texts)
     if body.output == "tokens":
         return _tokens(body, understand(texts, body))

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.quantization import Precision
-from embedding_service.web.body import BodyDecoder, answer, read
+from embedding_service.web.body import BodyDecoder, answer, read, try_decode
 from embedding_service.web.context import context
 from embedding_service.web.embedding import (
     EncodedVector,
@@ -355,8 +355,5 @@ def _parse() -> OpenAIEmbedBody:
 
 
 def _has_token_ids(raw: bytes) -> bool:
-    try:
-        ids: list[Any] = _token_ids_decoder.decode(raw).input
-    except (msgspec.MsgspecError, RecursionError):
-        return False
-    return bool(ids)
+    body = try_decode(_token_ids_decoder, raw)
+    return body is not None and bool(body.input)
