@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def read_checkpoint(settings: ModelSettings) -> Checkpoint:
 
 def load_model(folder: Path, device: str, dtype: str, attn_implementation: str | None) -> SentenceTransformer:
     """The model in a folder, ready to compute. Raises StartupError."""
-    arguments: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True}
+    arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
     try:
@@ -136,7 +137,11 @@ def load_model(folder: Path, device: str, dtype: str, attn_implementation: str |
             model_kwargs=arguments,
         )
     except Exception as error:
-        line = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise StartupError(
+                f"The model in {folder} needs code of its own, which this service never runs"
+            ) from None
+        line = shorten(str(error), 300, placeholder=" …")
         raise StartupError(
             f"The model in {folder} cannot be loaded ({type(error).__name__}: {line})"
         ) from error
@@ -184,7 +189,8 @@ def limit_length(model: SentenceTransformer, wanted: int) -> int:
         if wanted > own:
             log.info("MAX_SEQ_LENGTH=%d is above the model's own limit of %d, which applies", wanted, own)
     if isinstance(model[0], Transformer):
-        positions = getattr(model[0].config, "max_position_embeddings", None)
+        # A model of texts and images has positions for each.
+        positions = getattr(model[0].config.get_text_config(), "max_position_embeddings", None)
         if isinstance(positions, int) and positions > 0:
             limits.append(positions - model[0]._infer_flatten_position_offset())
         model.max_seq_length = min(limits)

@@ -11,6 +11,7 @@ from typing import Any
 
 from embedding_service.engine import Int8Ranges
 from embedding_service.inference.model_files import (
+    TRANSFORMERS,
     Listing,
     Module,
     files_read,
@@ -96,14 +97,15 @@ def _length_limit(listing: Listing, wanted: int) -> int | None:
     first, *_ = modules(listing)
     if first.kind == "StaticEmbedding":
         return None
-    if first.kind != "Transformer":
+    if first.kind not in TRANSFORMERS:
         return wanted
     own = listing.json(transformer_config(listing, first.folder) or "")
     if "modules.json" not in listing.names:
         own = {}
     arguments = own.get("processor_kwargs") or own.get("tokenizer_args") or {}
     tokenizer = listing.json(posixpath.join(first.folder, "tokenizer_config.json"))
-    positions = listing.json(posixpath.join(first.folder, "config.json")).get("max_position_embeddings")
+    config = listing.json(posixpath.join(first.folder, "config.json"))
+    positions = config.get("text_config", config).get("max_position_embeddings")
     lengths = (
         arguments.get("model_max_length")
         or own.get("max_seq_length")

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # Another number format is recommended if it is at least this many times as fast.
 MIN_REPORTED_SPEEDUP = 1.1
 
+# How far the vectors of one text may differ with the batch, as a share of the largest number, if not 0.001.
+EXACTNESS = {"float16": 0.05, "bfloat16": 0.05, "int8": 0.05}
+
 
 def load(settings: ModelSettings) -> Model:
     """Find, load, check and warm up a model. Raises StartupError with a line that says what to do."""
@@ -120,6 +123,7 @@ def _assemble(
         max_batch_tokens=settings.batch_size * checkpoint.max_seq_length,
         on_cpu=checkpoint.on_cpu,
         costs=_costs(settings, checkpoint, backend),
+        tolerance=EXACTNESS.get(checkpoint.dtype, 1e-3),
     )
 
     return Model(

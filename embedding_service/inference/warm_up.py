@@ -35,16 +35,18 @@ class WarmUp:
 
 def warm_up(
     lanes: Sequence[SessionLane],
-    whole: Lane | None,
+    whole: SessionLane | None,
     preprocessor: Preprocessor,
     *,
     max_seq_length: int,
     max_batch_tokens: int,
     on_cpu: bool,
     costs: CostCache | None,
+    tolerance: float,
 ) -> WarmUp:
     """Run short and long texts on every lane, and find out what batches cost, unless `costs` knows it.
 
+    `tolerance` is how far vectors may differ for the number format, as a share of the largest number.
     Raises StartupError if the longest text does not fit in memory.
     """
     short, long = (
@@ -55,12 +57,18 @@ def warm_up(
         for lane in lanes:
             lane.record_ahead(medium(preprocessor, max_seq_length), max_seq_length, max_batch_tokens)
         max_batch_tokens = fit_memory(lanes, short, long, max_batch_tokens, max_seq_length)
-    dimension = int((whole or lanes[0]).forward(batch_of(short, 1)).shape[1])
+    alone = (whole or lanes[0]).forward(batch_of(short, 1))
+    beside = preprocessor.prepare(["up up up up up up"], None, None, None, parallel=False)
+    padded = (whole or lanes[0]).forward([Rows.all_of(short), Rows.all_of(beside)])[:1]
+    if np.abs(padded - alone).max() > tolerance * np.abs(alone).max():
+        log.warning("This model's vectors change with padding: only texts of equal length share a batch")
+        for lane in (*lanes, whole) if whole else lanes:
+            lane.without_padding = True
     cost = find_cost(lanes, preprocessor, max_seq_length, max_batch_tokens, costs, on_cpu=on_cpu)
     budget = BatchBudget(cost, max_seq_length=max_seq_length, max_batch_tokens=max_batch_tokens)
     for text in (short, long):
         forward_at_once(lanes, batch_of(text, min(budget.tokens, int(long.lengths[0]))))
-    return WarmUp(dimension=dimension, max_batch_tokens=max_batch_tokens, budget=budget)
+    return WarmUp(dimension=int(alone.shape[1]), max_batch_tokens=max_batch_tokens, budget=budget)
 
 
 def batch_of(text: TokenizedTexts, tokens: int) -> Batch:

@@ -1,5 +1,6 @@
 """Every process is killed or stopped under load: nothing hangs, nothing is left behind, nothing is lost."""
 
+import os
 import shutil
 import signal
 import stat
@@ -290,20 +291,36 @@ def corrupt(model_folder: Path, tmp_path: Path) -> str:
     return str(folder)
 
 
-def pickled(model_folder: Path, tmp_path: Path) -> str:
-    """Weights as a pickle, which can run code: this one would create a file."""
+class Harmful:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self._path),)
+
+
+def harmful(model_folder: Path, tmp_path: Path) -> str:
+    """Weights as a pickle that runs code."""
     import torch
 
     folder = copied(model_folder, tmp_path / "pickled")
     (folder / "model.safetensors").unlink()
-    torch.save({"embeddings.word_embeddings.weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+    torch.save({"weights": Harmful(tmp_path / "harm")}, folder / "pytorch_model.bin")
+    return str(folder)
+
+
+def missing(model_folder: Path, tmp_path: Path) -> str:
+    folder = copied(model_folder, tmp_path / "empty")
+    (folder / "model.safetensors").unlink()
     return str(folder)
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [(corrupt, "cannot be loaded"), (pickled, "safetensors")],
-    ids=["corrupt weights", "pickle only"],
+    [(corrupt, "cannot be loaded"), (harmful, "cannot be loaded"), (missing, "has no weights")],
+    ids=["corrupt weights", "pickle with code", "no weights"],
 )
 def test_a_model_that_cannot_be_loaded_gets_one_line_and_an_exit_code(
     start, tmp_path, model_folder, model, reason
@@ -315,6 +332,7 @@ def test_a_model_that_cannot_be_loaded_gets_one_line_and_an_exit_code(
     assert reason in log
     assert "Traceback" not in log
     assert len(log.splitlines()) < 12, log
+    assert not (tmp_path / "harm").exists()
     record(
         f"a model with {model.__name__} weights", "at the first start", 1, "one line with the reason, exit 78"
     )

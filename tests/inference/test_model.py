@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 # OpenVINO gives NaN for a row of attention that is masked completely, as with padding on the left, and it
 # cannot trace Gemma's masks.
-TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled", "gemma"]
+TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled", "gemma", "no-mask"]
 CASES = [(kind, "torch") for kind in tiny_models.KINDS]
 CASES += [(kind, "openvino") for kind in tiny_models.KINDS if kind not in TORCH_ONLY]
 
@@ -29,6 +29,8 @@ def test_vectors_equal_encode_for_any_mixture(tiny, kind, backend):
     assert model.info.backend == backend
     if kind == "roberta-cls":
         oracle.max_seq_length = 38  # by itself it fails at a text longer than its positions
+    if kind == "texts-and-images":
+        oracle.max_seq_length = 16  # likewise
     source = random.Random(kind)
     names = [None, *(name for name, prompt in oracle.prompts.items() if prompt)]
     requests = [
@@ -37,7 +39,10 @@ def test_vectors_equal_encode_for_any_mixture(tiny, kind, backend):
     ]
     for one, answer in zip(requests, embed(model, requests), strict=True):
         expected = oracle.encode(
-            one.texts, prompt_name=one.prompt_name, normalize_embeddings=one.normalize, batch_size=7
+            one.texts,
+            prompt_name=one.prompt_name,
+            normalize_embeddings=one.normalize,
+            batch_size=1 if kind == "no-mask" else 7,  # its vectors change with padding
         )
         assert np.abs(answer.vectors - expected).max() < 1e-5
 

@@ -16,7 +16,7 @@ def test_the_default_model_comes_from_the_package(name):
 
 
 def test_a_folder_is_used_as_is(tmp_path):
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     assert source.resolve(str(tmp_path), None).folder == tmp_path
 

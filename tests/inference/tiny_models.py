@@ -43,6 +43,7 @@ def tokenizer(special: dict[str, str], template: str, **arguments) -> transforme
 
 BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 ROBERTA = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
+CLIP = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 GEMMA = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
 QWEN = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
@@ -128,6 +129,32 @@ def nomic(folder: Path) -> Transformer:
     return transformer(folder, transformers.NomicBertModel(config), words)
 
 
+def fnet(folder: Path) -> Transformer:
+    """Its layers read no attention mask, so that its vectors change with padding."""
+    words = tokenizer(BERT, "[CLS] $A [SEP]")
+    words.model_input_names = ["input_ids", "token_type_ids"]
+    config = transformers.FNetConfig(
+        vocab_size=len(words), max_position_embeddings=64, tpu_short_seq_length=64, **SIZES
+    )
+    return transformer(folder, transformers.FNetModel(config), words)
+
+
+def clip(folder: Path) -> Transformer:
+    """Its tokenizer allows more tokens than it has positions."""
+    words = tokenizer(CLIP, "<s> $A </s>")
+    folder.mkdir()
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": len(words), "max_position_embeddings": 16, **special, **SIZES},
+        vision_config={"image_size": 8, "patch_size": 4, **SIZES},
+        projection_dim=24,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return Transformer(str(folder))
+
+
 def static() -> StaticEmbedding:
     return StaticEmbedding(tokenizer(BERT, "[CLS] $A [SEP]"), embedding_dim=32)
 
@@ -169,6 +196,8 @@ KINDS: dict[str, Build] = {
     "nomic": lambda path: SentenceTransformer(
         modules=[nomic(path), Pooling(32), Normalize()], prompts=PROMPTS
     ),
+    "no-mask": lambda path: SentenceTransformer(modules=[fnet(path), Pooling(32)]),
+    "texts-and-images": lambda path: SentenceTransformer(modules=[clip(path)]),
     "static": lambda _path: SentenceTransformer(modules=[static(), Normalize()], prompts=PROMPTS),
     "routed": lambda path: SentenceTransformer(
         modules=[

@@ -80,13 +80,6 @@ def test_int8_without_its_package(monkeypatch):
         preflight.check_model(ModelSettings(embedding_model=source.DEFAULT_MODEL, dtype="int8"))
 
 
-def test_a_folder_without_safetensors(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(StartupError, match=r"without \.safetensors"):
-        source.check(str(tmp_path))
-
-
 def test_an_error_of_the_model_process_is_the_last_line(start, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()

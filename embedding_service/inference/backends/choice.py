@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import platform
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def choose_backend(
         raise StartupError(f"BACKEND=openvino: {error}; pip install openvino") from None
     except Exception as error:
         if asked:
-            line = " ".join(str(error).split())[:300]
+            line = shorten(str(error), 300, placeholder=" …")
             raise StartupError(f"OpenVINO cannot run this model: {line}") from error
         log.warning("OpenVINO cannot run this model, using torch: %s", error)
         return _in_torch(checkpoint)
