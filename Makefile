@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all test-ci test-long test-nightly reliability test-deploy coverage lint style types schemas format bench bench-host \
-	bench-device bench-gpu bench-peer bench-infinity release audit bundle docker clean
+	bench-device bench-gpu bench-peer bench-infinity release dist site audit bundle docker clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,7 +51,7 @@ coverage: $(VENV)/dev.stamp  ## run `test-all` and report which lines ran, inclu
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
-lint: style types schemas  ## check formatting, style, types, imports, the Dockerfile and GitHub's files
+lint: style types schemas site  ## check formatting, style, types, imports, the Dockerfile and GitHub's files
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
@@ -65,7 +65,7 @@ types: $(VENV)/dev.stamp  ## check only types
 # There is no schema for pre-commit's file; pre-commit checks it itself.
 CHECK := $(BIN)/check-jsonschema --builtin-schema
 schemas: $(VENV)/dev.stamp  ## check only GitHub's files, against their schemas
-	$(CHECK) vendor.github-workflows .github/workflows/ci.yml
+	$(CHECK) vendor.github-workflows .github/workflows/*.yml
 	$(CHECK) vendor.dependabot .github/dependabot.yml
 	$(CHECK) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(CHECK) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
@@ -102,6 +102,19 @@ release:  ## tag the current version, if the tree is clean and CHANGELOG.md has 
 	grep -q "^## $$version (" CHANGELOG.md || fail "CHANGELOG.md has no section '## $$version (DATE)'."; \
 	! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || fail "The tag v$$version exists already."; \
 	git tag -a "v$$version" -m "Version $$version" && echo "Tagged. To publish: git push origin v$$version"
+
+# REPOSITORY_URL, if set, becomes the package's address on PyPI.
+dist: $(VENV)/dev.stamp  ## build the source distribution and the wheel into build/dist
+	rm -rf build/dist build/dist-source
+	mkdir -p build/dist build/dist-source
+	git ls-files -z | xargs -0 cp --parents -t build/dist-source
+	test -z "$(REPOSITORY_URL)" || printf '\n[project.urls]\nSource = "%s"\nChangelog = "%s"\nIssues = "%s"\n' \
+		$(REPOSITORY_URL) $(REPOSITORY_URL)/blob/main/CHANGELOG.md $(REPOSITORY_URL)/issues >> build/dist-source/pyproject.toml
+	cd build/dist-source && ../../$(BIN)/python -c 'from setuptools import build_meta as build; \
+		build.build_sdist("../dist"); build.build_wheel("../dist")'
+
+site: $(VENV)/dev.stamp  ## build the documentation into build/site; a broken link is an error
+	$(BIN)/mkdocs build -q
 
 audit: $(VENV)/serve.stamp  ## write build/sbom.json (CycloneDX) and check every pin for known vulnerabilities
 	$(PYTHON) -m venv build/audit-venv
