@@ -67,17 +67,21 @@ class Admission:
 
         Requests in the background delay others by their class's share only, so they keep nobody out.
         """
-        time_left, tokens = entry.deadline - now, entry.left
+        self.check(entry, now)
+        self._earliest = min(self._earliest, entry.deadline)
+        self.queued_tokens += entry.left
+        self._entries[entry.background].add(entry)
+        self.changed()
+
+    def check(self, entry: QueueEntry, now: float) -> None:
+        """Raise if the request must be refused."""
+        time_left = entry.deadline - now
         if time_left <= 0:
             raise DeadlineExceeded("the deadline passed before the request was queued")
-        waiting = self.queued_tokens + tokens
+        waiting = self.queued_tokens + entry.left
         soonest = min(time_left, self._earliest - now)
         if waiting > self._max_queued_tokens or self.seconds(waiting) > ADMITTED_SHARE * soonest:
             self._check(entry, time_left, now)
-        self._earliest = min(self._earliest, entry.deadline)
-        self.queued_tokens += tokens
-        self._entries[entry.background].add(entry)
-        self.changed()
 
     def leave(self, entry: QueueEntry) -> None:
         """Forget a request that is done or dropped."""

@@ -98,7 +98,8 @@ class Batcher:
             metrics.record_cache(hits, looked_up - hits)
         ready = large
         for together in small.values():
-            fine, failed = tokenize_together(self._model, together)
+            worth = self._worth_tokenizing(together, outcomes, now) if self._scheduler.busy else together
+            fine, failed = tokenize_together(self._model, worth) if worth else ([], [])
             ready += fine
             outcomes += [(one.number, error) for one, error in failed]
         if ready:
@@ -124,6 +125,20 @@ class Batcher:
         self._fail((one, Unavailable(reason, retry_after_seconds=1)) for one in waiting)
 
     # Into the queue
+
+    def _worth_tokenizing(
+        self, together: list[PendingRequest], outcomes: list[tuple[int, Outcome]], now: float
+    ) -> list[PendingRequest]:
+        """Refuse by their size, before they are tokenized, requests that a loaded service cannot take."""
+        worth = []
+        with self._lock:
+            for pending in together:
+                try:
+                    self._scheduler.check(pending, now)
+                    worth.append(pending)
+                except ServiceError as error:
+                    outcomes.append((pending.number, error))
+        return worth
 
     def _accept(self, ready: list[PendingRequest], now: float) -> list[Failure]:
         """Queue requests; returns those that are refused. The caller holds the lock."""

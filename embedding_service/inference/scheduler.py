@@ -20,6 +20,10 @@ LOWERED_SECONDS = 60.0
 CHARACTERS_PER_TOKEN, SPECIAL_TOKENS, KEPT_SHARE = 4, 2, 0.99
 
 
+# A request is refused before it is tokenized if more than this waits.
+BUSY_BATCHES = 8
+
+
 class Scheduler:
     """What the batcher's threads share, under its lock. A request is in it from `accept` to `end`."""
 
@@ -91,6 +95,16 @@ class Scheduler:
         if new.cached:
             pending.refuse_truncated(new.cached_and_cut, model.info.max_seq_length)
         return pending
+
+    @property
+    def busy(self) -> bool:
+        """Whether more waits than a few batches, so that requests may have to be refused."""
+        return self._admission.queued_tokens > BUSY_BATCHES * self._model.budget.tokens
+
+    def check(self, pending: PendingRequest, now: float) -> None:
+        """Raise what `accept` will raise for a request, as far as its size can be estimated."""
+        pending.entry.left = self._estimate(pending)
+        self._admission.check(pending.entry, now)
 
     def accept(self, pending: PendingRequest, now: float) -> None:
         """Let a request wait for its turn. Raises Overloaded, TooLarge or DeadlineExceeded."""

@@ -14,6 +14,7 @@ from embedding_service.errors import (
     ModelFailure,
     Overloaded,
     ServiceError,
+    TextTooLong,
     Unavailable,
 )
 from embedding_service.inference.admission import Admission
@@ -98,7 +99,7 @@ def test_tokens_truncations_and_dimensions_are_those_of_the_request(build):
 def test_a_text_that_would_be_cut_is_refused_by_its_index_where_cutting_is_off(build):
     batcher = build(FakeRuntime(max_seq_length=20))
     outcome = submit(batcher, [text(5), text(21)], overflow="error").wait()
-    assert isinstance(outcome, InvalidRequest)
+    assert isinstance(outcome, TextTooLong)
     assert "texts[1] has more than 20 tokens" in outcome.message
 
 

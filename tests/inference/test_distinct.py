@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedding_service.engine import Embeddings
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import TextTooLong
 from embedding_service.inference.pending import normalize
 from embedding_service.inference.runtime import OutOfMemory
 from embedding_service.observability import metrics
@@ -81,7 +81,7 @@ def test_a_cached_text_that_was_truncated_is_rejected_if_truncation_is_off(build
     batcher = build(FakeRuntime(max_seq_length=20), cache_bytes=1 << 20)
     submit(batcher, [text(5), text(30)]).wait()
     refused = submit(batcher, [text(5), text(30)], overflow="error").wait()
-    assert (type(refused), refused.index) == (InvalidRequest, 1)
+    assert (type(refused), refused.index) == (TextTooLong, 1)
 
 
 def test_without_a_cache_no_hits_are_reported(build):
