@@ -23,6 +23,18 @@ RUN rm requirements.txt constraints.txt \
     && /opt/venv/bin/python -m compileall -q . \
     && /opt/venv/bin/python -c "from embedding_service.inference import source as s; \
 assert s.resolve(s.DEFAULT_MODEL, None).origin.startswith('package'), 'the default model is not inside'"
+# Prepare the default model, so that the first start takes seconds, even with a root file system that is read-only.
+ARG PREPARE_MODEL=all-MiniLM-L6-v2
+ENV CACHE_FOLDER=/opt/prepared DEVICE=cpu
+RUN mkdir "$CACHE_FOLDER" \
+    && { [ "$(uname -m)" != x86_64 ] \
+        || { /opt/venv/bin/python -m embedding_service download "$PREPARE_MODEL" >/tmp/prepared \
+            && grep -F "is prepared" /tmp/prepared; }; }
+# --build-arg WITHOUT=torch makes an image for prepared models on CPUs alone, which is gigabytes smaller.
+ARG WITHOUT
+RUN [ -z "$WITHOUT" ] || { python3 -m venv /tmp/pip && /tmp/pip/bin/pip --python /opt/venv/bin/python \
+    uninstall --yes torch transformers sentence-transformers triton scipy scikit-learn sympy networkx \
+    && rm -rf /opt/venv/lib/python3*/site-packages/nvidia /tmp/pip; }
 
 FROM ${BASE_IMAGE}
 ARG VERSION=0.0.0
@@ -41,11 +53,13 @@ RUN groupadd --gid 10001 service \
     && chmod 755 /usr/local/bin/serve
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=builder /app /app
+COPY --from=builder --chown=10001:10001 /opt/prepared /opt/prepared
 WORKDIR /app
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/models \
+    CACHE_FOLDER=/opt/prepared \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 EXPOSE 8001

@@ -21,6 +21,9 @@ LONGEST_TEXTS = 2
 # A batch up to this long is always acceptable, since users do not notice the wait.
 UNNOTICED_SECONDS = 0.05
 
+# More tokens than any batch has.
+NO_LIMIT = 1 << 40
+
 # While running: how far one batch corrects the estimated cost, and the largest error it may report. A batch
 # that another process interrupted counts as one that is a fifth slower.
 CORRECTION, MAX_ERROR = 0.1, 0.2
@@ -34,10 +37,14 @@ ROUNDS = 5
 
 @dataclass(slots=True)
 class BatchCost:
-    """What batches cost: `batch_seconds` each, and `token_seconds` for each padded token."""
+    """What batches cost: `batch_seconds` each, and `token_seconds` for each padded token.
+
+    Batches of more than `most_tokens` are no faster for each token.
+    """
 
     batch_seconds: float
     token_seconds: float
+    most_tokens: int = NO_LIMIT
 
     def seconds(self, tokens: float) -> float:
         """How long a batch takes."""
@@ -56,7 +63,7 @@ class BatchBudget:
     """
 
     def __init__(self, cost: BatchCost, *, max_seq_length: int, max_batch_tokens: int) -> None:
-        self._cost = cost
+        self.cost = cost
         self._max_seq_length = max_seq_length
         self._max_batch_tokens = max_batch_tokens
         self._observed = 0
@@ -66,19 +73,19 @@ class BatchBudget:
     @property
     def batch_seconds(self) -> float:
         """How long a batch of `tokens` lasts."""
-        return self._cost.seconds(self.tokens)
+        return self.cost.seconds(self.tokens)
 
     def seconds(self, tokens: float) -> float:
         """How long a batch of this many padded tokens lasts."""
-        return self._cost.seconds(tokens)
+        return self.cost.seconds(tokens)
 
     def tokens_within(self, seconds: float) -> float:
         """How many padded tokens a batch may hold that lasts this long."""
-        return self._cost.tokens_within(seconds)
+        return self.cost.tokens_within(seconds)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn how long a batch of this many padded tokens took on one of the lanes (never on `whole`)."""
-        cost = self._cost
+        cost = self.cost
         expected = cost.seconds(tokens)
         error = min(MAX_ERROR, max(-MAX_ERROR, seconds / expected - 1))
         share = cost.batch_seconds / expected
@@ -93,22 +100,25 @@ class BatchBudget:
                 self.tokens = best
 
     def _overhead(self) -> int:
-        return round(self._cost.batch_seconds / self._cost.token_seconds)
+        return round(self.cost.batch_seconds / self.cost.token_seconds)
 
     def _best(self) -> int:
-        cost, most = self._cost, self._max_batch_tokens
+        cost, most = self.cost, self._max_batch_tokens
         a, b = cost.batch_seconds, cost.token_seconds
         # From n / (a + bn) = (1 - SLOWER) · most / (a + b · most).
         enough = (1 - SLOWER) * most * a / (a + SLOWER * b * most)
         longest_wait = max(UNNOTICED_SECONDS, LONGEST_TEXTS * cost.seconds(self._max_seq_length))
         tokens = math.ceil(min(enough, cost.tokens_within(longest_wait)))
-        return min(most, max(self._max_seq_length, tokens))
+        return min(most, max(self._max_seq_length, round(min(tokens, cost.most_tokens))))
 
 
-def measure(run: Callable[[int], float], smallest: int, largest: int, *, seconds: float) -> dict[int, float]:
+def measure(
+    run: Callable[[int], float], smallest: int, largest: int, *, seconds: float, while_faster: bool = False
+) -> dict[int, float]:
     """Seconds of a batch by its tokens, from `smallest` in doublings, as far as the time allows.
 
-    `run` runs a batch of this many tokens and returns how long it took.
+    `run` runs a batch of this many tokens and returns how long it took. If `while_faster`, doubling ends once
+    it makes a token hardly cheaper, since scratch memory grows with the largest batch.
     """
     fastest: dict[int, float] = {}
     sizes: list[int] = []
@@ -119,6 +129,10 @@ def measure(run: Callable[[int], float], smallest: int, largest: int, *, seconds
         seconds -= first + second
         fastest[size] = min(first, second)
         sizes.append(size)
+        if while_faster and size > smallest:
+            gain = fastest[size // 2] / fastest[size] * 2
+            if gain < 1 + SLOWER:
+                break
         # The next size costs twice that, twice, and again in every round.
         if seconds < 8 * fastest[size]:
             break
@@ -133,8 +147,8 @@ def measure(run: Callable[[int], float], smallest: int, largest: int, *, seconds
     return fastest
 
 
-def fit(measured: Mapping[int, float]) -> BatchCost:
-    """The cost that fits the measurements best.
+def fit(measured: Mapping[int, float], *, bounded: bool = False) -> BatchCost:
+    """The cost that fits the measurements best; `bounded` if larger batches than the largest do not pay.
 
     Errors are weighted by the inverse square root of the time: large batches, which decide the budget, weigh
     more than they would by relative error, and small ones still count.
@@ -147,4 +161,4 @@ def fit(measured: Mapping[int, float]) -> BatchCost:
     # Noise may make a part that is nearly zero negative.
     token = min(largest, max(float(token), 0.01 * largest))
     batch = max(float(batch), 0.001 * seconds[0])
-    return BatchCost(float(batch), float(token))
+    return BatchCost(float(batch), float(token), int(tokens[-1]) if bounded else NO_LIMIT)

@@ -13,10 +13,11 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from embedding_service.errors import StartupError
-from embedding_service.inference.device import choose_device, computes_bfloat16
-from embedding_service.inference.fingerprint import fingerprint, model_digest
+from embedding_service.inference.device import choose_device
+from embedding_service.inference.fingerprint import fingerprint
+from embedding_service.inference.hardware import computes_bfloat16
 from embedding_service.inference.settings import ModelSettings
-from embedding_service.inference.source import Source, resolve
+from embedding_service.inference.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +102,8 @@ class Checkpoint:
         return exact
 
 
-def read_checkpoint(settings: ModelSettings) -> Checkpoint:
-    """Find the model's files and load them onto the device. Raises StartupError."""
-    source = resolve(settings.embedding_model, settings.model_revision)
+def read_checkpoint(settings: ModelSettings, source: Source, digest: str) -> Checkpoint:
+    """Load a model's files, of which `digest` is the hash, onto the device. Raises StartupError."""
     device = choose_device(settings.device, settings.cpu_fallback)
     dtype = settings.dtype
     if dtype == "auto":
@@ -116,7 +116,7 @@ def read_checkpoint(settings: ModelSettings) -> Checkpoint:
         model=model,
         source=source,
         settings=settings,
-        digest=model_digest(source.folder),
+        digest=digest,
         device=device,
         dtype=dtype,
         max_seq_length=limit_length(model, settings.max_seq_length),

@@ -1,9 +1,6 @@
 """Chooses the model's device, and configures the libraries for it."""
 
-import importlib
-import importlib.util
 import logging
-import os
 
 import torch
 import transformers
@@ -39,24 +36,10 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def computes_bfloat16(device: str, backend: str) -> bool:
-    """Whether OpenVINO can compute in bfloat16 here: on a CPU with avx512_bf16 or AMX."""
-    if device != "cpu" or backend == "torch" or importlib.util.find_spec("openvino") is None:
-        return False
-    # Our package is imported first: it keeps OpenVINO from reporting to another host.
-    importlib.import_module("embedding_service.inference.backends")
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
 def prepare_libraries(device: str, threads: int) -> None:
     """Apply process-wide settings of the libraries."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    # On a CPU the tokenizer's threads would take the cores from the model. The library has no other
-    # switch, and the device is not known earlier.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if device == "cpu" else "true"  # noqa: TID251
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
         # cuDNN's attention takes 50 ms to plan for each new shape of a batch:

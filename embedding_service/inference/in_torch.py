@@ -1,18 +1,22 @@
 """What is computed in torch whatever the backend: token vectors, and vectors in float32 throughout."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from embedding_service.engine import Vectors
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, ModelFailure, StartupError
 from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.preprocessing import Preprocessor, check_unicode
 from embedding_service.inference.tokenized import Rows
 
 if TYPE_CHECKING:
     from embedding_service.inference.checkpoint import Checkpoint
+
+
+log = logging.getLogger(__name__)
 
 
 class InTorch:
@@ -48,7 +52,12 @@ class InTorch:
 
     @cached_property
     def _checkpoint(self) -> "Checkpoint":
-        return self._read()
+        log.info("Loading the model in torch, which token vectors and vectors that are not finite need")
+        try:
+            return self._read()
+        except (ImportError, OSError, StartupError) as error:
+            log.error("The model cannot be loaded in torch: %s", error)
+            raise ModelFailure(f"needs the model in torch, which cannot be loaded: {error}") from None
 
     @cached_property
     def _lane(self) -> SessionLane:

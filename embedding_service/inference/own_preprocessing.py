@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.checkpoint import find_pooling, length_limit
+from embedding_service.inference.prepared import Reference, same_inputs
 from embedding_service.inference.preprocessing import (
     PROBES,
     Features,
@@ -22,24 +23,21 @@ from embedding_service.inference.preprocessing import (
     without_limits,
 )
 from embedding_service.inference.runtime import Side
-from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
+from embedding_service.inference.tokenized import Batch, TokenizedTexts
 
 log = logging.getLogger(__name__)
 
 
 def choose_preprocessor(
-    model: SentenceTransformer, max_length: int, *, with_prompts: Iterable[str], threads: int
+    model: SentenceTransformer, max_length: int, *, prompts: Iterable[str], threads: int
 ) -> Preprocessor:
     """The Rust tokenizer if, for probes with each prompt, it gives exactly what `preprocess` gives."""
     if isinstance(model[0], Transformer) and hasattr(model.tokenizer, "backend_tokenizer"):
-        probes = [prompt + text for prompt in {"", *with_prompts} for text in PROBES]
         try:
-            expected = {k: v for k, v in model.preprocess(probes).items() if isinstance(v, torch.Tensor)}
-            tokenizer = RustTokenizer(tokenizer_facts(model, max_length, list(expected)), threads)
-            packed = tokenizer.pack([Rows.all_of(tokenizer.prepare(probes))])
-            if packed.keys() == expected.keys() and all(
-                np.array_equal(packed[name], expected[name].numpy()) for name in expected
-            ):
+            expected = [Reference(prompt, inputs_in_torch(model, prompt)) for prompt in prompts]
+            inputs = [name for name, value in expected[0].inputs.items() if isinstance(value, np.ndarray)]
+            tokenizer = RustTokenizer(tokenizer_facts(model, max_length, inputs), threads)
+            if same_inputs(tokenizer, expected):
                 return tokenizer
             log.info("The model tokenizes for itself, which is slower")
         except Exception as error:
@@ -47,10 +45,18 @@ def choose_preprocessor(
     return OwnPreprocessor(model, max_length)
 
 
+def inputs_in_torch(model: SentenceTransformer, prompt: str) -> dict[str, Any]:
+    """What the model's own `preprocess` gives for the probes with a prompt, as far as vectors need it."""
+    found: dict[str, Any] = model.preprocess(PROBES, prompt=prompt)
+    inputs = {name: value.numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}
+    if _leaves_prompt_out(model) and "prompt_length" in found:
+        inputs["prompt_length"] = found["prompt_length"]
+    return inputs
+
+
 def tokenizer_facts(model: SentenceTransformer, max_length: int, inputs: list[str]) -> TokenizerFacts:
     """What the Rust tokenizer of a transformer needs; `inputs` are the names of the model's inputs."""
     own: Any = model.tokenizer
-    pooling = find_pooling(model)
     return TokenizerFacts(
         # A copy, since truncation and padding are state: the default model's tokenizer.json says
         # truncation=128 and padding=128, but the model reads 256 tokens.
@@ -60,9 +66,14 @@ def tokenizer_facts(model: SentenceTransformer, max_length: int, inputs: list[st
         pad_id=own.pad_token_id or 0,
         pads_left=own.padding_side == "left",
         inputs=inputs,
-        prompt_left_out=pooling is not None and not pooling.include_prompt,
+        prompt_left_out=_leaves_prompt_out(model),
         special_ids=list(own.all_special_ids),
     )
+
+
+def _leaves_prompt_out(model: SentenceTransformer) -> bool:
+    pooling = find_pooling(model)
+    return pooling is not None and not pooling.include_prompt
 
 
 class OwnPreprocessor:

@@ -92,7 +92,7 @@ class RustTokenizer:
         tokenizer = Tokenizer.from_str(facts.serialized)
         tokenizer.no_padding()
         tokenizer.enable_truncation(facts.max_length, direction=facts.truncation_side)
-        self.inputs = facts.inputs
+        self.facts = facts
         self._max_length = facts.max_length
         self._by_side: dict[Side | None, Tokenizer] = {None: tokenizer, facts.truncation_side: tokenizer}
         self._pad_id = facts.pad_id

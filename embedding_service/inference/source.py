@@ -36,8 +36,10 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
 
 
-def resolve(name: str, revision: str | None) -> Source:
+def resolve(name: str, revision: str | None, *, verified: bool = True) -> Source:
     """Find the files of a model: a path, the packaged default, then the Hugging Face cache and hub.
+
+    Unless it is to be `verified`, the packaged model is taken to be as published.
 
     Raises StartupError with a way to solve it, if they are not available.
     """
@@ -47,7 +49,7 @@ def resolve(name: str, revision: str | None) -> Source:
         return Source(folder=folder.resolve(), origin="local folder")
     if "/" not in name:
         name = f"{ORGANIZATION}/{name}"
-    if name == DEFAULT_MODEL and revision is None and (packaged := _packaged()):
+    if name == DEFAULT_MODEL and revision is None and (packaged := _packaged(verified)):
         return Source(folder=packaged, origin=f"package {PACKAGE.replace('_', '-')}")
     return _from_hub(name, revision)
 
@@ -108,13 +110,13 @@ def _is_whole(path: Path) -> bool | None:
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == blob.name
 
 
-def _packaged() -> Path | None:
+def _packaged(verified: bool) -> Path | None:
     # find_spec locates the package without running any of its code.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    if sha256_of_weights(folder) != PACKAGED_SHA256:
+    if verified and sha256_of_weights(folder) != PACKAGED_SHA256:
         log.warning("The packaged %s is not the published file; asking the hub instead", DEFAULT_MODEL)
         return None
     return folder

@@ -11,10 +11,11 @@ import numpy as np
 
 from embedding_service.errors import StartupError
 from embedding_service.inference.budget import BatchBudget, BatchCost, fit, measure
-from embedding_service.inference.cost_cache import CostCache
 from embedding_service.inference.lanes import SessionLane
+from embedding_service.inference.prepared import read_cost, save_cost
 from embedding_service.inference.preprocessing import Preprocessor
 from embedding_service.inference.runtime import Lane, OutOfMemory
+from embedding_service.inference.store import Entry
 from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def warm_up(
     max_seq_length: int,
     max_batch_tokens: int,
     on_cpu: bool,
-    costs: CostCache | None,
+    costs: Entry | None,
     tolerance: float,
 ) -> WarmUp:
     """Run short and long texts on every lane, and find out what batches cost, unless `costs` knows it.
@@ -49,16 +50,13 @@ def warm_up(
     `tolerance` is how far vectors may differ for the number format, as a share of the largest number.
     Raises StartupError if the longest text does not fit in memory.
     """
-    short, long = (
-        preprocessor.prepare([text], None, None, None, parallel=False)
-        for text in ("warm", "up " * max_seq_length)
-    )
+    short, long = short_and_long(preprocessor, max_seq_length)
     if not on_cpu:
         for lane in lanes:
             lane.record_ahead(medium(preprocessor, max_seq_length), max_seq_length, max_batch_tokens)
         max_batch_tokens = fit_memory(lanes, short, long, max_batch_tokens, max_seq_length)
     alone = (whole or lanes[0]).forward(batch_of(short, 1))
-    beside = preprocessor.prepare(["up up up up up up"], None, None, None, parallel=False)
+    beside = preprocessor.prepare(["up up up up up up"])
     padded = (whole or lanes[0]).forward([Rows.all_of(short), Rows.all_of(beside)])[:1]
     if np.abs(padded - alone).max() > tolerance * np.abs(alone).max():
         log.warning("This model's vectors change with padding: only texts of equal length share a batch")
@@ -71,6 +69,11 @@ def warm_up(
     return WarmUp(dimension=int(alone.shape[1]), max_batch_tokens=max_batch_tokens, budget=budget)
 
 
+def short_and_long(preprocessor: Preprocessor, max_seq_length: int) -> tuple[TokenizedTexts, TokenizedTexts]:
+    """A text of one word, and one that is as long as the model reads."""
+    return preprocessor.prepare(["warm"]), preprocessor.prepare(["up " * max_seq_length])
+
+
 def batch_of(text: TokenizedTexts, tokens: int) -> Batch:
     """One text repeated to fill `tokens`, at least once."""
     return [Rows(text, np.zeros(max(1, tokens // int(text.lengths[0])), np.int32))]
@@ -79,7 +82,7 @@ def batch_of(text: TokenizedTexts, tokens: int) -> Batch:
 def medium(preprocessor: Preprocessor, max_seq_length: int) -> TokenizedTexts:
     """A text whose length is halfway, by factors, between the shortest and the longest."""
     words = " ".join(["up"] * max(1, math.isqrt(max_seq_length) - 2))
-    return preprocessor.prepare([words], None, None, None, parallel=False)
+    return preprocessor.prepare([words])
 
 
 def find_cost(
@@ -87,7 +90,7 @@ def find_cost(
     preprocessor: Preprocessor,
     max_seq_length: int,
     max_batch_tokens: int,
-    costs: CostCache | None,
+    costs: Entry | None,
     *,
     on_cpu: bool,
 ) -> BatchCost:
@@ -96,7 +99,7 @@ def find_cost(
     Lanes on a CPU have cores of their own; those of an accelerator share it, so that each batch has its
     part of the time in which all of them ran.
     """
-    known = costs.load() if costs else None
+    known = read_cost(costs)
     if known is not None:
         return known
     text = medium(preprocessor, max_seq_length)
@@ -109,10 +112,11 @@ def find_cost(
         return took if on_cpu else took / len(lanes)
 
     with ThreadPoolExecutor(len(lanes)) as threads:
-        measured = measure(run, int(text.lengths[0]), max_batch_tokens, seconds=MEASURING_SECONDS)
-    cost = fit(measured)
-    if costs:
-        costs.save(cost)
+        measured = measure(
+            run, int(text.lengths[0]), max_batch_tokens, seconds=MEASURING_SECONDS, while_faster=on_cpu
+        )
+    cost = fit(measured, bounded=on_cpu)
+    save_cost(costs, cost)
     return cost
 
 

@@ -1,11 +1,8 @@
 """Startup checks that run before the service listens and need no model."""
 
-import ctypes.util
 import errno
-import importlib.metadata
 import importlib.util
 import logging
-import os
 import socket
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import msgspec
 from embedding_service.errors import StartupError
 from embedding_service.inference import source
 from embedding_service.inference.fingerprint import effective_prompts
+from embedding_service.inference.hardware import no_cuda
 from embedding_service.inference.model_files import Listing
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.quantization import read_ranges
@@ -36,7 +34,7 @@ def check_model(settings: ModelSettings) -> None:
     _check_default_prompt(settings)
     devices = settings.device.split(",")
     if not settings.cpu_fallback and any(device.startswith("cuda") for device in devices):
-        reason = _no_cuda()
+        reason = no_cuda()
         if reason is not None:
             raise StartupError(
                 f"DEVICE={settings.device}, but {reason}, and CPU_FALLBACK=false. "
@@ -79,19 +77,6 @@ def check_traces(protocol: str) -> None:
             f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} is not supported: spans are sent as http/protobuf, "
             "usually to port 4318. Unset it, or set OTEL_SDK_DISABLED=true"
         )
-
-
-def _no_cuda() -> str | None:
-    """Why CUDA is certainly unavailable; None if only torch can find out."""
-    build = importlib.metadata.version("torch").partition("+")[2]
-    if build == "cpu":
-        return "the installed torch was built without CUDA"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # noqa: TID251 - CUDA's own, not a setting
-    if visible is not None and visible.strip() in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES={visible!r} hides every device"
-    if not build.startswith("rocm") and ctypes.util.find_library("cuda") is None:
-        return "the NVIDIA driver (libcuda) is not installed"
-    return None
 
 
 def check_address(host: str, port: int) -> None:

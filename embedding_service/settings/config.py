@@ -76,7 +76,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         Meta(
             min_length=1,
-            description="Folder for converted models and measured costs, which make the next start faster.",
+            description="Folder for prepared models and measured costs, which make the next start fast.",
         ),
     ] = "~/.cache/embedding-service"
     attn_implementation: Annotated[

@@ -1,15 +1,16 @@
 """bfloat16 on CPUs: in OpenVINO if the CPU computes in it, else in torch, and what the log says about it."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
 
 from embedding_service.errors import StartupError
-from embedding_service.inference import checkpoint, loading
-from embedding_service.inference.backends import choice
+from embedding_service.inference import checkpoint, full_start, loading, prepared
 from embedding_service.inference.budget import BatchCost
-from embedding_service.inference.device import computes_bfloat16
+from embedding_service.inference.hardware import computes_bfloat16
+from embedding_service.inference.prepared import save_cost
 from tests.inference.running import alone, embed, load, request
 from tests.inference.test_openvino import SENTENCES, openvino
 from tests.inference.test_torch import cosines
@@ -33,7 +34,7 @@ def test_bfloat16_in_openvino_is_close_to_float32_on_real_sentences(model_folder
 
 @pytest.fixture
 def without_bfloat16(monkeypatch) -> None:
-    for module in (checkpoint, loading):
+    for module in (checkpoint, full_start, loading):
         monkeypatch.setattr(module, "computes_bfloat16", lambda _device, _backend: False)
 
 
@@ -48,7 +49,7 @@ def test_a_cpu_without_bfloat16_runs_it_in_torch_and_says_so(tiny, without_bfloa
 
 @needs_bfloat16
 def test_a_model_that_bfloat16_distorts_runs_in_torch(tiny, monkeypatch):
-    monkeypatch.setitem(choice.CONVERSION_TOLERANCE, "bfloat16", 0.0)
+    monkeypatch.setitem(prepared.TOLERANCE, "bfloat16", 0.0)
     model = load(tiny("bert"), dtype="bfloat16")
     assert (model.info.dtype, model.info.backend) == ("bfloat16", "torch")
     with pytest.raises(StartupError, match="differ"):
@@ -73,17 +74,21 @@ def test_only_openvino_on_a_cpu_computes_in_bfloat16():
 def test_the_log_says_which_format_is_faster(tiny, tmp_path, monkeypatch, caplog, dtype, other_seconds, line):
     """The cost of the other format is measured at the first start; here it is kept from an earlier one."""
     own = "float32" if dtype == "auto" else "bfloat16"
-    keys = loading._costs
+    entry_of = full_start._cost_entry
 
-    def known(settings, which, backend):
-        costs = keys(settings, which, backend)
+    def known(keys, which, *others):
+        entry = entry_of(keys, which, *others)
         if which.dtype != own:
-            costs.save(BatchCost(other_seconds, other_seconds))
-        return costs
+            save_cost(entry, BatchCost(other_seconds, other_seconds))
+        return entry
 
-    monkeypatch.setattr(loading, "_costs", known)
+    compared = threading.Event()
+    compare = full_start.compare_formats
+    monkeypatch.setattr(full_start, "_cost_entry", known)
+    monkeypatch.setattr(full_start, "compare_formats", lambda *given: (compare(*given), compared.set()))
     with caplog.at_level(logging.INFO, "embedding_service"):
         load(tiny("bert"), cache_folder=str(tmp_path), dtype=dtype)
+        assert compared.wait(60)
     said = [record.message for record in caplog.records if "times as fast" in record.message]
     assert len(said) == (line is not None)
     assert line is None or said[0].startswith(line)

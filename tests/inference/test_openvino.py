@@ -1,7 +1,6 @@
 """The converted model: cached on disk, checked against torch, and rejected if it disagrees."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from tests.inference.running import alone
 
 # Not on ARM, and not on a GPU machine whose bundle leaves it out.
 openvino = pytest.importorskip("openvino")
-backend = pytest.importorskip("embedding_service.inference.backends.openvino")
-from embedding_service.inference.backends.graph_cache import KEPT  # noqa: E402
+conversion = pytest.importorskip("embedding_service.inference.backends.conversion")
 
 pytestmark = pytest.mark.slow
 
@@ -38,13 +36,13 @@ def vectors(model: Model) -> np.ndarray:
 def conversions(monkeypatch) -> list[str]:
     """A list that grows by one item with each conversion."""
     made: list[str] = []
-    convert = backend._convert
+    convert = conversion.convert
 
-    def count(*arguments):
+    def count(*arguments, **named):
         made.append("conversion")
-        return convert(*arguments)
+        return convert(*arguments, **named)
 
-    monkeypatch.setattr(backend, "_convert", count)
+    monkeypatch.setattr(conversion, "convert", count)
     return made
 
 
@@ -61,17 +59,6 @@ def test_other_weights_have_another_entry(tiny, tmp_path, conversions):
     assert len(conversions) == 2
 
 
-@pytest.mark.parametrize("file", ["model.xml", "model.bin"])
-def test_a_damaged_entry_is_rebuilt(tiny, tmp_path, conversions, file):
-    expected = vectors(load(tiny("bert"), tmp_path))
-    (damaged,) = tmp_path.rglob(file)
-    whole = damaged.read_bytes()
-    # Every bit of the weights is flipped, which no reader can detect; the graph is truncated.
-    damaged.write_bytes(bytes(255 - byte for byte in whole) if file == "model.bin" else whole[:2000])
-    assert np.array_equal(vectors(load(tiny("bert"), tmp_path)), expected)
-    assert len(conversions) == 2
-
-
 def test_an_unwritable_cache_causes_one_warning(tiny, tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
@@ -80,50 +67,25 @@ def test_an_unwritable_cache_causes_one_warning(tiny, tmp_path, caplog):
     assert "CACHE_FOLDER cannot be written" in line.message
 
 
-def test_a_write_that_fails_midway_leaves_nothing(tiny, tmp_path, monkeypatch):
-    def half(_graph, path, **_arguments):
-        path.write_text("<net")
-        raise RuntimeError("No space left on device")
-
-    monkeypatch.setattr(openvino, "save_model", half)
-    assert load(tiny("bert"), tmp_path).info.backend == "openvino"
-    assert list(tmp_path.joinpath("openvino").iterdir()) == []
-
-
-def test_only_the_last_used_are_kept(tiny, tmp_path):
-    load(tiny("bert"), tmp_path)
-    folder = tmp_path / "openvino"
-    (graph,) = folder.rglob("model.xml")
-    for number in range(KEPT + 2):
-        old = folder / f"old-{number}"
-        old.mkdir()
-        (old / "model.xml").write_bytes(graph.read_bytes())
-        os.utime(old, (number, number))
-    load(tiny("dense"), tmp_path)
-    names = {path.name for path in folder.iterdir()}
-    assert len(names) == KEPT
-    assert graph.parent.name in names
-    assert "old-0" not in names
-
-
 def test_a_conversion_with_other_vectors_is_not_used(tiny, tmp_path, monkeypatch, caplog):
-    convert = backend._convert
+    convert = conversion.convert
 
-    def wrong(model, inputs, int8):
+    def wrong(model, example, *, int8):
         with torch.no_grad():
             for weights in model[0].model.parameters():
                 weights.mul_(1.1)
-        graph = convert(model, inputs, int8)
+        graph = convert(model, example, int8=int8)
         with torch.no_grad():
             for weights in model[0].model.parameters():
                 weights.div_(1.1)
         return graph
 
-    monkeypatch.setattr(backend, "_convert", wrong)
+    monkeypatch.setattr(conversion, "convert", wrong)
     model = load(tiny("mpnet"), tmp_path)
     assert model.info.backend == "torch"
     (line,) = [record.message for record in caplog.records if "using torch" in record.message]
     assert "differ" in line
+    monkeypatch.setattr(conversion, "convert", None)  # the refusal is remembered
     with pytest.raises(StartupError, match="differ"):
         load(tiny("mpnet"), tmp_path, backend="openvino")
 

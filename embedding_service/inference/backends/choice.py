@@ -2,37 +2,40 @@
 
 import importlib.util
 import logging
-import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from textwrap import shorten
 
-import numpy as np
 import torch
-import transformers
-from sentence_transformers import SentenceTransformer
 
 from embedding_service.errors import StartupError
-from embedding_service.inference.backends import Backend, Session
-from embedding_service.inference.backends.torch import TorchSession, torch_backend
+from embedding_service.inference.backends import Backend
+from embedding_service.inference.backends.torch import torch_backend
 from embedding_service.inference.checkpoint import Checkpoint
+from embedding_service.inference.hardware import can_run_openvino
+from embedding_service.inference.prepared import TOLERANCE, Keys, Reference, difference
 from embedding_service.inference.preprocessing import PROBES, Preprocessor
-from embedding_service.inference.settings import ModelSettings
-from embedding_service.inference.tokenized import Rows
+from embedding_service.inference.store import Entry
 
 log = logging.getLogger(__name__)
 
-# How far a converted model may be from torch, as a share of the largest number in the vectors.
-# bfloat16 has three digits, which the layers of a model add up.
-CONVERSION_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3}
+# In place of a graph: why the model cannot be converted.
+REFUSAL = "refusal.txt"
 
 
 def choose_backend(
-    checkpoint: Checkpoint, preprocessor: Preprocessor, settings: ModelSettings, *, threads: int
+    checkpoint: Checkpoint,
+    preprocessor: Preprocessor,
+    references: Sequence[Reference],
+    keys: Keys,
+    *,
+    threads: int,
 ) -> Backend:
     """What BACKEND asks for, or the faster one. Raises StartupError if BACKEND cannot be used."""
+    settings = checkpoint.settings
     wanted, int8 = settings.backend, checkpoint.dtype == "int8"
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     installed = importlib.util.find_spec("openvino") is not None
-    exact = checkpoint.model.dtype in (None, torch.float32) and checkpoint.dtype in CONVERSION_TOLERANCE
+    exact = checkpoint.model.dtype in (None, torch.float32) and checkpoint.dtype in TOLERANCE
     possible = checkpoint.on_cpu and exact and preprocessor.makes_arrays
     if int8 and (wanted == "torch" or not (possible and installed)):
         raise StartupError("DTYPE=int8 needs OpenVINO, DEVICE=cpu and a transformer with a fast tokenizer")
@@ -42,10 +45,10 @@ def choose_backend(
             "bfloat16, and a transformer with a fast tokenizer"
         )
     asked = wanted == "openvino" or int8
-    if not asked and (wanted == "torch" or not (possible and installed and x86)):
+    if not asked and (wanted == "torch" or not (possible and can_run_openvino())):
         return _in_torch(checkpoint)
     try:
-        return convert(checkpoint, preprocessor, settings, threads=threads)
+        return convert(checkpoint, references, keys, threads=threads)
     except ModuleNotFoundError as error:
         if int8 and error.name == "nncf":
             raise StartupError("DTYPE=int8 needs nncf: pip install nncf") from None
@@ -65,39 +68,53 @@ def _in_torch(checkpoint: Checkpoint) -> Backend:
     return torch_backend(checkpoint.model)
 
 
-def convert(
-    checkpoint: Checkpoint, preprocessor: Preprocessor, settings: ModelSettings, *, threads: int
-) -> Backend:
-    """The model in OpenVINO, from the cache if it is there. Raises if its vectors differ from torch's."""
-    import openvino
+def convert(checkpoint: Checkpoint, references: Sequence[Reference], keys: Keys, *, threads: int) -> Backend:
+    """The model in OpenVINO, converted unless it has been. Raises if its vectors differ from torch's."""
+    from embedding_service.inference.backends import openvino
+    from embedding_service.inference.backends.conversion import convert
 
-    from embedding_service.inference.backends.graph_cache import GraphCache
-    from embedding_service.inference.backends.openvino import GRAPH_FORM, load_graph, openvino_backend
+    dtype, entry = checkpoint.dtype, keys.graph(checkpoint.dtype)
+    folder = entry.find() if entry else None
+    if folder is not None and (refusal := folder / REFUSAL).is_file():
+        raise ValueError(refusal.read_text())
+    if folder is not None:
+        try:
+            backend = openvino.openvino_backend(openvino.read_graph(folder), dtype=dtype, threads=threads)
+            if difference(backend.sessions[0], references) <= TOLERANCE[dtype]:
+                return backend
+        except RuntimeError as error:
+            log.debug("The converted model in %s is not used: %s", folder, error)
+    if entry is not None:
+        entry.forget()
+    try:
+        graph = convert(checkpoint.model, checkpoint.model.preprocess(PROBES[:2]), int8=dtype == "int8")
+        kept = entry is not None and _keep(entry, lambda path: openvino.write_graph(graph, path))
+        if kept and entry is not None:
+            graph = openvino.read_graph(entry.path)
+        backend = openvino.openvino_backend(graph, dtype=dtype, threads=threads)
+        found = difference(backend.sessions[0], references)
+        if not found <= TOLERANCE[dtype]:
+            raise ValueError(f"its vectors differ from torch's by {found:.2g}")
+    except (ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        # bfloat16 has the graph of float32, which may be exact enough.
+        if entry is not None and dtype != "bfloat16":
+            line = shorten(str(error), 300, placeholder=" …")
+            entry.forget()
+            _keep(entry, lambda path: _write(path / REFUSAL, line))
+        raise
+    return backend
 
-    model, dtype, cache = checkpoint.model, checkpoint.dtype, None
-    if settings.cache_folder:
-        versions = [GRAPH_FORM, openvino.__version__, torch.__version__, transformers.__version__]
-        # bfloat16 is computed from the graph of float32.
-        form = "int8" if dtype == "int8" else "float32"
-        attention = str(settings.attn_implementation)
-        facts = [checkpoint.digest, form, attention, *versions]
-        cache = GraphCache(settings.cache_folder, "\n".join(facts))
-    example = model.preprocess(PROBES[:2])
-    while True:
-        graph, cached = load_graph(model, example, dtype=dtype, cache=cache)
-        backend = openvino_backend(graph, model, example, dtype=dtype, threads=threads)
-        difference = _difference(model, preprocessor, backend.sessions[0])
-        if difference <= CONVERSION_TOLERANCE[dtype]:
-            return backend
-        if cache is None or not cached:
-            raise ValueError(f"its vectors differ from torch's by {difference:.2g}")
-        cache.forget()
-        cache = None
+
+def _keep(entry: Entry, write: Callable[[Path], None]) -> bool:
+    try:
+        entry.save(write)
+    except (OSError, RuntimeError) as error:
+        log.warning("CACHE_FOLDER cannot be written, so every start converts the model again: %s", error)
+        return False
+    return True
 
 
-def _difference(model: SentenceTransformer, preprocessor: Preprocessor, session: Session) -> float:
-    """How far a session is from torch, as a share of the largest number, on texts of all lengths."""
-    batch = [Rows.all_of(preprocessor.prepare(PROBES, None, None, None, parallel=False))]
-    expected = TorchSession(model).run(preprocessor.pack(batch))
-    got = session.run(preprocessor.pack(batch))
-    return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-12))
+def _write(path: Path, line: str) -> None:
+    path.write_text(line)

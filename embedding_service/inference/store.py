@@ -1,0 +1,128 @@
+"""What CACHE_FOLDER keeps for the next start: folders that are written whole and checked by their hashes."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from embedding_service.inference.cores import available_cores
+
+log = logging.getLogger(__name__)
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+# In each entry: its key, and the hash of each of its other files.
+SUMS = "sums.json"
+
+# How many entries of a kind are kept; one with a graph is as large as its model.
+KEPT = 4
+
+# Files are hashed in segments, on all cores at once.
+SEGMENT_BYTES = 4 << 20
+
+
+class Entry:
+    """One entry of a kind. If the disk cannot be read or written, the entry is just missing."""
+
+    def __init__(
+        self, folder: str, kind: str, facts: Sequence[object], made_with: Sequence[object] | None = ()
+    ) -> None:
+        """`facts` are everything that the entry's content depends on, as well as what it was `made_with`.
+
+        If that is None, the latest entry counts, whatever it was made with.
+        """
+        place = Path(os.path.expanduser(folder)) / kind  # noqa: PTH111 - never raises
+        name = _key([kind, *facts])
+        if made_with is not None:
+            name = f"{name}-{_key(made_with)}"
+        else:
+            with contextlib.suppress(OSError):
+                found = sorted(place.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
+                name = found[-1].name if found else name
+        self.path = place / name
+
+    def find(self) -> Path | None:
+        """The entry's folder, if it is complete and every file in it is as it was written."""
+        if not os.path.exists(self.path):  # noqa: PTH110 - never raises
+            return None
+        if not self._is_sound():
+            log.warning("The entry %s is damaged and is made again", self.path)
+            self.forget()
+            return None
+        # For the order in which entries are dropped; the folder may be read-only.
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+        return self.path
+
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a folder, and put it in place whole or not at all. Raises OSError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.path.parent, ignore_cleanup_errors=True) as scratch:
+            whole = Path(scratch) / "whole"
+            whole.mkdir()
+            write(whole)
+            (whole / SUMS).write_text(self._sums(whole))
+            try:
+                whole.rename(self.path)
+            except OSError:
+                if not self.path.exists():
+                    raise
+                # Another process was faster, unless what is there is an older entry that is not whole.
+                if not self._is_sound():
+                    self.path.rename(Path(scratch) / "old")
+                    whole.rename(self.path)
+        self._drop_old()
+
+    def forget(self) -> None:
+        """Remove the entry."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _is_sound(self) -> bool:
+        try:
+            return (self.path / SUMS).read_text() == self._sums(self.path)
+        except (OSError, ValueError):
+            return False
+
+    def _sums(self, folder: Path) -> str:
+        """The entry's name and the hash of each file in a folder. Raises OSError."""
+        names = sorted({path.name for path in folder.iterdir()} - {SUMS})
+        with ThreadPoolExecutor(available_cores()) as pool:
+            return json.dumps([self.path.name, {name: _hash(folder / name, pool) for name in names}])
+
+    def _drop_old(self) -> None:
+        entries = [path for path in self.path.parent.iterdir() if (path / SUMS).is_file()]
+        entries.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in entries[KEPT:]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _key(facts: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:24]
+
+
+def _hash(path: Path, pool: ThreadPoolExecutor) -> str:
+    def digest(start: int) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(SEGMENT_BYTES)).digest()
+
+    size = path.stat().st_size
+    parts = pool.map(digest, range(0, size, SEGMENT_BYTES))
+    return hashlib.sha256(b"".join([str(size).encode(), *parts])).hexdigest()
+
+
+def cpu_model(cpu_info: Path = CPU_INFO) -> str:
+    """The CPU's name, and what it can do: clouds give several kinds the same name."""
+    try:
+        lines = cpu_info.read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    facts = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(facts)}))
