@@ -60,7 +60,9 @@ class Connection:
             while self._outbox and self._sending.acquire(blocking=False):
                 rest: list[memoryview] = []
                 try:
-                    rest = self._channel.try_send(*_emptied(self._outbox))
+                    # Only the thread with the lock takes from the outbox, so it has at least as many.
+                    messages = [self._outbox.popleft() for _ in range(len(self._outbox))]
+                    rest = self._channel.try_send(*messages)
                 finally:
                     if rest:
                         self._rest.put(rest)
@@ -141,14 +143,6 @@ class ModelServer:
         with self._lock:
             for connection in self._connections:
                 connection.send(wire.StatusNotice(status))
-
-
-def _emptied(outbox: deque[wire.Message]) -> list[wire.Message]:
-    messages = []
-    with contextlib.suppress(IndexError):
-        while True:
-            messages.append(outbox.popleft())
-    return messages
 
 
 def _exit_with_parent() -> None:

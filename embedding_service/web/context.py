@@ -66,10 +66,10 @@ class ServiceContext:
 
     def require_info(self) -> ModelInfo:
         """The loaded model. Raises Unavailable until it is loaded."""
-        status = self.status()
-        if status.info is None:
-            raise Unavailable(status.reason, retry_after_seconds=1)
-        return status.info
+        info = self.engine.status().info
+        if info is None:
+            raise Unavailable(self.status().reason, retry_after_seconds=1)
+        return info if not self.names else msgspec.structs.replace(info, model_name=self.names[0])
 
 
 def install(app: Flask, context: ServiceContext) -> None:
