@@ -20,8 +20,8 @@ from embedding_service.engine import (
     TokenVectors,
     TokenVectorsRequest,
 )
+from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
-from embedding_service.web.settings import WebSettings
 
 INFO = ModelInfo(
     model_name="fake/model",
@@ -114,7 +114,7 @@ class Served:
 
     def __init__(self, engine: Engine, **settings: Any) -> None:
         self.engine = engine
-        app = create_app(engine, WebSettings(**settings))
+        app = create_app(engine, Config(**settings))
         self._server = make_server("127.0.0.1", 0, app, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever)

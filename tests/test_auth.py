@@ -12,10 +12,10 @@ import requests
 import config
 from embedding_service.engine import Embeddings, Status, Timings
 from embedding_service.errors import StartupError
+from embedding_service.settings.config import Config
 from embedding_service.web import keys
 from embedding_service.web.factory import create_app
 from embedding_service.web.keys import KeyRing
-from embedding_service.web.settings import WebSettings
 from tests.fakes import INFO
 from tests.service import wait_until
 
@@ -51,7 +51,7 @@ class OneVector:
 
 
 def client_for(**settings):
-    return create_app(OneVector(), WebSettings(**settings)).test_client()
+    return create_app(OneVector(), Config(**settings)).test_client()
 
 
 @pytest.fixture(scope="module")

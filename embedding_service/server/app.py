@@ -14,7 +14,6 @@ from embedding_service.sharing import supervisor_handle
 from embedding_service.sharing.client import RemoteEngine
 from embedding_service.web.factory import create_app
 from embedding_service.web.keys import OPEN_WARNING
-from embedding_service.web.settings import WebSettings
 
 
 def build() -> Flask:
@@ -32,5 +31,4 @@ def build() -> Flask:
         if settings.is_open_at(settings.host):
             logging.getLogger(__name__).warning(OPEN_WARNING, settings.host)
         engine = LocalEngine(msgspec.convert(settings, ModelSettings, from_attributes=True))
-    web = msgspec.convert(settings, WebSettings, from_attributes=True)
-    return create_app(engine, msgspec.structs.replace(web, traces=started.sends_traces))
+    return create_app(engine, settings, sends_traces=started.sends_traces)

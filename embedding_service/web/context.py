@@ -8,7 +8,7 @@ from flask import Flask, current_app
 
 from embedding_service.engine import AnswerT, Engine, ModelInfo, Request, Status
 from embedding_service.errors import Overloaded, Unavailable
-from embedding_service.web.settings import WebSettings
+from embedding_service.settings.config import Config
 
 KEY = "embedding_service"
 
@@ -19,9 +19,10 @@ LATEST_WEIGHT = 0.1
 class ServiceContext:
     """The engine, with a limit on concurrent requests and a status that shows a shutdown."""
 
-    def __init__(self, engine: Engine, settings: WebSettings) -> None:
+    def __init__(self, engine: Engine, settings: Config, *, sends_traces: bool = False) -> None:
         self.engine = engine
         self.settings = settings
+        self.sends_traces = sends_traces
         # Responses show the first; requests may use any of them.
         self.names = [name.strip() for name in (settings.served_model_name or "").split(",") if name.strip()]
         self.draining: Callable[[], bool] = lambda: False

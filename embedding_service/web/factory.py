@@ -8,6 +8,7 @@ from flask.sessions import NullSession, SessionInterface, SessionMixin
 from werkzeug.routing import MapAdapter
 
 from embedding_service.engine import Engine
+from embedding_service.settings.config import Config
 from embedding_service.web import (
     access_log,
     auth,
@@ -23,7 +24,6 @@ from embedding_service.web import (
 from embedding_service.web.context import ServiceContext, install
 from embedding_service.web.protocols import clouds, cohere, native, ollama, openai, tei, weaviate
 from embedding_service.web.request import ServiceRequest
-from embedding_service.web.settings import WebSettings
 
 
 class ServiceApp(Flask):
@@ -52,12 +52,12 @@ class NoSessions(SessionInterface):
         return True
 
 
-def create_app(engine: Engine, settings: WebSettings) -> Flask:
+def create_app(engine: Engine, settings: Config, *, sends_traces: bool = False) -> Flask:
     """The WSGI application: `engine` does the embedding, `settings` holds the limits."""
     app = ServiceApp("embedding_service", static_folder=None)
     app.session_interface = NoSessions()
     app.url_map.strict_slashes = False
-    service = ServiceContext(engine, settings)
+    service = ServiceContext(engine, settings, sends_traces=sends_traces)
     app.request_class = partial(ServiceRequest, service)  # type: ignore[assignment]
     install(app, service)
     monitoring.register(app)

@@ -57,7 +57,7 @@ class ServiceRequest(Request):
     @property
     def trace_id(self) -> str | None:
         """The id of the trace that this request is part of: the caller's, or if spans are sent, a new one."""
-        return self.callers_trace_id or (self.new_trace_id if self.service.settings.traces else None)
+        return self.callers_trace_id or (self.new_trace_id if self.service.sends_traces else None)
 
     @cached_property
     def new_trace_id(self) -> str:

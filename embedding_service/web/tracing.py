@@ -25,7 +25,7 @@ PAUSE_SECONDS, LAST_SECONDS = 0.05, 0.5
 
 def register(app: Flask) -> None:
     """Attach to the app's responses if traces are sent."""
-    if not app.extensions[KEY].settings.traces:
+    if not app.extensions[KEY].sends_traces:
         return
     # Imported only if traces are sent, since the packages are optional.
     from opentelemetry import trace

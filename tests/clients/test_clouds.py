@@ -4,8 +4,8 @@ import pytest
 import requests
 
 from embedding_service.settings import config
+from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
-from embedding_service.web.settings import WebSettings
 from tests.clients.conftest import TEXTS
 from tests.fakes import FakeEngine
 
@@ -91,8 +91,8 @@ def test_the_paths_that_vertex_sets_are_served(start, close):
 
 
 def test_a_path_of_vertex_that_is_served_already_is_left_alone():
-    app = create_app(FakeEngine(), WebSettings(aip_health_route="/health", aip_predict_route="/predict"))
-    plain = create_app(FakeEngine(), WebSettings())
+    app = create_app(FakeEngine(), Config(aip_health_route="/health", aip_predict_route="/predict"))
+    plain = create_app(FakeEngine(), Config())
     assert len(list(app.url_map.iter_rules())) == len(list(plain.url_map.iter_rules()))
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from embedding_service import errors
 from embedding_service.engine import Status
+from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
 from embedding_service.web.openapi import document
-from embedding_service.web.settings import WebSettings
 from tests.fakes import INFO
 
 KINDS = [kind for kind in errors.BY_NAME.values() if kind is not errors.NotFound]
@@ -63,7 +63,7 @@ class FailingEngine:
 
 @pytest.fixture
 def app():
-    return create_app(FailingEngine(), WebSettings())
+    return create_app(FailingEngine(), Config())
 
 
 def validator(app, path: str, status: int) -> jsonschema_rs.Validator:
@@ -140,7 +140,7 @@ def test_the_openai_sdk_raises_its_own_exceptions(app, kind, raised):
 
 
 def test_the_openai_sdk_raises_its_own_exception_without_a_key():
-    app = create_app(FailingEngine(), WebSettings(api_keys="the-key"))
+    app = create_app(FailingEngine(), Config(api_keys="the-key"))
     with (
         sdk(app) as client,
         pytest.raises(openai.AuthenticationError, match="a valid key is required") as caught,

@@ -10,8 +10,8 @@ import jsonschema_rs
 import pytest
 import requests
 
+from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
-from embedding_service.web.settings import WebSettings
 from tests.conftest import require_browser
 
 CHECKS = [
@@ -50,7 +50,7 @@ def test_no_request_gets_an_undocumented_response(service, tmp_path):
 
 
 def test_every_route_is_described():
-    app = create_app(None, WebSettings())
+    app = create_app(None, Config())
     described = app.test_client().get("/openapi.json").get_json()["paths"]
     rules = {rule.rule for rule in app.url_map.iter_rules()} - UNDESCRIBED
     assert {rule.replace("<path:name>", "{name}") for rule in rules} == set(described)
@@ -90,7 +90,7 @@ def test_every_example_is_answered_as_it_stands(service):
 
 
 def test_generators_of_clients_get_types_that_demand_no_more_than_the_service():
-    app = create_app(None, WebSettings())
+    app = create_app(None, Config())
     described = app.test_client().get("/openapi.json").get_json()
     schemas = described["components"]["schemas"]
     fields = [field for schema in schemas.values() for field in schema.get("properties", {}).values()]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
-from embedding_service.web.settings import WebSettings
 from tests.fakes import FakeEngine
 
 
@@ -14,9 +14,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def app(engine):
-    return create_app(
-        engine, WebSettings(max_texts_per_request=8, max_text_characters=100, max_body_bytes=2048)
-    )
+    return create_app(engine, Config(max_texts_per_request=8, max_text_characters=100, max_body_bytes=2048))
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from embedding_service.observability import logs
+from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
-from embedding_service.web.settings import WebSettings
 from tests.fakes import FakeEngine
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -45,7 +45,7 @@ def lines():
 
 
 def served(**settings):
-    return create_app(FakeEngine(), WebSettings(**settings)).test_client()
+    return create_app(FakeEngine(), Config(**settings)).test_client()
 
 
 def test_nothing_is_logged_by_default(lines):

@@ -3,8 +3,8 @@
 import pytest
 
 from embedding_service.settings import config
+from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
-from embedding_service.web.settings import WebSettings
 from tests.fakes import FakeEngine
 
 HERE, OTHER = "https://example.com", "https://other.example"
@@ -12,7 +12,7 @@ PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-He
 
 
 def client(origins: str, **settings):
-    return create_app(FakeEngine(), WebSettings(cors_origins=origins, **settings)).test_client()
+    return create_app(FakeEngine(), Config(cors_origins=origins, **settings)).test_client()
 
 
 def cors_of(response) -> dict[str, str]:

@@ -7,6 +7,7 @@ from flask import Flask, Response
 from msgspec import Meta
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.settings.config import Config
 from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.embedding import Matrix, answer_embeddings
 from embedding_service.web.health import HealthAnswer, health
@@ -14,7 +15,6 @@ from embedding_service.web.operation import operation
 from embedding_service.web.options import embed
 from embedding_service.web.protocol import ApiProtocol
 from embedding_service.web.protocols import tei
-from embedding_service.web.settings import WebSettings
 
 protocol = ApiProtocol(
     "clouds",
@@ -51,7 +51,7 @@ class VertexAnswer(TypedDict):
 _decoder = BodyDecoder(VertexBody)
 
 
-def serve_vertex_routes(app: Flask, settings: WebSettings) -> None:
+def serve_vertex_routes(app: Flask, settings: Config) -> None:
     """Answer on the paths that Vertex AI chose for this container, unless they are served already."""
     taken = {rule.rule for rule in app.url_map.iter_rules()}
     if settings.aip_health_route and settings.aip_health_route not in taken:
