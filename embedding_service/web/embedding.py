@@ -2,8 +2,10 @@
 
 import base64
 import io
+import string
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import msgspec
 import numpy as np
@@ -154,7 +156,11 @@ def answer_npy(vectors: npt.NDArray[Any], result: Embeddings) -> Response:
     """The vectors as a .npy file of shape (texts, numbers), with the rest of the response in headers."""
     file = io.BytesIO()
     np.save(file, vectors, allow_pickle=False)
-    about = [("x-model", model_name()), ("x-truncated-texts", str(len(result.truncated)))]
+    # Headers are ASCII; a name in another script is percent-encoded, as in an address.
+    about = [
+        ("x-model", quote(model_name(), safe=string.punctuation + " ")),
+        ("x-truncated-texts", str(len(result.truncated))),
+    ]
     return Response(file.getvalue(), mimetype=NPY, headers=_headers(result) + about)
 
 

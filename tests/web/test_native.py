@@ -3,12 +3,16 @@
 import base64
 import gzip
 import tracemalloc
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
 from embedding_service.errors import DeadlineExceeded, ModelFailure, Overloaded, Unavailable
+from embedding_service.settings.config import Config
 from embedding_service.web import body as bodies
+from embedding_service.web.factory import create_app
+from tests.fakes import FakeEngine
 
 
 def test_one_string_gives_nested_embeddings(client):
@@ -17,6 +21,15 @@ def test_one_string_gives_nested_embeddings(client):
     assert (body["dimension"], body["model"], body["count"]) == (3, "fake/model", 1)
     assert body["processing_time_ms"] >= 0
     assert body["usage"] == {"tokens": 4, "truncated": []}
+
+
+@pytest.mark.parametrize("name", ["модель", "模型 v2", "org/model-1.5"])
+def test_a_model_name_in_any_script_fits_a_header(name):
+    served = create_app(FakeEngine(), Config(served_model_name=name)).test_client()
+    answer = served.post("/embed", json={"texts": "four"}, headers={"Accept": "application/x-npy"})
+    assert answer.status_code == 200
+    assert answer.headers["x-model"].isascii()
+    assert unquote(answer.headers["x-model"]) == name
 
 
 def test_many_texts_keep_their_order(client):
