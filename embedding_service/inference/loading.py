@@ -23,6 +23,7 @@ from embedding_service.inference.hardware import (
 )
 from embedding_service.inference.in_torch import InTorch
 from embedding_service.inference.lanes import SessionLane
+from embedding_service.inference.memory import release
 from embedding_service.inference.model import Model
 from embedding_service.inference.prepared import TOLERANCE, Prepared, Reference
 from embedding_service.inference.preprocessing import RustTokenizer
@@ -111,7 +112,7 @@ def _load_prepared(settings: ModelSettings, threads: int) -> Model | None:
     source = resolve(settings.embedding_model, settings.model_revision, verified=False)
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(prepared.keys_of, settings, source)
-        from embedding_service.inference.backends.openvino import openvino_backend, read_graph
+        from embedding_service.inference.backends.openvino import openvino_backend, read_graph, weights_of
 
         keys = hashing.result()
     read = prepared.read(keys.prepared())
@@ -148,7 +149,9 @@ def _load_prepared(settings: ModelSettings, threads: int) -> Model | None:
 
         return full_start.read_in_torch(settings, source, keys, threads)
 
-    return _assemble(facts, cost or facts.cost, preprocessor, backend, read_in_torch)
+    model = _assemble(facts, cost or facts.cost, preprocessor, backend, read_in_torch)
+    release(weights_of(folder))
+    return model
 
 
 def _disagreement(

@@ -23,6 +23,11 @@ def read_graph(folder: Path) -> openvino.Model:
     return openvino.Core().read_model(folder / GRAPH)
 
 
+def weights_of(folder: Path) -> Path:
+    """The file of the weights of the graph in a folder, which are mapped, not read."""
+    return (folder / GRAPH).with_suffix(".bin").resolve()
+
+
 def write_graph(graph: openvino.Model, folder: Path) -> None:
     """Put a graph into a folder. Raises RuntimeError."""
     openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
