@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 import threading
@@ -87,6 +88,8 @@ class Writer:
         self._items: SimpleQueue[str | LockType] = SimpleQueue()
         self._is_running = False
         self._dropped = 0
+        # When the write in progress began.
+        self._began = math.inf
 
     def put(self, line: str) -> None:
         """Write the line soon; drop it if too many are waiting."""
@@ -100,7 +103,8 @@ class Writer:
 
     def flush(self) -> None:
         """Wait for the lines so far, but not long: this process is about to end."""
-        if self._is_running:
+        is_stuck = time.monotonic() - self._began > FLUSH_SECONDS
+        if self._is_running and not is_stuck:
             written = allocate_lock()
             written.acquire()
             self._items.put(written)
@@ -117,11 +121,13 @@ class Writer:
                 dropped
             )
             data = (note + item + "\n").encode(errors="backslashreplace")
+            self._began = time.monotonic()
             try:
                 _write(self._opened() if self.path else _stream().fileno(), data)
             except OSError:
                 with contextlib.suppress(OSError):
                     _write(_stream().fileno(), data)
+            self._began = math.inf
 
     def _opened(self) -> int:
         assert self.path is not None
