@@ -160,7 +160,8 @@ class FairQueue:
     def bulk_limit(self, budget: int, overhead: int, now: float) -> int:
         """How many tokens a batch may hold that requests with few texts may have to wait for."""
         if self._on_cpu and now < self._small_until:
-            return min(budget, BULK_OVERHEADS * overhead)
+            # A batch may cost nothing besides its tokens; a text must fit all the same.
+            return max(1, min(budget, BULK_OVERHEADS * overhead))
         return budget
 
     def take(

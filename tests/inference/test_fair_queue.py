@@ -355,3 +355,10 @@ def test_removed_or_late_texts_do_not_delay_the_other_kind():
         driven.now = 2.0
         assert [entry for batch in driven.drain() for entry, _ in batch] == [fine]
         assert driven.expired == [late]
+
+
+def test_background_beside_small_requests_is_served_if_a_batch_costs_nothing_besides_its_tokens():
+    driven = Driven(overhead=0, on_cpu=True)
+    driven.add(8)
+    driven.add(*[16] * 40, background=True)
+    assert sum(len(rows) for batch in driven.drain() for _, rows in batch) == 41
