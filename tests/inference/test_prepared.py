@@ -184,8 +184,8 @@ def resealed(cache: Path, kind: str) -> None:
 
 
 def wrong_weights(cache: Path, _tiny) -> None:
-    content = np.frombuffer(file(cache, "model.bin").read_bytes(), np.float32) * 1.01
-    file(cache, "model.bin").write_bytes(content.tobytes())
+    weights = file(cache, "model.bin")
+    weights.write_bytes(bytes(255 - byte for byte in weights.read_bytes()))
     resealed(cache, "graphs")
 
 
@@ -234,9 +234,10 @@ UNSOUND = {
 def test_an_entry_that_is_whole_and_wrong_is_not_used(tiny, tmp_path, full_starts, caplog, change):
     load(tiny("bert"), tmp_path)
     UNSOUND[change](tmp_path, tiny)
+    full_starts.clear()
     with caplog.at_level(logging.WARNING, "embedding_service"):
         check(tiny("bert"), tmp_path)
-    assert full_starts == ["full", "full"]
+    assert full_starts == ["full"]
     assert len([record for record in caplog.records if record.name.startswith("embedding_service")]) <= 1
 
 
