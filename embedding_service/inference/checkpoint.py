@@ -112,6 +112,11 @@ def read_checkpoint(settings: ModelSettings, source: Source, digest: str) -> Che
     rounds = dtype == "bfloat16" and computes_bfloat16(device, settings.backend)
     model = load_model(source.folder, device, "float32" if rounds else dtype, settings.attn_implementation)
     set_prompts(model, settings)
+    if model.similarity_fn_name != "cosine" and not isinstance(list(model)[-1], Normalize):
+        log.info(
+            'This model compares vectors by %s, for which their lengths count: send "normalize": false',
+            model.similarity_fn_name,
+        )
     return Checkpoint(
         model=model,
         source=source,
@@ -146,6 +151,10 @@ def load_model(folder: Path, device: str, dtype: str, attn_implementation: str |
             f"The model in {folder} cannot be loaded ({type(error).__name__}: {line})"
         ) from error
     if model.truncate_dim is not None:
+        if not isinstance(model.truncate_dim, int) or model.truncate_dim < 1:
+            raise StartupError(
+                f"The model in {folder} has truncate_dim={model.truncate_dim!r}, not 1 or more"
+            )
         model.append(Truncate(model.truncate_dim))
     return model.to(DTYPES[dtype]).eval()
 

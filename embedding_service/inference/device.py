@@ -36,11 +36,14 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def prepare_libraries(device: str, threads: int) -> None:
-    """Apply process-wide settings of the libraries."""
+def prepare_libraries(device: str, threads: int, device_processes: int = 1) -> None:
+    """Apply process-wide settings of the libraries; `device_processes` share the device's memory."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     if device.startswith("cuda"):
+        if device_processes > 1:
+            with torch.cuda.device(device):
+                torch.cuda.set_per_process_memory_fraction(1 / device_processes)
         torch.set_float32_matmul_precision("high")
         # cuDNN's attention takes 50 ms to plan for each new shape of a batch:
         # https://github.com/pytorch/pytorch/pull/155958

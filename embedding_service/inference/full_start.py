@@ -41,7 +41,7 @@ def load_fully(settings: ModelSettings, source: Source, keys: Keys, threads: int
     """Load and check a model with torch, and prepare it if it then needs none. Raises StartupError."""
     checkpoint = read_checkpoint(settings, source, keys.digest)
     share_cores(checkpoint.on_cpu)
-    prepare_libraries(checkpoint.device, threads)
+    prepare_libraries(checkpoint.device, threads, settings.device_processes)
     prompts = ["", *dict.fromkeys(filter(None, checkpoint.prompts.values()))]
     preprocessor = choose_preprocessor(
         checkpoint.model,

@@ -23,3 +23,5 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     default_prompt_name: str | None = None
     # Model processes of this service, which share the cores among them.
     model_processes: int = 1
+    # Those on the same device, which share its memory.
+    device_processes: int = 1

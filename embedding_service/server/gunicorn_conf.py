@@ -74,11 +74,18 @@ def on_starting(server: Any) -> None:
     elif server.cfg.threads != threads:
         server.log.warning("--threads has no effect: this worker has a greenlet for each connection")
     model = msgspec.convert(settings, ModelSettings, from_attributes=True)
+    # The first CUDA device has two names.
+    ordinals = [device.removesuffix(":0") for device in settings.devices]
     processes = [
         ProcessSettings(
             index=index,
             runtime_folder=str(supervisor.folder.path),
-            model=msgspec.structs.replace(model, device=device, model_processes=len(settings.devices)),
+            model=msgspec.structs.replace(
+                model,
+                device=device,
+                model_processes=len(settings.devices),
+                device_processes=ordinals.count(device.removesuffix(":0")),
+            ),
             log=logging,
             hang_seconds=2 * settings.request_timeout_seconds,
         )

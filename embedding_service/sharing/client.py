@@ -188,13 +188,15 @@ class ModelConnection:
                 self._known.set()
 
     def _disconnect(self) -> None:
-        self._channel = None
-        numbers = list(self._waiters)
         state, reason = ("loading", "the model process is starting")
         if self._was_healthy:
             state, reason = "unhealthy", "the model process was lost and is being started again"
-            log.error("The model process was lost with %d requests in flight", len(numbers))
+        # Before the channel: a call that finds none must not find the state healthy.
         self.status = Status(state=state, reason=reason, info=self.status.info)  # type: ignore[arg-type]
+        self._channel = None
+        numbers = list(self._waiters)
+        if self._was_healthy:
+            log.error("The model process was lost with %d requests in flight", len(numbers))
         for number in numbers:
             self._unsent.pop(number, None)
             self._finish(number, self._lost())
@@ -205,6 +207,9 @@ class ModelConnection:
 
 class RemoteEngine:
     """Embeds in the model processes that the supervisor keeps; requests go to the least loaded.
+
+    If a process is lost, what it had not answered goes to another one, once: a request that ends every
+    process that it reaches must not reach all of them.
 
     Survives a fork (gunicorn --preload): each process makes its own connections, when it first needs them.
     """
@@ -223,6 +228,12 @@ class RemoteEngine:
         os.register_at_fork(after_in_child=self._leave)
 
     def call(self, request: Request[AnswerT]) -> AnswerT:
+        connection = self._least_loaded()
+        try:
+            return connection.call(request)
+        except Unavailable:
+            if connection.status.state == "healthy":
+                raise
         return self._least_loaded().call(request)
 
     def _least_loaded(self) -> ModelConnection:

@@ -184,10 +184,26 @@ def test_shapes_grow_by_at_most_a_quarter_and_never_beyond_the_longest_text():
     ]  # fmt: skip
     known = shapes.up_to(2000)
     assert known == sorted(known, key=lambda shape: shape[0] * shape[1])
-    for rows in range(1, 200):
-        for width in range(1, 251):
-            if rows * width <= 2000:
-                assert shapes.around(rows, width) in known
+    around = {shapes.around(rows, width) for rows in range(1, 200) for width in range(1, 251)}
+    assert known == sorted(
+        (shape for shape in around if shape[0] * shape[1] <= 2000),
+        key=lambda shape: (shape[0] * shape[1], shape),
+    )
+
+
+def test_the_padded_shape_is_what_a_graph_may_hold():
+    names = ["input_ids", "attention_mask"]
+    graphs = CudaGraphs(lambda _inputs: torch.empty(0), names, 64, torch.device("cpu"), None)
+    graphs.max_tokens = 8192
+
+    def fits(rows: int, width: int) -> bool:
+        return graphs.fit(dict.fromkeys(names, np.ones((rows, width), np.int64)))
+
+    assert fits(512, 16)
+    assert fits(512, 3)
+    # 2,730 texts of 3 tokens have 8,190, but would be padded to 3,072 × 16.
+    assert not fits(513, 3)
+    assert not fits(2730, 3)
 
 
 def test_recording_ahead_ends_in_time(monkeypatch):

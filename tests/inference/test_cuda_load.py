@@ -1,5 +1,6 @@
 """Loading and warming up on CUDA, with weights that have a device, a shape and a format but no content."""
 
+import contextlib
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from embedding_service.inference import warm_up
 from embedding_service.inference.backends.torch import CudaSession
+from embedding_service.inference.device import prepare_libraries
 from embedding_service.inference.pending import normalize
 from tests.inference.running import alone, load
 from tests.inference.test_cuda_path import CUDA, Watch, WithoutGuards, cuda  # noqa: F401
@@ -121,3 +123,17 @@ def test_a_model_is_loaded_and_warmed_up_on_the_device(tiny, cuda, monkeypatch, 
         # Computed on the CPU, from the weights in the files.
         vectors = normalize(model.exact.forward(alone(model, "the fox")))
         assert np.abs(vectors - normalize(exact)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("processes", "shares"), [(1, []), (2, [0.5]), (4, [0.25])])
+def test_processes_on_one_device_share_its_memory(monkeypatch, processes, shares):
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    found: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", found.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _enabled: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    try:
+        prepare_libraries("cuda:0", threads, processes)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert found == shares

@@ -1,7 +1,9 @@
 """Every kind of SentenceTransformer gives the vectors of encode(), whatever else is in the batch."""
 
+import json
 import logging
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -117,3 +119,26 @@ def test_a_model_that_openvino_computes_wrongly_runs_in_torch(tiny, caplog):
     assert (
         "OpenVINO cannot run this model, using torch: its vectors differ from torch's by nan" in caplog.text
     )
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_truncate_dim_of_the_model_is_honoured(tiny, tmp_path, backend):
+    folder = tmp_path / "model"
+    SentenceTransformer(str(tiny("dense")), device="cpu", truncate_dim=7).save(str(folder))
+    model, some = load(folder, backend=backend), texts(random.Random(5), 9)
+    expected = SentenceTransformer(str(folder), device="cpu").encode(some)
+    (answer,) = embed(model, [request(some, normalize=False)])
+    assert model.info.embedding_dimension == 7
+    assert np.abs(answer.vectors - expected).max() < 1e-5
+    (unit,) = embed(model, [request(some)])
+    assert np.abs(np.linalg.norm(unit.vectors, axis=1) - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("dimension", [0, -1, "8"])
+def test_an_impossible_truncate_dim_is_refused(tiny, tmp_path, dimension):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("dense"), folder)
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "truncate_dim": dimension}))
+    with pytest.raises(StartupError, match="has truncate_dim="):
+        load(folder)

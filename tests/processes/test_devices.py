@@ -1,5 +1,6 @@
 """DEVICE=cpu,cpu: two model processes behind one service, each with its share of the cores."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -50,10 +51,18 @@ def test_the_cores_are_divided(pair):
     assert all(f"threads: {each}," in line for line in lines)
 
 
-def test_one_serves_on_if_the_other_is_killed(pair):
-    model_processes(pair)[0].kill()
-    wait_until(lambda: "The model process was lost" in pair.log(), 10, "the loss to be noticed")
+def test_what_a_killed_process_had_not_answered_is_answered_by_the_other(pair, oracle):
+    batches = [
+        [f"text {number} of request {turn} " + "on " * 60 for number in range(16)] for turn in range(48)
+    ]
     with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda number: ask(pair, [f"text {number}"]), range(32)))
-    assert len(answers) == 32
+        answers = [clients.submit(ask, pair, texts) for texts in batches]
+        wait_until(lambda: sum(answer.done() for answer in answers) >= 8, 60, "both to be at work")
+        model_processes(pair)[0].kill()
+        vectors = [answer.result() for answer in answers]
+    lost = re.search(r"The model process was lost with (\d+) requests in flight", pair.log())
+    assert lost is not None
+    assert int(lost[1]) > 0
+    for texts, answer in zip(batches, vectors, strict=True):
+        assert np.abs(answer - oracle.encode(texts, normalize_embeddings=True)).max() < 1e-5
     wait_until(lambda: pair.log().count("Loaded ") == 3, 120, "the lost process to come back")

@@ -73,12 +73,13 @@ class Shapes:
         return padded(rows, 1), min(self._max_width, padded(width, NARROWEST))
 
     def up_to(self, tokens: int) -> list[tuple[int, int]]:
-        """Every shape that can hold a batch of up to this many tokens, the smallest first."""
-        widths = range(1, self._max_width + 1)
-        found = {self.around(tokens // width, width) for width in widths if width <= tokens}
-        for rows, width in list(found):
-            found |= {self.around(fewer, width) for fewer in range(1, rows)}
-        return sorted(found, key=lambda shape: (shape[0] * shape[1], shape))
+        """Every shape of at most this many tokens, padding included, the smallest first."""
+        widths = {self.around(1, width)[1] for width in range(1, self._max_width + 1)}
+        found = {self.around(rows, width) for width in widths for rows in range(1, tokens // width + 1)}
+        return sorted(
+            (shape for shape in found if shape[0] * shape[1] <= tokens),
+            key=lambda shape: (shape[0] * shape[1], shape),
+        )
 
 
 class CudaGraphs:
@@ -101,11 +102,15 @@ class CudaGraphs:
         self._recorded: dict[tuple[int, int], _Graph | None] = {}
 
     def fit(self, features: Arrays) -> bool:
-        """Whether a graph can compute this batch: arrays of one shape, padded on the right if at all."""
+        """Whether a graph can compute this batch: arrays of one shape, padded on the right if at all.
+
+        What counts is the shape to which the batch is padded: three tokens a text become sixteen.
+        """
         if list(features) != self._names:
             return False
         mask = features["attention_mask"]
-        return mask.size <= self.max_tokens and bool(mask[:, 0].all())
+        rows, width = self._shapes.around(*mask.shape)
+        return rows * width <= self.max_tokens and bool(mask[:, 0].all())
 
     def run(self, features: Arrays) -> torch.Tensor | None:
         """Launch a batch; returns where its vectors will be, float32 of shape (rows, dimension).
