@@ -16,6 +16,7 @@ from embedding_service.errors import StartupError
 from embedding_service.inference.device import choose_device
 from embedding_service.inference.fingerprint import fingerprint
 from embedding_service.inference.hardware import computes_bfloat16
+from embedding_service.inference.missing_weights import missing_weight
 from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.source import Source
 
@@ -150,6 +151,8 @@ def load_model(folder: Path, device: str, dtype: str, attn_implementation: str |
         raise StartupError(
             f"The model in {folder} cannot be loaded ({type(error).__name__}: {line})"
         ) from error
+    if lacking := missing_weight(model):
+        raise StartupError(f"The model in {folder} is incomplete: its files lack the weights {lacking}")
     if model.truncate_dim is not None:
         if not isinstance(model.truncate_dim, int) or model.truncate_dim < 1:
             raise StartupError(

@@ -125,6 +125,7 @@ def device(tiny, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a device")
     monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", device.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
@@ -194,7 +195,7 @@ def test_a_batch_that_does_not_fit_is_halved_while_the_other_lane_runs(tiny, dev
 
     def submit(texts):
         outcome: queue.SimpleQueue = queue.SimpleQueue()
-        batcher.submit(request(texts), outcome.put)
+        batcher.submit([(0, request(texts))], lambda outcomes: outcome.put(dict(outcomes)[0]))
         return outcome
 
     device.on_allocation = hold_first

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from embedding_service.engine import EmbedRequest
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # OpenVINO gives NaN for a row of attention that is masked completely, as with padding on the left, and it
 # cannot trace Gemma's masks.
-TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled", "gemma", "no-mask"]
+TORCH_ONLY = ["static", "routed", "left-padding", "left-padding-prompt-not-pooled", "gemma"]
 CASES = [(kind, "torch") for kind in tiny_models.KINDS]
 CASES += [(kind, "openvino") for kind in tiny_models.KINDS if kind not in TORCH_ONLY]
 
@@ -142,3 +143,29 @@ def test_an_impossible_truncate_dim_is_refused(tiny, tmp_path, dimension):
     config.write_text(json.dumps({**json.loads(config.read_text()), "truncate_dim": dimension}))
     with pytest.raises(StartupError, match="has truncate_dim="):
         load(folder)
+
+
+def without_weights(folder, copy, part):
+    """A copy of a model whose file of weights lacks those with `part` in their names; and these names."""
+    shutil.copytree(folder, copy)
+    (file,) = copy.glob("**/model.safetensors")
+    weights = load_file(file)
+    lacking = [name for name in weights if part in name]
+    save_file({name: weights[name] for name in weights if name not in lacking}, file, {"format": "pt"})
+    return lacking
+
+
+@pytest.mark.parametrize("part", ["layer.1.attention.self.query.weight", "word_embeddings", "layer.0"])
+def test_a_model_that_lacks_weights_is_refused(tiny, tmp_path, part):
+    lacking = without_weights(tiny("bert"), tmp_path / "model", part)
+    with pytest.raises(StartupError, match="is incomplete: its files lack the weights ") as refusal:
+        load(tmp_path / "model")
+    assert str(refusal.value).rsplit(" ", 1)[1] in lacking
+
+
+def test_weights_that_play_no_part_may_be_missing(tiny, tmp_path):
+    assert without_weights(tiny("bert"), tmp_path / "model", "pooler.")
+    some = texts(random.Random(5), 9)
+    expected = SentenceTransformer(str(tiny("bert")), device="cpu").encode(some)
+    (answer,) = embed(load(tmp_path / "model", backend="torch"), [request(some, normalize=False)])
+    assert np.abs(answer.vectors - expected).max() < 1e-5
