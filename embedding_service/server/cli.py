@@ -21,6 +21,7 @@ commands:
   embed           embed the rows of a file
   download        fetch a model into the cache, check it, and exit
   calibrate       find the ranges for int8 and uint8 vectors
+  verify          compare any running server with SentenceTransformer.encode
 
 Run `embedding-service COMMAND --help` for the options of a command."""
 
@@ -28,7 +29,9 @@ Run `embedding-service COMMAND --help` for the options of a command."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser("embedding-service", DESCRIPTION, COMMANDS)
-    parser.add_argument("command", choices=["serve", "embed", "download", "calibrate"], metavar="COMMAND")
+    parser.add_argument(
+        "command", choices=["serve", "embed", "download", "calibrate", "verify"], metavar="COMMAND"
+    )
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Everything after the command belongs to it, including --help.
     command = parser.parse_args(given[:1] or ["--help"]).command
@@ -40,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return download(given[1:])
     if command == "calibrate":
         return calibrate(given[1:])
+    if command == "verify":
+        from embedding_service.verify import command as verify
+
+        return verify.execute(given[1:])
     return serve(given[1:], prog="embedding-service serve")
 
 

@@ -1,0 +1,1 @@
+"""`embedding-service verify`: a running server's vectors beside those of SentenceTransformer.encode."""

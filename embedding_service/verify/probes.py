@@ -1,0 +1,177 @@
+"""What a server is asked, how its vectors differ, and what is wrong with them in words."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from embedding_service.engine import Vectors
+from embedding_service.verify.oracle import Oracle, unit
+from embedding_service.verify.server import Refused, Server
+
+SCRIPTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Der schnelle Fuchs: Äpfel, Öl und Übermut, groß wie Straße.",
+    "Le garçon naïf a mangé une crème brûlée à Noël.",
+    "Быстрая коричневая лиса прыгает через ленивую собаку.",
+    "東京は日本の首都です。",
+    "中文句子没有空格。",
+    "한국어 문장입니다.",
+    "اللغة العربية تكتب من اليمين إلى اليسار.",
+    "भारत की राजधानी नई दिल्ली है।",
+    "ภาษาไทยไม่มีช่องว่างระหว่างคำ",
+    "Ελληνικά και עברית",
+]
+CASE = ["Apple released a new phone", "apple released a new phone", "APPLE RELEASED A NEW PHONE", "US", "us"]
+SPACES = ["two  spaces", "two spaces", " before", "after ", "a\ttab", "a\nline", "a\r\nline", "no\u00a0break"]
+EMOJI = ["👍", "👩‍👩‍👧 family", "flags 🇩🇪🇯🇵", "cafe\u0301", "café", "ﬁne ligature", "x² + y²", "a\u200bb"]
+WORDS = [
+    "Donaudampfschifffahrtsgesellschaftskapitän",
+    "https://example.com/a?b=c#d",
+    "3.14159",
+    "C++",
+    "def f(x):",
+]
+PAIRS = [f"{first} {second}" for first in SCRIPTS[:8] for second in CASE + WORDS + ["", "yes", "no"]]
+# Vectors of lower precision are still this near to the right ones.
+NEAR_COSINE = 0.98
+# A mistake explains the vectors if it leaves this share of the difference.
+EXPLAINED = 0.3
+NOT_NORMALISED = "vectors are not normalised"
+BY_BATCH = "the vector of a text depends on its batch"
+
+
+class Result(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a probe has found; `finding` is what is wrong, and `refused` the server's refusal."""
+
+    name: str
+    texts: int
+    largest_difference: float = 0.0
+    lowest_cosine: float = 1.0
+    finding: str | None = None
+    refused: str | None = None
+
+
+class Verifier:
+    """One comparison of a server with the oracle."""
+
+    def __init__(self, server: Server, oracle: Oracle, tolerance: float) -> None:
+        self._server, self._oracle, self._tolerance = server, oracle, tolerance
+
+    def run(self) -> Iterator[Result]:
+        """The results of all probes, each when it is known."""
+        alone = {"scripts": SCRIPTS, "case": CASE, "spaces": SPACES, "emoji": EMOJI, "words": WORDS}
+        for name, texts in alone.items():
+            yield self._probe(name, texts)
+        yield self._probe("empty", ["", " "])
+        most = self._oracle.max_tokens
+        yield self._probe(
+            "long", [self._oracle.text_of(share * most // 8) for share in (3, 5, 7)], is_long=True
+        )
+        yield self._probe("over-long", [self._oracle.text_of(times * most) for times in (2, 3)], is_long=True)
+        for size in (1, 2, 8, 32, 64):
+            yield self._together(f"batch of {size}", PAIRS[:size])
+        yield self._together("reversed batch", PAIRS[31::-1])
+        yield self._together("the same batch again", PAIRS[:32])
+        yield self._concurrent()
+        yield from self._options()
+
+    def _probe(self, name: str, texts: list[str], is_long: bool = False) -> Result:
+        """Each text in a request of its own."""
+        try:
+            found = np.concatenate([self._server.embed([text]) for text in texts])
+        except Refused as refusal:
+            return Result(name, len(texts), refused=str(refusal))
+        except ValueError:
+            return Result(name, len(texts), finding="the number of dimensions varies")
+        return self._compare(name, texts, found, self._oracle.encode(texts), is_long)
+
+    def _together(self, name: str, texts: list[str]) -> Result:
+        """All texts in one request."""
+        try:
+            found = self._server.embed(texts)
+            result = self._compare(name, texts, found, self._oracle.encode(texts), is_long=False)
+            if result.finding and len(texts) > 1:
+                alone = np.concatenate([self._server.embed([text]) for text in texts[:8]])
+                if _difference(found[:8], alone) > self._tolerance:
+                    orders = _difference(np.sort(found, axis=0), np.sort(self._oracle.encode(texts), axis=0))
+                    ordered = "the vectors are in another order than the texts"
+                    return msgspec.structs.replace(
+                        result, finding=ordered if orders <= self._tolerance else BY_BATCH
+                    )
+        except Refused as refusal:
+            return Result(name, len(texts), refused=str(refusal))
+        return result
+
+    def _concurrent(self) -> Result:
+        name, texts = "concurrent calls", PAIRS[:48]
+        with ThreadPoolExecutor(8) as pool:
+            try:
+                found = np.concatenate(list(pool.map(lambda text: self._server.embed([text]), texts)))
+            except Refused as refusal:
+                return Result(name, len(texts), refused=str(refusal))
+        result = self._compare(name, texts, found, self._oracle.encode(texts), is_long=False)
+        if result.finding and _difference(found[:8], self._one_by_one(texts[:8])) > self._tolerance:
+            return msgspec.structs.replace(result, finding=BY_BATCH)
+        return result
+
+    def _one_by_one(self, texts: list[str]) -> Vectors:
+        return np.concatenate([self._server.embed([text]) for text in texts])
+
+    def _options(self) -> Iterator[Result]:
+        api, texts = self._server.api, SCRIPTS[:4]
+        plain = self._oracle.encode(texts)
+        if api.prompt:
+            for prompt in [*self._oracle.prompts.values()][:3] or ["search_query: "]:
+                yield self._option("prompt", texts, plain, {api.prompt: prompt}, prompt=prompt)
+        if api.dimensions:
+            fewer = plain.shape[1] // 2
+            yield self._option("dimensions", texts, plain, {api.dimensions: fewer}, dimensions=fewer)
+
+    def _option(
+        self, name: str, texts: list[str], plain: Vectors, fields: dict[str, Any], **given: Any
+    ) -> Result:
+        try:
+            found = self._server.embed(texts, **fields)
+        except Refused as refusal:
+            return Result(name, len(texts), refused=str(refusal))
+        if found.shape == plain.shape and _difference(unit(found), plain) <= self._tolerance:
+            return Result(name, len(texts), refused="ignored")
+        return self._compare(name, texts, found, self._oracle.encode(texts, **given), is_long=False)
+
+    def _compare(self, name: str, texts: list[str], found: Vectors, right: Vectors, is_long: bool) -> Result:
+        if found.shape != right.shape:
+            words = f"another model: {found.shape[1]} dimensions, not {right.shape[1]}"
+            return Result(name, len(texts), float("inf"), -1.0, words)
+        if not np.isfinite(found).all():
+            return Result(name, len(texts), float("inf"), -1.0, "vectors hold numbers that are not finite")
+        scaled = unit(found)
+        cosines = (scaled * right).sum(axis=1)
+        result = Result(name, len(texts), _difference(found, right), float(cosines.min()))
+        if result.largest_difference <= self._tolerance:
+            return result
+        findings = []
+        if np.abs(np.linalg.norm(found, axis=1) - 1).max() > max(self._tolerance, 1e-2):
+            findings.append(NOT_NORMALISED)
+        wrong = np.flatnonzero(np.abs(scaled - right).max(axis=1) > self._tolerance)[:6]
+        if len(wrong):
+            findings.append(self._explain([texts[i] for i in wrong], scaled[wrong], right[wrong], is_long))
+        return msgspec.structs.replace(result, finding="; ".join(findings) or "lower precision")
+
+    def _explain(self, texts: list[str], found: Vectors, right: Vectors, is_long: bool) -> str:
+        """The mistake that comes nearest to these vectors."""
+        nearest, words = EXPLAINED * _difference(found, right), ""
+        for mistake, vectors in self._oracle.mistakes(texts, is_long):
+            if vectors.shape == found.shape and (difference := _difference(found, vectors)) < nearest:
+                nearest, words = difference, mistake
+        if words:
+            return words
+        if (found * right).sum(axis=1).min() >= NEAR_COSINE:
+            return "lower precision"
+        return "long texts are read differently" if is_long else "another model"
+
+
+def _difference(one: Vectors, other: Vectors) -> float:
+    return float(np.abs(one - other).max())
