@@ -34,10 +34,9 @@ class Oracle:
         text: str = self._model.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
         return text
 
-    def mistakes(self, texts: list[str], are_long: bool) -> Iterator[tuple[str, Vectors]]:
+    def mistakes(self, texts: list[str]) -> Iterator[tuple[str, Vectors]]:
         """The vectors that a mistake would give, after the mistake in words."""
-        if are_long:
-            yield from self._cut(texts)
+        yield from self._cut(texts)
         for name, prompt in self.prompts.items():
             yield f"the prompt {name!r} is put in front of the texts", self.encode(texts, prompt)
         yield "upper and lower case are not told apart", self.encode([text.lower() for text in texts])
@@ -56,13 +55,14 @@ class Oracle:
 
     def _cut(self, texts: list[str]) -> Iterator[tuple[str, Vectors]]:
         own = self._model.max_seq_length
-        limits = [cut for cut in CUTS if own is None or cut != own]
-        longest = getattr(self._model[0].auto_model.config, "max_position_embeddings", 8192)
+        longest = max(map(len, self._model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]))
+        config = getattr(self._model[0], "auto_model", None)
+        most = getattr(getattr(config, "config", None), "max_position_embeddings", 8192)
+        limits = [cut for cut in CUTS if cut != own and cut < longest and cut <= most]
         try:
             for cut in limits:
-                if cut <= longest:
-                    self._model.max_seq_length = cut
-                    yield f"texts are cut at {cut} tokens, not at {own}", self.encode(texts)
+                self._model.max_seq_length = cut
+                yield f"texts are cut at {cut} tokens, not at {own}", self.encode(texts)
         finally:
             self._model.max_seq_length = own
         side = self._model.tokenizer.truncation_side

@@ -40,6 +40,7 @@ NEAR_COSINE = 0.98
 # A mistake explains the vectors if it leaves this share of the difference.
 EXPLAINED = 0.3
 NOT_NORMALISED = "vectors are not normalised"
+ANOTHER = "another model"
 BY_BATCH = "the vector of a text depends on its batch"
 
 
@@ -59,6 +60,7 @@ class Verifier:
 
     def __init__(self, server: Server, oracle: Oracle, tolerance: float) -> None:
         self._server, self._oracle, self._tolerance = server, oracle, tolerance
+        self._is_another = False
 
     def run(self) -> Iterator[Result]:
         """The results of all probes, each when it is known."""
@@ -122,22 +124,19 @@ class Verifier:
 
     def _options(self) -> Iterator[Result]:
         api, texts = self._server.api, SCRIPTS[:4]
-        plain = self._oracle.encode(texts)
         if api.prompt:
             for prompt in [*self._oracle.prompts.values()][:3] or ["search_query: "]:
-                yield self._option("prompt", texts, plain, {api.prompt: prompt}, prompt=prompt)
+                yield self._option("prompt", texts, {api.prompt: prompt}, prompt=prompt)
         if api.dimensions:
-            fewer = plain.shape[1] // 2
-            yield self._option("dimensions", texts, plain, {api.dimensions: fewer}, dimensions=fewer)
+            fewer = self._oracle.encode(texts).shape[1] // 2
+            yield self._option("dimensions", texts, {api.dimensions: fewer}, dimensions=fewer)
 
-    def _option(
-        self, name: str, texts: list[str], plain: Vectors, fields: dict[str, Any], **given: Any
-    ) -> Result:
+    def _option(self, name: str, texts: list[str], fields: dict[str, Any], **given: Any) -> Result:
         try:
-            found = self._server.embed(texts, **fields)
+            found, own = self._server.embed(texts, **fields), self._server.embed(texts)
         except Refused as refusal:
             return Result(name, len(texts), refused=str(refusal))
-        if found.shape == plain.shape and _difference(unit(found), plain) <= self._tolerance:
+        if found.shape == own.shape and _difference(found, own) <= self._tolerance:
             return Result(name, len(texts), refused="ignored")
         return self._compare(name, texts, found, self._oracle.encode(texts, **given), is_long=False)
 
@@ -163,14 +162,16 @@ class Verifier:
     def _explain(self, texts: list[str], found: Vectors, right: Vectors, is_long: bool) -> str:
         """The mistake that comes nearest to these vectors."""
         nearest, words = EXPLAINED * _difference(found, right), ""
-        for mistake, vectors in self._oracle.mistakes(texts, is_long):
+        for mistake, vectors in self._oracle.mistakes(texts):
             if vectors.shape == found.shape and (difference := _difference(found, vectors)) < nearest:
                 nearest, words = difference, mistake
         if words:
             return words
         if (found * right).sum(axis=1).min() >= NEAR_COSINE:
             return "lower precision"
-        return "long texts are read differently" if is_long else "another model"
+        # If short texts are another model's, long ones are no fault of their own.
+        self._is_another = self._is_another or not is_long
+        return ANOTHER if self._is_another else "long texts are read differently"
 
 
 def _difference(one: Vectors, other: Vectors) -> float:

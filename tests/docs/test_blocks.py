@@ -40,6 +40,7 @@ NOT_RUN = {
     "CORS_ORIGINS=": "runs until it is stopped; test_cors.py and test_prompts.py use these settings",
     "HF_HOME=/tmp/models embedding-service download": "needs the hub",
     "embedding-service calibrate": "tests/test_quantization.py runs it",
+    "embedding-service verify": "tests/verify runs it",
     "gunicorn -w 4": "runs until it is stopped; tests/processes/test_ways_to_start.py runs it",
     "./install.sh": "needs a bundle; tests/deploy/test_bundle.py runs it",
     "cd /opt/embedding-service": "needs a bundle; tests/deploy/test_bundle.py runs it",

@@ -131,7 +131,7 @@ def shorter(model: SentenceTransformer) -> Encode:
     ("mistake", "words"),
     [
         (unnormalised, "vectors are not normalised"),
-        (cut, "texts are cut at 32 tokens, not at 64"),
+        (cut, "texts are cut at 32 tokens, not at 48"),
         (pooled, "another pooling: the first token's vector"),
         (by_batch, "the vector of a text depends on its batch"),
         (no_special_tokens, "special tokens differ: none are added"),
@@ -202,9 +202,11 @@ def test_what_cannot_be_compared_exits_with_2(capsys, stand_in, model):
 def test_the_report_has_a_line_for_each_probe(capsys, stand_in, model, tiny):
     assert command.execute(["--url", stand_in(cut(tiny)), "--model", model]) == 3
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "The vectors differ: texts are cut at 32 tokens, not at 64"
-    assert any(line.startswith("over-long ") and line.endswith("not at 64") for line in lines)
-    assert any(line.startswith("scripts ") and line.endswith("1.0000000") for line in lines)
+    assert lines[-1] == "The vectors differ: texts are cut at 32 tokens, not at 48"
+    assert any(line.startswith("over-long ") and line.endswith("not at 48") for line in lines)
+    # Short texts are not cut: their line has numbers and no finding.
+    name, texts, difference, cosine = next(line for line in lines if line.startswith("case ")).split()
+    assert (name, texts) == ("case", "5") and float(difference) < 1e-5 and float(cosine) > 0.99999
 
 
 def test_a_key_is_sent(model):
