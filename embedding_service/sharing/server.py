@@ -168,9 +168,10 @@ def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
         reason = str(engine.startup_error).encode(errors="replace").decode()
         os.write(0, msgspec.json.encode(LoadReport(failure=reason)))
         return EX_CONFIG
-    collector.freeze()
+    # First of all, so that a process that is killed now has reported its device.
     if (info := engine.status().info) is not None:
         os.write(0, msgspec.json.encode(LoadReport(device=info.device)))
+    collector.freeze()
     idle = threading.Event()
     last = time.monotonic()
     settings.heartbeat_path.touch()

@@ -162,7 +162,7 @@ def _operation(
         "tags": [_protocol(app, view).title],
         "summary": summary,
         "description": description.strip() or summary,
-        "responses": _responses(app, view, found, schemas),
+        "responses": _responses(app, rule, view, found, schemas),
     }
     if rule.arguments:
         described["parameters"] = [
@@ -182,9 +182,12 @@ def _operation(
 
 
 def _responses(
-    app: Flask, view: Callable[..., Any], found: Operation, schemas: Schemas
+    app: Flask, rule: Rule, view: Callable[..., Any], found: Operation, schemas: Schemas
 ) -> dict[str, dict[str, Any]]:
     types: dict[int, list[Any]] = {405: []} if found.public else {}
+    if rule.arguments:
+        # Flask takes no name with a line break; the error has the shape of the API that the path is below.
+        types[404] = []
     for status, kind in _outcomes(app, view, found):
         types.setdefault(status, []).extend(kind)
     responses = {}

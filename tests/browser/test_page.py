@@ -194,7 +194,7 @@ def test_an_error_of_the_service_is_readable(browser, service):
     page = Page(browser, service.url)
     page.browser.execute_script("document.getElementById('texts').value = 'x'.repeat(100001)")
     page["compare"].click()
-    page.wait("error", "Texts[0] has 100001 characters; at most 100000 are allowed.")
+    page.wait("error", "Texts[0] has 100001 characters; at most 100000 are allowed")
 
 
 def test_markup_in_a_text_is_shown_and_never_run(browser, scripted):

