@@ -75,10 +75,14 @@ class TestImage:
         inside = {path.name for path in (root / "app").iterdir()} - {"__pycache__", "LICENSE"}
         assert inside == {"app.py", "config.py", "gunicorn.conf.py", "embedding_service"}
 
-    def test_the_user_can_write_only_to_the_model_folder(self, root: Path) -> None:
-        owned = [path for folder in ("app", "opt", "models") for path in (root / folder).rglob("*")]
-        assert {path.stat().st_uid for path in owned} == {0}
-        assert (root / "models").stat().st_uid == 10001
+    def test_the_user_can_write_only_to_the_folders_of_models(self, root: Path) -> None:
+        """To /models, and to CACHE_FOLDER, which keeps what other models than the built-in one prepare."""
+        prepared = root / "opt" / "prepared"
+        others = [path for folder in ("app", "opt") for path in (root / folder).rglob("*")]
+        others = [path for path in others if path != prepared and prepared not in path.parents]
+        assert {path.stat().st_uid for path in others} == {0}
+        assert {path.stat().st_uid for path in (root / "models", prepared)} == {10001}
+        assert not list((root / "models").iterdir())
 
     def test_serves_as_non_root_on_a_read_only_root(self, container: Container, oracle) -> None:
         response = container.post("/embed", {"texts": ["one", "two"]})
