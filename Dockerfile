@@ -47,7 +47,7 @@ LABEL org.opencontainers.image.title="embedding-service" \
 # Models from the hub go to /models; mount a volume there to keep them.
 RUN groupadd --gid 10001 service \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin service \
-    && install -d -o 10001 -g 10001 /models \
+    && install -d -o 10001 -g 10001 /models /opt/prepared \
     # SageMaker runs `docker run IMAGE serve` and expects port 8080.
     && printf '%s\n' '#!/bin/sh' "exec env PORT=\${PORT:-8080} python /app/app.py" > /usr/local/bin/serve \
     && chmod 755 /usr/local/bin/serve
