@@ -158,7 +158,7 @@ class Scheduler:
         return [(entry.owner, rows) for entry, rows in taken], tokens, [entry.owner for entry in late]
 
     def ran(self, tokens: int) -> None:
-        """A batch of so many tokens has ended or failed."""
+        """A batch with this many tokens has ended or failed."""
         self._admission.running_tokens -= tokens
         self._admission.changed()
 
