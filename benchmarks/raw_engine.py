@@ -29,8 +29,8 @@ from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.loading import load
 from embedding_service.inference.model import Model
 from embedding_service.inference.runtime import Lane
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.tokenized import Batch, Rows
+from embedding_service.settings.config import Config
 
 Encode = Callable[[list[str]], Any]
 
@@ -49,7 +49,13 @@ class RawEngine:
     """One loaded model, called directly."""
 
     def __init__(self, backend: str, device: str, dtype: str = "auto") -> None:
-        settings = ModelSettings(embedding_model=machine.model(), backend=backend, device=device, dtype=dtype)
+        settings = Config(
+            embedding_model=machine.model(),
+            backend=backend,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,  # type: ignore[arg-type]
+            cache_folder="",
+        )
         # nncf writes to standard output, which we use for results.
         with contextlib.redirect_stdout(sys.stderr):
             self.model = load(settings)

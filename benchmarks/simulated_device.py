@@ -33,9 +33,9 @@ from embedding_service.inference.budget import BatchBudget, BatchCost
 from embedding_service.inference.loading import load
 from embedding_service.inference.model import Model
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.tokenized import Batch
 from embedding_service.observability import metrics
+from embedding_service.settings.config import Config
 from embedding_service.sharing import server, wire
 
 DIMENSION, BATCH_TOKENS = 384, 32 * 256
@@ -160,10 +160,12 @@ def main() -> None:
     for count, texts, workers in ((64, 32, 1), (256, 1, 4)):
         device = Device(arguments.tokens_per_second, arguments.launch_ms / 1e3)
 
-        def simulated(settings: ModelSettings, device: Device = device) -> Model:
+        def simulated(settings: Config, device: Device = device) -> Model:
             return on_device(load(settings), device, arguments.streams)
 
-        settings = ModelSettings(embedding_model=source.DEFAULT_MODEL, device="cpu", backend="torch")
+        settings = Config(
+            embedding_model=source.DEFAULT_MODEL, device="cpu", backend="torch", cache_folder=""
+        )
         engine = local.LocalEngine(settings, load=simulated)
         engine.loaded.wait()
         with web_workers(engine, workers, count, texts, sentences):

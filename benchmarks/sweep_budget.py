@@ -14,8 +14,8 @@ from benchmarks.texts import Texts
 from embedding_service.inference import source
 from embedding_service.inference.loading import load
 from embedding_service.inference.model import Model
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.tokenized import Batch, Rows
+from embedding_service.settings.config import Config
 
 LENGTHS = (11, 64, 256)
 SWEPT = (64, 128, 256, 384, 512, 768, 1024, 2048)
@@ -52,11 +52,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    settings = ModelSettings(
+    settings = Config(
         embedding_model=source.DEFAULT_MODEL,
         backend=arguments.backend,
         device=arguments.device,
         dtype=arguments.dtype,
+        cache_folder="",
     )
     model = load(settings)
     own = model.budget.tokens

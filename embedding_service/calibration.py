@@ -9,7 +9,6 @@ import numpy as np
 from embedding_service.engine import EmbedRequest, Int8Ranges
 from embedding_service.errors import StartupError
 from embedding_service.inference.local import LocalEngine
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.quantization import find_ranges
 from embedding_service.settings.config import Config
 
@@ -33,8 +32,7 @@ def read_texts(path: Path) -> list[str]:
 
 def ranges_of(texts: list[str], settings: Config) -> Int8Ranges:
     """The ranges of the texts' normalised vectors. Raises StartupError if the model cannot be loaded."""
-    model = msgspec.convert(settings, ModelSettings, from_attributes=True)
-    engine = LocalEngine(msgspec.structs.replace(model, int8_ranges=None))
+    engine = LocalEngine(msgspec.structs.replace(settings, int8_ranges=None))
     engine.loaded.wait()
     if engine.startup_error is not None:
         raise engine.startup_error

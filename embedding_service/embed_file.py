@@ -279,13 +279,11 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
         )
     # Imported here, because --url does not need torch.
     from embedding_service.inference.local import LocalEngine
-    from embedding_service.inference.settings import ModelSettings
 
     settings = environment.current().settings
-    logs.check(settings.log_format, settings.log_file)
-    logs.setup(settings.log_level, settings.log_format, settings.log_file)
-    model = msgspec.convert(settings, ModelSettings, from_attributes=True)
-    engine = LocalEngine(msgspec.structs.replace(model, device=settings.devices[0]))
+    logs.check(settings)
+    logs.setup(settings)
+    engine = LocalEngine(msgspec.structs.replace(settings, device=settings.devices[0]))
     engine.loaded.wait()
     if engine.startup_error is not None:
         raise engine.startup_error

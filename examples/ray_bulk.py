@@ -18,7 +18,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from embedding_service.engine import EmbedRequest
 from embedding_service.inference.local import LocalEngine
-from embedding_service.inference.settings import ModelSettings
+from embedding_service.settings.config import Config
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 3600.0
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 3600.0
 class Embed:
     """An actor with a model of its own."""
 
-    def __init__(self, settings: ModelSettings, text: str) -> None:
+    def __init__(self, settings: Config, text: str) -> None:
         self._engine = LocalEngine(settings)
         self._text = text
         self._engine.loaded.wait()
@@ -64,11 +64,12 @@ def main() -> None:
         checkpoint_path=f"{arguments.output.rstrip('/')}.done",
         delete_checkpoint_on_success=False,
     )
-    settings = ModelSettings(
+    settings = Config(
         embedding_model=arguments.model,
         device=arguments.device,
         cpu_fallback=False,
         max_queued_tokens=1 << 40,
+        cache_folder="",
     )
     corpus = ray.data.read_parquet(arguments.input)
     # If a run is killed, it loses the blocks in progress, so a block is only one batch.

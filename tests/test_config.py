@@ -11,7 +11,7 @@ from embedding_service.settings import config, environment
 from embedding_service.words import allowed
 
 ROOT = Path(__file__).parent.parent
-FIELDS = msgspec.structs.fields(config.Config)
+FIELDS = config.FIELDS
 
 
 def _documented_default(field) -> str:

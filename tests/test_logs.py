@@ -16,7 +16,8 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 PROGRAM = """
 import logging, sys, threading, warnings
 from embedding_service.observability import logs
-logs.setup("info", sys.argv[1], None)
+from embedding_service.settings.config import Config
+logs.setup(Config(log_format=sys.argv[1]))
 library = logging.getLogger("library")
 library.addHandler(logging.StreamHandler())
 library.propagate = False

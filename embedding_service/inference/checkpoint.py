@@ -17,8 +17,8 @@ from embedding_service.inference.device import choose_device
 from embedding_service.inference.fingerprint import fingerprint
 from embedding_service.inference.hardware import computes_bfloat16
 from embedding_service.inference.missing_weights import missing_weight
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.source import Source
+from embedding_service.settings.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Checkpoint:
 
     model: SentenceTransformer
     source: Source
-    settings: ModelSettings
+    settings: Config
     digest: str
     device: str
     dtype: str
@@ -103,7 +103,7 @@ class Checkpoint:
         return exact
 
 
-def read_checkpoint(settings: ModelSettings, source: Source, digest: str) -> Checkpoint:
+def read_checkpoint(settings: Config, source: Source, digest: str) -> Checkpoint:
     """Load a model's files, of which `digest` is the hash, onto the device. Raises StartupError."""
     device = choose_device(settings.device, settings.cpu_fallback)
     dtype = settings.dtype
@@ -174,7 +174,7 @@ class Truncate(torch.nn.Module):
         return features
 
 
-def set_prompts(model: SentenceTransformer, settings: ModelSettings) -> None:
+def set_prompts(model: SentenceTransformer, settings: Config) -> None:
     """Add the prompts of the settings to the model's own. Raises StartupError for an unknown default."""
     model.prompts.update(settings.prompts)
     name = settings.default_prompt_name

@@ -22,10 +22,10 @@ from embedding_service.inference.model import Model
 from embedding_service.inference.own_preprocessing import choose_preprocessor
 from embedding_service.inference.prepared import Keys, Prepared, Reference, inputs_of
 from embedding_service.inference.preprocessing import Preprocessor, RustTokenizer
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.source import Source
 from embedding_service.inference.store import Entry
 from embedding_service.inference.warm_up import WarmUp, find_cost, warm_up
+from embedding_service.settings.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ MIN_REPORTED_SPEEDUP = 1.1
 EXACTNESS = {"float16": 0.05, "bfloat16": 0.05, "int8": 0.05}
 
 
-def load_fully(settings: ModelSettings, source: Source, keys: Keys, threads: int) -> Model:
+def load_fully(settings: Config, source: Source, keys: Keys, threads: int) -> Model:
     """Load and check a model with torch, and prepare it if it then needs none. Raises StartupError."""
     checkpoint = read_checkpoint(settings, source, keys.digest)
     share_cores(checkpoint.on_cpu)
@@ -76,7 +76,7 @@ def load_fully(settings: ModelSettings, source: Source, keys: Keys, threads: int
     return model
 
 
-def read_in_torch(settings: ModelSettings, source: Source, keys: Keys, threads: int) -> Checkpoint:
+def read_in_torch(settings: Config, source: Source, keys: Keys, threads: int) -> Checkpoint:
     """The model of a prepared start in torch, on the CPU. Raises StartupError or ModelFailure."""
     if model_digest(source.folder) != keys.digest:
         raise ModelFailure("the model's files have changed since the service started")

@@ -27,10 +27,10 @@ from embedding_service.inference.memory import release
 from embedding_service.inference.model import Model
 from embedding_service.inference.prepared import TOLERANCE, Prepared, Reference
 from embedding_service.inference.preprocessing import RustTokenizer
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.source import resolve
 from embedding_service.inference.warm_up import batch_of, forward_at_once, short_and_long
 from embedding_service.quantization import read_ranges_of
+from embedding_service.settings.config import Config
 
 if TYPE_CHECKING:
     from embedding_service.inference.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load(settings: ModelSettings) -> Model:
+def load(settings: Config) -> Model:
     """Find, load, check and warm up a model. Raises StartupError with a line that says what to do."""
     began = time.monotonic()
     threads = max(1, available_cores() // settings.model_processes)
@@ -63,7 +63,7 @@ def load(settings: ModelSettings) -> Model:
     return model
 
 
-def prepare(settings: ModelSettings) -> bool:
+def prepare(settings: Config) -> bool:
     """Prepare a model for later starts; False if it cannot be, as for CUDA. Raises StartupError."""
     if not _may_be_prepared(settings):
         return False
@@ -72,7 +72,7 @@ def prepare(settings: ModelSettings) -> bool:
     return prepared.read(prepared.keys_of(settings, source).prepared()) is not None
 
 
-def _load_fully(settings: ModelSettings, threads: int) -> Model:
+def _load_fully(settings: Config, threads: int) -> Model:
     if not prepared.can_prepare():
         raise StartupError(
             "EMBEDDING_MODEL has not been prepared with these settings and files, and torch, which prepares "
@@ -86,7 +86,7 @@ def _load_fully(settings: ModelSettings, threads: int) -> Model:
     return load_fully(settings, source, prepared.keys_of(settings, source), threads)
 
 
-def _add_ranges(model: Model, settings: ModelSettings) -> None:
+def _add_ranges(model: Model, settings: Config) -> None:
     if settings.int8_ranges:
         fingerprint = model.info.fingerprint
         ranges = read_ranges_of(Path(settings.int8_ranges).expanduser(), fingerprint)
@@ -98,14 +98,14 @@ def _add_ranges(model: Model, settings: ModelSettings) -> None:
 # A prepared model
 
 
-def _may_be_prepared(settings: ModelSettings) -> bool:
+def _may_be_prepared(settings: Config) -> bool:
     # Only torch can tell whether there is a CUDA device if the driver is installed.
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and no_cuda() is not None)
     possible = on_cpu and settings.backend in ("auto", "openvino") and can_run_openvino()
     return possible and bool(settings.cache_folder)
 
 
-def _load_prepared(settings: ModelSettings, threads: int) -> Model | None:
+def _load_prepared(settings: Config, threads: int) -> Model | None:
     """The model as it was prepared; None if it has not been, or not for this machine."""
     if not _may_be_prepared(settings):
         return None

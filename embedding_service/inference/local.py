@@ -38,8 +38,8 @@ from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.model import Model
 from embedding_service.inference.pieces import embed_in_passes, takes_passes
 from embedding_service.inference.sampling import Sampler, find_gpu
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.observability import logs, metrics
+from embedding_service.settings.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ class LocalEngine:
 
     def __init__(
         self,
-        settings: ModelSettings,
+        settings: Config,
         *,
         on_status: Callable[[Status], None] = lambda _status: None,
-        load: Callable[[ModelSettings], Model] | None = None,
+        load: Callable[[Config], Model] | None = None,
     ) -> None:
         self._settings = settings
         self._on_status = on_status
@@ -246,7 +246,7 @@ def _publish(info: ModelInfo) -> None:
     ).set(1)
 
 
-def _load_model(settings: ModelSettings) -> Model:
+def _load_model(settings: Config) -> Model:
     # Imported here: torch and sentence-transformers take seconds, and /health answers meanwhile.
     from embedding_service.inference.loading import load
 

@@ -18,10 +18,10 @@ from embedding_service.inference.backends import Session
 from embedding_service.inference.budget import BatchCost
 from embedding_service.inference.fingerprint import model_digest
 from embedding_service.inference.preprocessing import PROBES, Preprocessor, TokenizerFacts
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.source import Source
 from embedding_service.inference.store import Entry, cpu_model
 from embedding_service.inference.tokenized import Rows
+from embedding_service.settings.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 class Keys:
     """The entries of one model with its settings; `digest` is the hash of its files."""
 
-    def __init__(self, settings: ModelSettings, source: Source, digest: str) -> None:
+    def __init__(self, settings: Config, source: Source, digest: str) -> None:
         self._folder = settings.cache_folder
         self._settings = settings
         config = source.folder / "config_sentence_transformers.json"
@@ -110,7 +110,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def keys_of(settings: ModelSettings, source: Source) -> Keys:
+def keys_of(settings: Config, source: Source) -> Keys:
     """The keys of the files as they are now. Raises StartupError if files are missing."""
     return Keys(settings, source, model_digest(source.folder))
 

@@ -18,6 +18,7 @@ import orjson
 
 from embedding_service.errors import StartupError
 from embedding_service.observability.outside import LockType, SimpleQueue, allocate_lock, start_new_thread
+from embedding_service.settings.config import Config
 
 
 def _no_request() -> None:
@@ -168,24 +169,26 @@ class Handler(logging.Handler):
             self.handleError(record)
 
 
-def check(form: str, file: str | None) -> None:
+def check(settings: Config) -> None:
     """Raises StartupError if the log file cannot be written."""
-    if file:
+    if settings.log_file:
         # Only writing a line detects a full disk.
         record = logging.LogRecord(__name__, logging.INFO, "", 0, "The service logs here", None, None)
         try:
-            log = _open(file)
-            _write(log, f"{_formatter(form).format(record)}\n".encode())
+            log = _open(settings.log_file)
+            _write(log, f"{_formatter(settings.log_format).format(record)}\n".encode())
             os.close(log)
         except OSError as error:
-            raise StartupError(f"LOG_FILE={file!r} cannot be written: {error.strerror}") from None
+            raise StartupError(
+                f"LOG_FILE={settings.log_file!r} cannot be written: {error.strerror}"
+            ) from None
 
 
-def setup(level: str, form: str, file: str | None) -> None:
+def setup(settings: Config) -> None:
     """Configure logging in this process."""
-    writer.path = file
+    level, writer.path = settings.log_level, settings.log_file
     handler = Handler()
-    handler.setFormatter(_formatter(form))
+    handler.setFormatter(_formatter(settings.log_format))
     logging.root.handlers = [handler]
     logging.root.setLevel("DEBUG" if level == "debug" else "WARNING")
     for name in ("embedding_service", "stdout", "gunicorn.error"):
@@ -194,7 +197,7 @@ def setup(level: str, form: str, file: str | None) -> None:
     gunicorn.handlers, gunicorn.propagate = [], True
     logging.captureWarnings(True)
     sys.excepthook, threading.excepthook = _log_uncaught, _log_uncaught_in_thread
-    if form == "json":
+    if settings.log_format == "json":
         _capture()
 
 

@@ -2,11 +2,9 @@
 
 import logging
 
-import msgspec
 from flask import Flask
 
 from embedding_service.inference.local import LocalEngine
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.observability import logs
 from embedding_service.server import preflight
 from embedding_service.settings import environment
@@ -25,10 +23,10 @@ def build() -> Flask:
     if supervisor is not None:
         engine = RemoteEngine(supervisor, len(settings.devices))
     else:
-        logs.check(settings.log_format, settings.log_file)
-        logs.setup(settings.log_level, settings.log_format, settings.log_file)
+        logs.check(settings)
+        logs.setup(settings)
         preflight.check(started)
         if settings.is_open_at(settings.host):
             logging.getLogger(__name__).warning(OPEN_WARNING, settings.host)
-        engine = LocalEngine(msgspec.convert(settings, ModelSettings, from_attributes=True))
+        engine = LocalEngine(settings)
     return create_app(engine, settings, sends_traces=started.sends_traces)

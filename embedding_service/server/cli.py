@@ -81,10 +81,9 @@ def download(arguments: Sequence[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit, as in MODEL_REVISION")
     given = parser.parse_args(arguments)
     from embedding_service.inference import loading, source
-    from embedding_service.inference.settings import ModelSettings
 
     try:
-        config = environment.start().settings
+        settings = environment.start().settings
         found = source.resolve(given.model, given.revision)
         files = source.checked(found.folder)
         if damaged := [name for name, whole in files.items() if whole is False]:
@@ -92,7 +91,7 @@ def download(arguments: Sequence[str]) -> int:
                 f"{', '.join(damaged)} in {found.folder}: damaged; delete the folder and download again"
             )
         settings = msgspec.structs.replace(
-            msgspec.convert(config, ModelSettings, from_attributes=True),
+            settings,
             embedding_model=given.model,
             model_revision=given.revision,
         )

@@ -5,26 +5,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from gunicorn import glogging, systemd
 
 from embedding_service.errors import StartupError
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.observability import logs
 from embedding_service.server import preflight
 from embedding_service.settings import environment
 from embedding_service.sharing import supervisor_handle
-from embedding_service.sharing.settings import EX_CONFIG, LogSettings, ProcessSettings
+from embedding_service.sharing.settings import EX_CONFIG
 from embedding_service.web.keys import OPEN_WARNING
 
 try:
     started = environment.current()
     settings = started.settings
-    logging = msgspec.convert(settings, LogSettings, from_attributes=True)
     # Not again at SIGHUP, when a hanging disk would stop the master.
     if supervisor_handle.inherited() is None:
-        logs.check(settings.log_format, settings.log_file)
-    logs.setup(*msgspec.structs.astuple(logging))
+        logs.check(settings)
+    logs.setup(settings)
     supervisor = supervisor_handle.prepare()
 except StartupError as error:
     logs.refuse(error, environment.log_format())
@@ -54,7 +51,7 @@ class Logger(glogging.Logger):  # type: ignore[misc]
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
-        logs.setup(*msgspec.structs.astuple(logging))
+        logs.setup(settings)
 
     def debug(self, msg: Any, *args: Any, **kwargs: Any) -> None:
         """Drop gunicorn's dump of its configuration, a single record of a hundred lines."""
@@ -73,29 +70,11 @@ def on_starting(server: Any) -> None:
         server.log.warning("-k %s: slow clients can hold up this worker", server.cfg.worker_class_str)
     elif server.cfg.threads != threads:
         server.log.warning("--threads has no effect: this worker has a greenlet for each connection")
-    model = msgspec.convert(settings, ModelSettings, from_attributes=True)
-    # The first CUDA device has two names.
-    ordinals = [device.removesuffix(":0") for device in settings.devices]
-    processes = [
-        ProcessSettings(
-            index=index,
-            runtime_folder=str(supervisor.folder.path),
-            model=msgspec.structs.replace(
-                model,
-                device=device,
-                model_processes=len(settings.devices),
-                device_processes=ordinals.count(device.removesuffix(":0")),
-            ),
-            log=logging,
-            hang_seconds=2 * settings.request_timeout_seconds,
-        )
-        for index, device in enumerate(settings.devices)
-    ]
     try:
         preflight.check(started)
         for address in _new_addresses(server):
             preflight.check_address(*address)
-        supervisor.start(processes)
+        supervisor.start(settings)
     except StartupError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()

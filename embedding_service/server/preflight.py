@@ -6,22 +6,20 @@ import logging
 import socket
 from pathlib import Path
 
-import msgspec
-
 from embedding_service.errors import StartupError
 from embedding_service.inference import source
 from embedding_service.inference.fingerprint import effective_prompts
 from embedding_service.inference.hardware import no_cuda
 from embedding_service.inference.model_files import Listing
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.quantization import read_ranges
+from embedding_service.settings.config import Config
 from embedding_service.settings.environment import Environment
 from embedding_service.web import keys
 
 log = logging.getLogger(__name__)
 
 
-def check_model(settings: ModelSettings) -> None:
+def check_model(settings: Config) -> None:
     """Raises StartupError if the model, the device or the number format is certain to fail."""
     source.check(settings.embedding_model)
     if settings.dtype == "int8" and importlib.util.find_spec("nncf") is None:
@@ -32,8 +30,7 @@ def check_model(settings: ModelSettings) -> None:
     if settings.int8_ranges:
         read_ranges(Path(settings.int8_ranges).expanduser())
     _check_default_prompt(settings)
-    devices = settings.device.split(",")
-    if not settings.cpu_fallback and any(device.startswith("cuda") for device in devices):
+    if not settings.cpu_fallback and any(device.startswith("cuda") for device in settings.devices):
         reason = no_cuda()
         if reason is not None:
             raise StartupError(
@@ -48,12 +45,12 @@ def check(started: Environment) -> None:
         log.warning("%s", warning)
     settings = started.settings
     keys.ring(settings.api_keys, settings.api_keys_file).check()
-    check_model(msgspec.convert(settings, ModelSettings, from_attributes=True))
+    check_model(settings)
     if started.sends_traces:
         check_traces(started.traces_protocol)
 
 
-def _check_default_prompt(settings: ModelSettings) -> None:
+def _check_default_prompt(settings: Config) -> None:
     """Raises StartupError if the prompt is in neither the settings nor the model, if that is in a folder."""
     name, folder = settings.default_prompt_name, Path(settings.embedding_model).expanduser()
     if name is None or name in settings.prompts or not folder.is_dir():

@@ -33,7 +33,7 @@ ORIGINS_PATTERN = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
 ROUTE_PATTERN = r"^/[^\s<>?#]+$"
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The settings; each is read from the environment variable with its name in capitals."""
 
     embedding_model: Annotated[
@@ -248,11 +248,30 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str | None,
         Meta(description="File to log to instead of standard error; reopened after log rotation."),
     ] = None
+    # Not read, but known to a model process: how many there are, and how many on its device.
+    model_processes: int = 1
+    device_processes: int = 1
 
     @property
     def devices(self) -> list[str]:
         """The requested devices; each gets a model process."""
         return self.device.split(",")
+
+    @property
+    def hang_seconds(self) -> float:
+        """After how long a batch counts as hung."""
+        return 2 * self.request_timeout_seconds
+
+    def of_model_process(self, index: int) -> "Config":
+        """The settings of the model process for one of the devices."""
+        # The first CUDA device has two names.
+        ordinals = [device.removesuffix(":0") for device in self.devices]
+        return msgspec.structs.replace(
+            self,
+            device=self.devices[index],
+            model_processes=len(ordinals),
+            device_processes=ordinals.count(ordinals[index]),
+        )
 
     def is_open_at(self, host: str) -> bool:
         """Whether other machines may use the service at this address without a key."""
@@ -306,7 +325,15 @@ def _given(name: str, variables: Mapping[str, str]) -> tuple[str, str]:
     return (old, raw) if raw else (name, "")
 
 
-FIELDS = msgspec.structs.fields(Config)
+def _split(wanted: Any) -> tuple[msgspec.inspect.Type, dict[str, Any]]:
+    """The type of a setting, and its Meta as a dictionary."""
+    kind = msgspec.inspect.type_info(wanted)
+    if not isinstance(kind, msgspec.inspect.Metadata):
+        return kind, {}
+    return kind.type, (kind.extra_json_schema or {}) | (kind.extra or {})
+
+
+FIELDS = [field for field in msgspec.structs.fields(Config) if _split(field.type)[1]]
 NAMES = [field.name.upper() for field in FIELDS]
 
 # Former names of settings.
@@ -354,14 +381,6 @@ def _convert(name: str, raw: str, wanted: Any) -> Any:
         raise ConfigError(
             f"{name}={shown} is not allowed: it must be {wanted_value}. {description}"
         ) from None
-
-
-def _split(wanted: Any) -> tuple[msgspec.inspect.Type, dict[str, Any]]:
-    """The type of a setting, and its Meta as a dictionary."""
-    kind = msgspec.inspect.type_info(wanted)
-    if not isinstance(kind, msgspec.inspect.Metadata):
-        return kind, {}
-    return kind.type, (kind.extra_json_schema or {}) | (kind.extra or {})
 
 
 def _plain_host(host: str) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -19,8 +20,10 @@ from embedding_service.engine import AnyRequest, Outcome, Status
 from embedding_service.errors import StartupError
 from embedding_service.inference.local import LocalEngine
 from embedding_service.observability import collector, logs, metrics
+from embedding_service.settings.config import Config
 from embedding_service.sharing import wire
-from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LoadReport, ProcessSettings
+from embedding_service.sharing.runtime_folder import RuntimeFolder
+from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LoadReport
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.server")
@@ -104,13 +107,13 @@ class Connection:
 class ModelServer:
     """Accepts web workers immediately, and sends each the engine's status."""
 
-    def __init__(self, settings: ProcessSettings) -> None:
+    def __init__(self, path: Path, settings: Config) -> None:
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(settings.socket_path))
+        self._listener.bind(str(path))
         self._listener.listen(128)
-        self.engine = LocalEngine(settings.model, on_status=self._broadcast)
+        self.engine = LocalEngine(settings, on_status=self._broadcast)
         threading.Thread(target=self._accept_forever, name="accept", daemon=True).start()
 
     def forget(self, connection: Connection) -> None:
@@ -161,7 +164,7 @@ def _be_killed_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
+def _watch(engine: LocalEngine, heartbeat: Path, hang_seconds: float) -> int:
     """Send heartbeats; returns the exit code once this process can no longer serve."""
     engine.loaded.wait()
     if isinstance(engine.startup_error, StartupError):
@@ -174,40 +177,41 @@ def _watch(engine: LocalEngine, settings: ProcessSettings) -> int:
     collector.freeze()
     idle = threading.Event()
     last = time.monotonic()
-    settings.heartbeat_path.touch()
+    heartbeat.touch()
     while not idle.wait(WATCH_SECONDS):
-        os.utime(settings.heartbeat_path)
+        os.utime(heartbeat)
         now = time.monotonic()
         # The whole machine may have been paused, so check again before calling it a hang.
         paused, last = now - last > PAUSE_SECONDS, now
         if engine.must_restart():
             return EX_SOFTWARE
-        if engine.running_seconds() > settings.hang_seconds and not paused:
+        if engine.running_seconds() > hang_seconds and not paused:
             log.critical(
                 "A batch has been running for over %.0f s; restarting the model process",
-                settings.hang_seconds,
+                hang_seconds,
             )
             return EX_SOFTWARE
     return EX_SOFTWARE
 
 
-def main(argument: str) -> int:
+def main(folder: RuntimeFolder, index: int, settings: Config) -> int:
     """Serve until the supervisor goes or the engine is lost; returns the exit code."""
-    settings = msgspec.json.decode(argument, type=ProcessSettings)
-    logs.setup(settings.log.log_level, settings.log.log_format, settings.log.log_file)
+    logs.setup(settings)
     # Ctrl-C and a service manager signal the whole group; this process outlives the web workers
     # that drain, and ends when the supervisor closes its standard input.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    metrics.share(settings.folder.metrics)
+    metrics.share(folder.metrics)
     threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
     _be_killed_with_parent()
-    server = ModelServer(settings)
-    return _watch(server.engine, settings)
+    server = ModelServer(folder.socket(index), settings)
+    return _watch(server.engine, folder.heartbeat(index), settings.hang_seconds)
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
+    code = main(
+        RuntimeFolder(Path(sys.argv[1])), int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=Config)
+    )
     logs.writer.flush()
     # Not sys.exit: a hung batch or a lost CUDA context would keep the interpreter from ending.
     os._exit(code)

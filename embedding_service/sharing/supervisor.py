@@ -23,8 +23,9 @@ from typing import IO
 import msgspec
 
 from embedding_service.observability import logs, metrics
+from embedding_service.settings.config import Config
 from embedding_service.sharing.runtime_folder import RuntimeFolder
-from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, LoadReport, ProcessSettings
+from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, LoadReport
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.supervisor")
@@ -41,8 +42,9 @@ MAX_REPORT_BYTES = 1 << 16
 class Child:
     """One model process and its history."""
 
-    def __init__(self, settings: ProcessSettings) -> None:
-        self._settings = settings
+    def __init__(self, folder: RuntimeFolder, index: int, settings: Config) -> None:
+        self._folder, self._index = folder, index
+        self._settings = settings.of_model_process(index)
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._start_at = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,7 +83,7 @@ class Child:
         Times are measured in this process, so a pause of the whole machine does not count.
         """
         try:
-            heartbeat = self._settings.heartbeat_path.stat().st_mtime_ns
+            heartbeat = self._folder.heartbeat(self._index).stat().st_mtime_ns
         except FileNotFoundError:
             return False  # still loading
         paused, self._looked = now - self._looked > PAUSE_SECONDS, now
@@ -90,15 +92,14 @@ class Child:
         return now - self._heartbeat_seen > self._settings.hang_seconds
 
     def _start(self) -> None:
-        settings = self._settings
-        settings.socket_path.unlink(missing_ok=True)
-        settings.heartbeat_path.unlink(missing_ok=True)
-        argument = msgspec.json.encode(settings).decode()
-        output = subprocess.PIPE if settings.log.log_format == "json" else None
+        self._folder.socket(self._index).unlink(missing_ok=True)
+        self._folder.heartbeat(self._index).unlink(missing_ok=True)
+        arguments = [str(self._folder.path), str(self._index), msgspec.json.encode(self._settings).decode()]
+        output = subprocess.PIPE if self._settings.log_format == "json" else None
         self._socket, its_end = socket.socketpair()
         with its_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "embedding_service.sharing.server", argument],
+                [sys.executable, "-m", "embedding_service.sharing.server", *arguments],
                 stdin=its_end.fileno(),
                 stdout=output,
                 stderr=output and subprocess.STDOUT,
@@ -116,10 +117,9 @@ class Child:
             return ExitReason(EX_CONFIG, report.failure)
         if report.device:
             # From now on, only the same device will do: never fall back to the CPU silently.
-            model = msgspec.structs.replace(self._settings.model, device=report.device, cpu_fallback=False)
-            self._settings = msgspec.structs.replace(self._settings, model=model)
+            self._settings = msgspec.structs.replace(self._settings, device=report.device, cpu_fallback=False)
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
-        process = f"the model process ({self._settings.model.device})"
+        process = f"the model process ({self._settings.device})"
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_SECONDS:
             return ExitReason(
                 EX_SOFTWARE,
@@ -150,13 +150,13 @@ def _pass_on(output: IO[bytes]) -> None:
                 native.warning("%s", line.decode(errors="replace").rstrip())
 
 
-def main(folder: RuntimeFolder, report: socket.socket, all_settings: list[ProcessSettings]) -> int:
+def main(folder: RuntimeFolder, report: socket.socket, settings: Config) -> int:
     """Supervise until the master exits or there is a reason to give up; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     metrics.share(folder.metrics)
     master = os.getppid()
-    children = [Child(settings) for settings in all_settings]
+    children = [Child(folder, index, settings) for index in range(len(settings.devices))]
     reason: ExitReason | None = None
     while reason is None and not _master_gone():
         for child in children:
@@ -183,8 +183,8 @@ def _master_gone() -> bool:
 
 
 if __name__ == "__main__":
-    settings = msgspec.json.decode(sys.argv[3], type=list[ProcessSettings])
-    logs.setup(settings[0].log.log_level, settings[0].log.log_format, settings[0].log.log_file)
+    settings = msgspec.json.decode(sys.argv[3], type=Config)
+    logs.setup(settings)
     # Closed with this process and not before; no model process may hold it.
     report = socket.socket(fileno=int(sys.argv[2]))
     report.set_inheritable(False)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import msgspec
 
+from embedding_service.settings.config import Config
 from embedding_service.sharing.runtime_folder import RuntimeFolder
-from embedding_service.sharing.settings import EX_SOFTWARE, ExitReason, ProcessSettings
+from embedding_service.sharing.settings import EX_SOFTWARE, ExitReason
 
 STOP_SECONDS = 10.0
 
@@ -31,11 +32,12 @@ class SupervisorHandle:
         # A socket, since workers can peek at its contents without consuming them.
         self._report, self._report_end = socket.socketpair()
 
-    def start(self, processes: list[ProcessSettings]) -> None:
-        """In the master: start the supervisor of these model processes. Raises StartupError."""
-        self.folder.check(len(processes))
+    def start(self, settings: Config) -> None:
+        """In the master: start the supervisor of the model processes. Raises StartupError."""
+        self.folder.check(len(settings.devices))
         report = self._report_end.fileno()
-        settings = msgspec.json.encode(processes).decode()
+        # `ps` shows arguments.
+        without_keys = msgspec.structs.replace(settings, api_keys=None)
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -43,7 +45,7 @@ class SupervisorHandle:
                 "embedding_service.sharing.supervisor",
                 str(self.folder.path),
                 str(report),
-                settings,
+                msgspec.json.encode(without_keys).decode(),
             ],
             stdin=subprocess.PIPE,
             pass_fds=[report],

@@ -10,8 +10,8 @@ import numpy as np
 from embedding_service.engine import EmbedRequest, Vectors
 from embedding_service.inference.loading import load as load_runtime
 from embedding_service.inference.model import Model
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
+from embedding_service.settings.config import Config
 from tests.inference import tiny_models
 
 TEXTS_IN_A_BATCH = 9
@@ -28,8 +28,8 @@ class Answer:
 
 def load(folder, **settings) -> Model:
     """With one thread, since tiny models are no faster with more."""
-    given = {"embedding_model": str(folder), "device": "cpu", "model_processes": 64}
-    return load_runtime(ModelSettings(**given | settings))
+    given = {"embedding_model": str(folder), "device": "cpu", "model_processes": 64, "cache_folder": ""}
+    return load_runtime(Config(**given | settings))
 
 
 def request(texts: Sequence[str], **fields) -> EmbedRequest:

@@ -8,7 +8,7 @@ from embedding_service.engine import ListTokensRequest, TokenizedText
 from embedding_service.errors import DeadlineExceeded, ModelFailure, Unavailable
 from embedding_service.inference.local import LocalEngine
 from embedding_service.inference.model import Model
-from embedding_service.inference.settings import ModelSettings
+from embedding_service.settings.config import Config
 from tests.inference.fake_runtime import FakeRuntime, request, text
 
 
@@ -29,7 +29,7 @@ def model_with(lister) -> Model:
 
 @pytest.fixture
 def engine():
-    engine = LocalEngine(ModelSettings(embedding_model="none"), load=lambda _settings: model_with(Lister()))
+    engine = LocalEngine(Config(embedding_model="none"), load=lambda _settings: model_with(Lister()))
     assert engine.loaded.wait(10)
     yield engine
     engine.close()
@@ -61,7 +61,7 @@ def test_an_engine_that_is_closed_while_it_loads_stays_closed():
 
     states = []
     engine = LocalEngine(
-        ModelSettings(embedding_model="none"), load=load, on_status=lambda status: states.append(status.state)
+        Config(embedding_model="none"), load=load, on_status=lambda status: states.append(status.state)
     )
     engine.close()
     may_load.set()

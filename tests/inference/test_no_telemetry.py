@@ -16,9 +16,9 @@ socket.getaddrinfo = lambda *arguments, **_: tried.append(arguments)
 os.register_at_fork(before=lambda: tried.append("a fork"))
 
 from embedding_service.inference.loading import load
-from embedding_service.inference.settings import ModelSettings
+from embedding_service.settings.config import Config
 
-model = load(ModelSettings(embedding_model=sys.argv[1], device="cpu", backend="openvino"))
+model = load(Config(embedding_model=sys.argv[1], device="cpu", backend="openvino", cache_folder=""))
 assert model.info.backend == "openvino"
 assert not tried, tried
 """

@@ -60,10 +60,10 @@ def test_a_prepared_model_gives_the_vectors_of_encode(tiny, tmp_path, kind, full
 LOADING = """
 import sys
 from embedding_service.inference.loading import load
-from embedding_service.inference.settings import ModelSettings
+from embedding_service.settings.config import Config
 
 folder, cache = sys.argv[1:3]
-settings = ModelSettings(embedding_model=folder, device="cpu", model_processes=64, cache_folder=cache)
+settings = Config(embedding_model=folder, device="cpu", model_processes=64, cache_folder=cache)
 """
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from embedding_service.errors import StartupError
 from embedding_service.inference import source
-from embedding_service.inference.settings import ModelSettings
 from embedding_service.server import preflight
+from embedding_service.settings.config import Config
 from tests.service import ROOT, free_port, wait_until
 
 GUNICORN = str(Path(sys.executable).with_name("gunicorn"))
@@ -77,7 +77,7 @@ def test_a_port_whose_connections_are_still_closing_is_free():
 def test_int8_without_its_package(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "nncf" else name)
     with pytest.raises(StartupError, match="DTYPE=int8 needs nncf"):
-        preflight.check_model(ModelSettings(embedding_model=source.DEFAULT_MODEL, dtype="int8"))
+        preflight.check_model(Config(embedding_model=source.DEFAULT_MODEL, dtype="int8"))
 
 
 def test_an_error_of_the_model_process_is_the_last_line(start, tmp_path):
@@ -139,9 +139,7 @@ def test_a_default_prompt_that_the_models_folder_does_not_have(tmp_path):
     (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
     for name, prompts in (("query", {}), ("mine", {"mine": "m: "}), (None, {})):
         preflight._check_default_prompt(
-            ModelSettings(embedding_model=str(tmp_path), default_prompt_name=name, prompts=prompts)
+            Config(embedding_model=str(tmp_path), default_prompt_name=name, prompts=prompts)
         )
     with pytest.raises(StartupError, match="DEFAULT_PROMPT_NAME='passage' is not a prompt; there are: query"):
-        preflight._check_default_prompt(
-            ModelSettings(embedding_model=str(tmp_path), default_prompt_name="passage")
-        )
+        preflight._check_default_prompt(Config(embedding_model=str(tmp_path), default_prompt_name="passage"))

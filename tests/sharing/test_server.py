@@ -14,17 +14,16 @@ import os, resource, sys
 from pathlib import Path
 from embedding_service.observability import logs
 from embedding_service.inference import local
+from embedding_service.settings.config import Config
 from embedding_service.sharing.server import ModelServer
-from embedding_service.sharing.settings import LogSettings, ModelSettings, ProcessSettings
 
 def load(_settings):
     raise RuntimeError("there is no model")
 
 local._load_model = load
-logs.setup("info", "text", None)
-server = ModelServer(ProcessSettings(
-    index=0, runtime_folder=sys.argv[1], model=ModelSettings(embedding_model="none"),
-    log=LogSettings("info", "text", None), hang_seconds=9))
+settings = Config(embedding_model="none")
+logs.setup(settings)
+server = ModelServer(Path(sys.argv[1]) / "model-0.sock", settings)
 server.engine.loaded.wait()
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 for line in sys.stdin:
