@@ -9,6 +9,7 @@ its file.
 import functools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,22 +20,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.service import RUN_FOLDER, Service, SharedService, stop_shared  # noqa: E402
+from tests.service import RUN_FOLDER, Service, SharedService  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make a folder for all workers of this run, with the cache of models and what they share."""
+    """Make a folder for all workers, and a process that ends what they leave, even if this one is killed."""
     if not hasattr(config, "workerinput"):
-        os.environ[RUN_FOLDER] = tempfile.mkdtemp(prefix="embedding-service-tests-")
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Stop the services that workers have shared."""
-    if not hasattr(config, "workerinput"):
-        try:
-            stop_shared()
-        finally:
-            shutil.rmtree(os.environ[RUN_FOLDER], ignore_errors=True)
+        folder = os.environ[RUN_FOLDER] = tempfile.mkdtemp(prefix="embedding-service-tests-")
+        command = [sys.executable, "-m", "tests.guard", folder]
+        guard = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
+        config.add_cleanup(guard.communicate)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -21,7 +21,7 @@ from embedding_service.bulk import paths
 from embedding_service.bulk.part import RunRecord
 from embedding_service.engine import Embeddings, EmbedRequest, Timings
 from tests.fakes import FakeEngine
-from tests.service import ROOT, wait_until
+from tests.service import ROOT, RUN_FOLDER, wait_until
 
 HEADER_BYTES = 128
 
@@ -38,7 +38,7 @@ class Run:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name in ("PATH", "HOME", "LANG") or name.startswith(("HF_", "COVERAGE_"))
+            if name in ("PATH", "HOME", "LANG", RUN_FOLDER) or name.startswith(("HF_", "COVERAGE_"))
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "embedding_service.embed_file", *map(str, arguments)],
