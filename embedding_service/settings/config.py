@@ -148,6 +148,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str | None,
         Meta(description="Comma-separated names of the model in the API; responses show the first."),
     ] = None
+    token_ids: Annotated[
+        Literal["cl100k_base", "o200k_base"] | None,
+        Meta(
+            description=(
+                "Decode token ids on /v1/embeddings with this vocabulary, for LangChain's defaults; "
+                "needs the package bpe-openai."
+            )
+        ),
+    ] = None
     cors_origins: Annotated[
         str,
         Meta(

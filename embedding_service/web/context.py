@@ -9,6 +9,7 @@ from flask import Flask, current_app
 from embedding_service.engine import AnswerT, Engine, ModelInfo, Request, Status
 from embedding_service.errors import Overloaded, Unavailable
 from embedding_service.settings.config import Config
+from embedding_service.web.token_ids import decoder
 
 KEY = "embedding_service"
 
@@ -25,6 +26,7 @@ class ServiceContext:
         self.sends_traces = sends_traces
         # Responses show the first; requests may use any of them.
         self.names = [name.strip() for name in (settings.served_model_name or "").split(",") if name.strip()]
+        self.decode_ids = decoder(settings.token_ids) if settings.token_ids else None
         self.draining: Callable[[], bool] = lambda: False
         # One item for each further request that may be in flight: a list serves as a non-blocking semaphore.
         self._places = [None] * settings.max_concurrent_requests

@@ -26,6 +26,7 @@ SECURITY_POLICY = (
 
 
 @blueprint.get("/openapi.json")
+@blueprint.get("/api-doc/openapi.json")
 @operation({200: dict[str, Any]})
 def openapi() -> Response:
     """This document: OpenAPI 3.1."""

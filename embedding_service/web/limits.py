@@ -5,6 +5,8 @@ from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.context import context
 from embedding_service.web.request import current
 
+EMPTY = "is empty; send at least one text"
+
 
 def max_tokens(info: ModelInfo) -> int:
     """The maximum number of tokens that the model reads of a text.
@@ -22,7 +24,7 @@ def check_texts(texts: list[str], *, characters: bool = True) -> None:
     request = current()
     settings, request.texts = request.service.settings, len(texts)
     if not texts:
-        raise InvalidRequest("is empty; send at least one text", field="texts")
+        raise InvalidRequest(EMPTY, field="texts")
     if len(texts) > settings.max_texts_per_request:
         raise TooLarge(
             f"has {len(texts)} texts; at most {settings.max_texts_per_request} are allowed "

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app, request
 
 from embedding_service import __version__
 from embedding_service.observability.outside import SimpleQueue, start_new_thread
@@ -117,7 +117,15 @@ def _attributes(route: str, response: Response) -> dict[str, Any]:
     found |= {name: count for name, count in counts.items() if count is not None}
     result = current().result
     if result is not None:
-        timings = result.timings
+        timings, info = result.timings, current_app.extensions[KEY].engine.status().info
+        # https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
+        found |= {
+            "gen_ai.operation.name": "embeddings",
+            "gen_ai.provider.name": "embedding_service",
+            "gen_ai.request.model": info.model_name if info else "",
+            "gen_ai.usage.input_tokens": result.tokens,
+            "gen_ai.embeddings.dimension.count": result.vectors.shape[1],
+        }
         found |= {
             "embedding.tokenization_ms": timings.tokenization_ms,
             "embedding.queue_ms": timings.queue_ms,

@@ -2,6 +2,9 @@
 
 import asyncio
 import base64
+import gzip
+import hashlib
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -203,3 +206,26 @@ def test_late_chunking_is_refused(service):
     answer = requests.post(f"{service.url}/v1/embeddings", json=body, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("late_chunking is not supported")
+
+
+@pytest.fixture
+def vocabulary(tmp_path, monkeypatch):
+    """tiktoken's own file of the vocabulary, where tiktoken looks before it downloads."""
+    import bpe_openai.data
+
+    url = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+    packed = Path(bpe_openai.data.__file__).with_name("cl100k_base.tiktoken.gz")
+    (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(gzip.decompress(packed.read_bytes()))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+
+
+def test_langchain_at_its_defaults_sends_ids_that_are_decoded(start, vocabulary, oracle):
+    running = start(TOKEN_IDS="cl100k_base").wait_ready()
+    client = OpenAIEmbeddings(base_url=f"{running.url}/v1", api_key="none")
+    texts = ["hello world", "東京は日本の首都です 👩‍👩‍👧", "Größe"]
+    expected = oracle.encode(texts, normalize_embeddings=True)
+    assert np.abs(np.array(client.embed_documents(texts)) - expected).max() < 1e-5
+    assert np.abs(np.array(client.embed_query(texts[1])) - expected[1]).max() < 1e-5
+    for bad in ([[-1]], [[10**9]], [[15339], [10**30]]):
+        refused = running.post("/v1/embeddings", {"input": bad})
+        assert refused.status_code == 400, refused.text

@@ -11,6 +11,7 @@ from embedding_service.settings.config import Config
 from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.embedding import Matrix, answer_embeddings
 from embedding_service.web.health import HealthAnswer, health
+from embedding_service.web.limits import EMPTY
 from embedding_service.web.operation import operation
 from embedding_service.web.options import embed
 from embedding_service.web.protocol import ApiProtocol
@@ -21,7 +22,7 @@ protocol = ApiProtocol(
     "SageMaker and Vertex AI",
     tei.render,
     tei.TEIErrorAnswer,
-    paths=("/invocations", "/predict"),
+    paths=("/invocations", "/predict", "/vertex"),
     names={"texts": "instances"},
 )
 
@@ -77,12 +78,13 @@ def invocations() -> Response:
 
 
 @protocol.post("/predict")
+@protocol.post("/vertex")
 @operation({200: VertexAnswer}, body=_decoder, embeds=True)
 def predict() -> Response:
     """Vertex AI: embed the text of each instance."""
     body = parse(_decoder)
     if not body.instances:
-        raise InvalidRequest("is empty; send at least one text", field="texts")
+        raise InvalidRequest(EMPTY, field="texts")
     texts = [
         each if isinstance(each, str) else _text_of(each, index) for index, each in enumerate(body.instances)
     ]

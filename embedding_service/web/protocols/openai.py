@@ -345,7 +345,10 @@ def _parse() -> OpenAIEmbedBody:
     try:
         return _decoder.decode(raw)
     except InvalidRequest:
-        if _has_token_ids(raw):
+        if ids := _token_ids(raw):
+            if decode := context().decode_ids:
+                body = msgspec.json.decode(raw) | {"input": decode(ids)}
+                return _decoder.decode(msgspec.json.encode(body))
             raise InvalidRequest(
                 "holds token ids from another model's vocabulary; send texts "
                 "(in LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False)",
@@ -354,6 +357,9 @@ def _parse() -> OpenAIEmbedBody:
         raise
 
 
-def _has_token_ids(raw: bytes) -> bool:
+def _token_ids(raw: bytes) -> list[list[int]]:
+    """The token ids of each text; none if the input is anything else."""
     body = try_decode(_token_ids_decoder, raw)
-    return body is not None and bool(body.input)
+    sent = body.input if body else []
+    ids = [each for each in sent if isinstance(each, int)]
+    return [ids] if ids and len(ids) == len(sent) else [each for each in sent if not isinstance(each, int)]

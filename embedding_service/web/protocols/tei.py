@@ -11,7 +11,7 @@ from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, answer, parse, read, texts_and_inputs
 from embedding_service.web.context import context
 from embedding_service.web.embedding import Matrix, Texts, Vector, answer_embeddings, listed
-from embedding_service.web.limits import check_texts
+from embedding_service.web.limits import EMPTY, check_texts
 from embedding_service.web.operation import operation
 from embedding_service.web.options import Options, Prompt, PromptName
 from embedding_service.web.options import embed as embed_texts
@@ -43,6 +43,8 @@ class TEIErrorAnswer(TypedDict):
 
 def render(failure: Failure) -> tuple[TEIErrorAnswer, int]:
     """Text Embeddings Inference's error, with its own statuses and the type in PascalCase."""
+    if failure.reason == EMPTY:
+        return {"error": failure.message, "error_type": "Empty"}, 400
     error_type = ERROR_TYPES.get(failure.error_type, "Validation")
     return {"error": failure.message, "error_type": error_type}, STATUSES.get(failure.status, failure.status)
 
@@ -164,8 +166,12 @@ def embed_raw(raw: bytes) -> Response:
     body = embed_decoder.decode(raw)
     inner = msgspec.structs.asdict(body.parameters or TEIParameters())
     given = {name: getattr(body, name) if value is None else value for name, value in inner.items()}
-    result = embed_texts(listed(body.inputs), TEIParameters(**given))
-    return answer_embeddings(result.vectors, result)
+    texts = listed(body.inputs)
+    result = embed_texts(texts, TEIParameters(**given))
+    response = answer_embeddings(result.vectors, result)
+    response.headers["x-compute-characters"] = str(sum(map(len, texts)))
+    response.headers["x-compute-time"] = response.headers["x-total-time"]
+    return response
 
 
 @protocol.post("/embed_all")
