@@ -32,6 +32,7 @@ BODIES = {
     "/embed_all": {"inputs": "x"},
     "/invocations": {"inputs": "x"},
     "/predict": {"instances": [{"inputs": "x"}]},
+    "/vertex": {"instances": [{"inputs": "x"}]},
     "/models/{name}": {"inputs": "x"},
     "/pipeline/feature-extraction/{name}": {"inputs": "x"},
     "/pipeline/sentence-similarity/{name}": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
