@@ -42,6 +42,7 @@ BODIES = {
 }
 # They use the statuses of Text Embeddings Inference.
 AS_TEI = (
+    "/vertex",
     *("/", "/v1", "/tokenize", "/similarity", "/embed_all", "/invocations", "/predict", "/models/{name}"),
     *("/pipeline/feature-extraction/{name}", "/pipeline/sentence-similarity/{name}"),
 )
