@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gzip
 import hashlib
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -211,10 +212,10 @@ def test_late_chunking_is_refused(service):
 @pytest.fixture
 def vocabulary(tmp_path, monkeypatch):
     """tiktoken's own file of the vocabulary, where tiktoken looks before it downloads."""
-    import bpe_openai.data
-
+    # The package is not imported here: it warns of its own use of importlib.resources.
+    package = importlib.util.find_spec("bpe_openai")
     url = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
-    packed = Path(bpe_openai.data.__file__).with_name("cl100k_base.tiktoken.gz")
+    packed = Path(package.origin).with_name("data") / "cl100k_base.tiktoken.gz"
     (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(gzip.decompress(packed.read_bytes()))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
 
