@@ -116,7 +116,8 @@ class Admission:
 
     def _check(self, entry: QueueEntry, time_left: float, now: float) -> None:
         tokens = entry.left
-        if self.seconds(tokens) > time_left:
+        # Clients do not try again after TooLarge, so it needs more than a measurement at the start.
+        if self._budget.confirmed and self.seconds(tokens) > time_left:
             possible = int(ADMITTED_SHARE * self.tokens_within(time_left))
             raise TooLarge(
                 f"are about {tokens} tokens, more than can be embedded in the {time_left:.1f} s that the "

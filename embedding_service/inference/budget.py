@@ -28,6 +28,10 @@ NO_LIMIT = 1 << 40
 # that another process interrupted counts as one that is a fifth slower.
 CORRECTION, MAX_ERROR = 0.1, 0.2
 
+# No batch is faster than it can be. If this many in a row are much faster, the cost was measured while
+# something else used the machine, and they correct it at once.
+FASTER_IN_A_ROW = 4
+
 # The budget is recomputed after this many batches, and changes only if it is off by this factor.
 RECKONED_AFTER, CHANGED_BY = 32, 1.25
 
@@ -59,7 +63,8 @@ class BatchBudget:
     """The budget of the batches of a model's lanes.
 
     `tokens` is what a batch should hold now: at most `max_batch_tokens`, and at least one text of full
-    length. Padding of `overhead_tokens` costs as much as one more batch.
+    length. Padding of `overhead_tokens` costs as much as one more batch. `confirmed` says that a large batch
+    has run, so that the cost of tokens is known from more than a measurement beside unknown other work.
     """
 
     def __init__(self, cost: BatchCost, *, max_seq_length: int, max_batch_tokens: int) -> None:
@@ -67,6 +72,9 @@ class BatchBudget:
         self._max_seq_length = max_seq_length
         self._max_batch_tokens = max_batch_tokens
         self._observed = 0
+        self.confirmed = False
+        # The errors of the latest batches, if all of them were much faster than expected.
+        self._faster: list[float] = []
         self.tokens = self._best()
         self.overhead_tokens = self._overhead()
 
@@ -87,13 +95,19 @@ class BatchBudget:
         """Learn how long a batch of this many padded tokens took on one of the lanes (never on `whole`)."""
         cost = self.cost
         expected = cost.seconds(tokens)
-        error = min(MAX_ERROR, max(-MAX_ERROR, seconds / expected - 1))
+        error = seconds / expected - 1
+        self._faster = [*self._faster, error] if error < -MAX_ERROR else []
+        correction = CORRECTION * min(MAX_ERROR, max(-MAX_ERROR, error))
+        if wrong := len(self._faster) == FASTER_IN_A_ROW:
+            correction = max(self._faster)
+            self._faster = []
         share = cost.batch_seconds / expected
         # Each part is corrected by its share, so that large batches teach b and small ones a.
-        cost.batch_seconds *= 1 + CORRECTION * error * share
-        cost.token_seconds *= 1 + CORRECTION * error * (1 - share)
+        cost.batch_seconds *= 1 + correction * share
+        cost.token_seconds *= 1 + correction * (1 - share)
+        self.confirmed = self.confirmed or share < 0.5
         self._observed += 1
-        if self._observed % RECKONED_AFTER == 0:
+        if wrong or self._observed % RECKONED_AFTER == 0:
             self.overhead_tokens = self._overhead()
             best = self._best()
             if not 1 / CHANGED_BY < best / self.tokens < CHANGED_BY:

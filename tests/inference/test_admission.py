@@ -192,12 +192,24 @@ def test_whoever_is_told_to_try_again_is_accepted_about_then(rate, on_cpu, size,
 def test_what_an_idle_engine_cannot_do_in_time_is_refused_with_the_size_that_it_can(rate):
     engine = Engine(rate, on_cpu=False)
     limit = engine.work(20_000)
+    budget = engine.model.budget
+    budget.observe(budget.tokens, budget.batch_seconds)
     refused = engine.send(300, 100, limit)
     assert isinstance(refused, TooLarge)
     possible = int(refused.reason.split("at most about ")[1].split()[0])
     assert 14_000 < possible < 17_000
     assert isinstance(engine.send(possible // 100, 100, limit), PendingRequest)
     engine.assert_all_in_time()
+
+
+def test_a_cost_measured_on_a_busy_machine_refuses_nothing_for_its_size():
+    """Clients do not try again after TooLarge."""
+    engine = Engine(50_000, on_cpu=False)
+    limit = engine.work(20_000)
+    cost = engine.model.budget.cost
+    cost.batch_seconds *= 3
+    cost.token_seconds *= 3
+    assert isinstance(engine.send(150, 100, limit), PendingRequest)
 
 
 @DEVICES

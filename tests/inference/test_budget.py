@@ -120,6 +120,26 @@ def test_a_wrong_start_is_corrected(truth):
     assert found.tokens == pytest.approx(right.tokens, rel=0.3)
 
 
+@each_machine
+@pytest.mark.parametrize("factor", [2, 5])
+def test_a_cost_measured_on_a_busy_machine_is_corrected_by_a_few_batches(machine, factor):
+    found = budget((machine[0] * factor, machine[1] * factor))
+    assert not found.confirmed
+    observe(found, machine, 120)
+    assert found.confirmed
+    for tokens in (64, 2048):
+        assert found.seconds(tokens) == pytest.approx(BatchCost(*machine).seconds(tokens), rel=0.5)
+
+
+def test_a_batch_that_ends_just_after_another_streams_does_not_distort_it():
+    machine = MACHINES["GPU"]
+    found = budget(machine)
+    for _ in range(500):
+        for share in (1.9, 0.1):
+            found.observe(1000, share * BatchCost(*machine).seconds(1000))
+    assert found.seconds(1000) == pytest.approx(BatchCost(*machine).seconds(1000), rel=0.15)
+
+
 def test_a_steady_machine_keeps_its_budget():
     found = budget(MACHINES["slow CPU"])
     before = found.tokens
