@@ -11,8 +11,9 @@ from flask import Flask
 from werkzeug.routing import Rule
 
 from embedding_service import __version__
-from embedding_service.errors import Unauthorized
+from embedding_service.errors import InvalidRequest, Unauthorized
 from embedding_service.web.embedding import NPY
+from embedding_service.web.limits import EMPTY
 from embedding_service.web.operation import JSON, Operation, operation_of
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
@@ -216,8 +217,10 @@ def _outcomes(app: Flask, view: Callable[..., Any], found: Operation) -> Iterato
         for status, kind in part.answers.items():
             yield status, list(kind) if isinstance(kind, tuple) else [kind] if kind is not None else []
         for error in (*part.raises, *(() if part.public else (Unauthorized,))):
-            _, status = protocol.render(Failure(error.status, error.error_type, ""))
-            yield status, [protocol.error]
+            # Some protocols answer differently if there is nothing to embed.
+            for reason in ("", EMPTY) if error is InvalidRequest else ("",):
+                _, status = protocol.render(Failure(error.status, error.error_type, reason))
+                yield status, [protocol.error]
 
 
 def _types(app: Flask, view: Callable[..., Any], found: Operation) -> list[Any]:

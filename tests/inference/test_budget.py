@@ -127,8 +127,7 @@ def test_a_cost_measured_on_a_busy_machine_is_corrected_by_a_few_batches(machine
     assert not found.confirmed
     observe(found, machine, 120)
     assert found.confirmed
-    for tokens in (64, 2048):
-        assert found.seconds(tokens) == pytest.approx(BatchCost(*machine).seconds(tokens), rel=0.5)
+    assert found.seconds(2048) == pytest.approx(BatchCost(*machine).seconds(2048), rel=0.4)
 
 
 def test_a_batch_that_ends_just_after_another_streams_does_not_distort_it():
