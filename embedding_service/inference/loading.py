@@ -110,28 +110,33 @@ def _load_prepared(settings: Config, threads: int) -> Model | None:
     if not _may_be_prepared(settings):
         return None
     source = resolve(settings.embedding_model, settings.model_revision, verified=False)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         hashing = pool.submit(prepared.keys_of, settings, source)
-        from embedding_service.inference.backends.openvino import openvino_backend, read_graph, weights_of
+        from embedding_service.inference.backends.openvino import WEIGHTS, openvino_backend, read_graph
 
         keys = hashing.result()
-    read = prepared.read(keys.prepared())
-    if read is None:
-        return None
-    facts, references = read
-    dtype = facts.info.dtype
-    if dtype == "bfloat16" and not computes_bfloat16("cpu", settings.backend):
-        return None
-    share_cores(on_cpu=True)
-    graph = keys.graph(dtype)
-    if graph is None or (folder := graph.find()) is None:
-        return None
-    try:
-        preprocessor = RustTokenizer(facts.tokenizer, threads)
-        backend = openvino_backend(read_graph(folder), dtype=dtype, threads=threads)
-        reason = _disagreement(preprocessor, backend, references, dtype)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        read = prepared.read(keys.prepared())
+        if read is None:
+            return None
+        facts, references = read
+        dtype = facts.info.dtype
+        if dtype == "bfloat16" and not computes_bfloat16("cpu", settings.backend):
+            return None
+        share_cores(on_cpu=True)
+        graph = keys.graph(dtype)
+        # Weights that are damaged harm nothing but vectors, so they are hashed while they are compiled.
+        if graph is None or (folder := graph.find(unread=WEIGHTS)) is None:
+            return None
+        is_sound = pool.submit(graph.is_sound)
+        reading = pool.submit(RustTokenizer, facts.tokenizer, threads)
+        try:
+            backend = openvino_backend(read_graph(folder), dtype=dtype, threads=threads)
+            preprocessor = reading.result()
+            reason = _disagreement(preprocessor, backend, references, dtype)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+        if not is_sound.result():
+            reason = "its weights are damaged"
     if reason is not None:
         log.warning("The prepared model is not used and is prepared again: %s", reason)
         for entry in (keys.prepared(), graph):
@@ -150,7 +155,7 @@ def _load_prepared(settings: Config, threads: int) -> Model | None:
         return full_start.read_in_torch(settings, source, keys, threads)
 
     model = _assemble(facts, cost or facts.cost, preprocessor, backend, read_in_torch)
-    release(weights_of(folder))
+    release()
     return model
 
 
@@ -179,7 +184,7 @@ def _assemble(
     for lane in [*lanes, *([whole] if whole else [])]:
         lane.without_padding = facts.without_padding
     short, _ = short_and_long(preprocessor, info.max_seq_length)
-    forward_at_once([*lanes, *([whole] if whole else [])], batch_of(short, 1))
+    forward_at_once(lanes, batch_of(short, 1))
 
     return Model(
         info=info,

@@ -1,4 +1,4 @@
-"""Gives memory back to the system that loading a model took and running it does not need."""
+"""Gives memory back to the system that running a model does not need."""
 
 import ctypes
 import sys
@@ -10,14 +10,14 @@ MAPS = Path("/proc/self/maps")
 MADV_DONTNEED = 4
 
 
-def release(file: Path) -> None:
-    """Return what the allocator holds, and the pages of a mapped file that compiled graphs have copied."""
+def release() -> None:
+    """Return what the allocator holds, and the pages of mapped weights that compiled graphs have copied."""
     if sys.platform != "linux":
         return
     library = ctypes.CDLL(None)
     for line in MAPS.read_text().splitlines():
         span, rights, *_ = line.split(maxsplit=2)
-        if rights == "r--s" and line.endswith(f" {file}"):
+        if rights == "r--s":
             start, stop = (int(address, 16) for address in span.split("-"))
             library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
     # musl has no such function, and nothing to return.

@@ -26,7 +26,7 @@ from embedding_service.settings.config import Config
 log = logging.getLogger(__name__)
 
 # Increased whenever the content of entries, or what a graph computes, changes.
-FORM = 1
+FORM = 2
 
 # What runs a prepared model, and what prepares one.
 SERVING = ("openvino", "tokenizers")

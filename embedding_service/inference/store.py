@@ -8,9 +8,10 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 from embedding_service.inference.cores import available_cores
 
@@ -48,11 +49,14 @@ class Entry:
                 name = found[-1].name if found else name
         self.path = place / name
 
-    def find(self) -> Path | None:
-        """The entry's folder, if it is complete and every file in it is as it was written."""
+    def find(self, unread: str | None = None) -> Path | None:
+        """The entry's folder, if it is complete and every file in it is as it was written.
+
+        Of a file `unread`, only the size is compared; `is_sound` reads all of them.
+        """
         if not os.path.exists(self.path):  # noqa: PTH110 - never raises
             return None
-        if not self._is_sound():
+        if not self.is_sound(unread):
             log.warning("The entry %s is damaged and is made again", self.path)
             self.forget()
             return None
@@ -75,7 +79,7 @@ class Entry:
                 if not self.path.exists():
                     raise
                 # Another process was faster, unless what is there is an older entry that is not whole.
-                if not self._is_sound():
+                if not self.is_sound():
                     self.path.rename(Path(scratch) / "old")
                     whole.rename(self.path)
         self._drop_old()
@@ -84,17 +88,28 @@ class Entry:
         """Remove the entry."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _is_sound(self) -> bool:
+    def is_sound(self, unread: str | None = None) -> bool:
+        """Whether every file is as it was written; of one that is `unread`, whether its size is."""
         try:
-            return (self.path / SUMS).read_text() == self._sums(self.path)
-        except (OSError, ValueError):
+            written = (self.path / SUMS).read_text()
+            known = {name: digest for name, (_, digest) in json.loads(written)[1].items() if name == unread}
+            return written == self._sums(self.path, known)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
-    def _sums(self, folder: Path) -> str:
-        """The entry's name and the hash of each file in a folder. Raises OSError."""
+    def _sums(self, folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The entry's name, and the size and the hash, unless `known`, of each file. Raises OSError."""
         names = sorted({path.name for path in folder.iterdir()} - {SUMS})
         with ThreadPoolExecutor(available_cores()) as pool:
-            return json.dumps([self.path.name, {name: _hash(folder / name, pool) for name in names}])
+            return json.dumps(
+                [
+                    self.path.name,
+                    {
+                        name: [(folder / name).stat().st_size, known.get(name) or _hash(folder / name, pool)]
+                        for name in names
+                    },
+                ]
+            )
 
     def _drop_old(self) -> None:
         entries = [path for path in self.path.parent.iterdir() if (path / SUMS).is_file()]

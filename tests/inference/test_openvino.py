@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,34 @@ def test_int8_is_close_to_float32_on_real_sentences(model_folder, oracle, tmp_pa
     assert cosines.min() > 0.99
     assert np.abs(model.exact.forward(alone(model, SENTENCES[0])) - expected[:1]).max() < 1e-5
     assert load(model_folder, tmp_path).info.fingerprint != model.info.fingerprint
+
+
+# All cores for a batch alone
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiled", "cannot be compiled"])
+def test_a_batch_alone_gets_all_cores_once_that_has_paid(tiny, tmp_path, monkeypatch, caplog, fails):
+    from embedding_service.inference.backends import openvino as backends
+
+    load(tiny("bert"), tmp_path)
+    (graph,) = tmp_path.glob("graphs/*")
+    compile_graph, streams = backends._compile, []
+
+    def compile_quickly(graph, count, *arguments):
+        streams.append(count)
+        if fails and count == 1:
+            raise RuntimeError("no memory")
+        return compile_graph(graph, count, *arguments)[0], 1e-9
+
+    monkeypatch.setattr(backends, "_compile", compile_quickly)
+    whole = backends.openvino_backend(backends.read_graph(graph), dtype="float32", threads=2).whole
+    assert streams == [2]
+    features = {name: np.ones((1, 5), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    first = whole.run(features)
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join()
+    assert streams == [2, 1]
+    assert np.abs(whole.run(features) - first).max() < 1e-6
+    assert streams == [2, 1]
+    assert ("run on one core: the model could not be compiled" in caplog.text) == fails

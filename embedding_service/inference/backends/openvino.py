@@ -1,5 +1,9 @@
 """The forward pass in OpenVINO, without torch: the whole model, from token ids to vectors, on an x86 CPU."""
 
+import logging
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +11,15 @@ import openvino
 
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends import Backend, Session
+from embedding_service.inference.memory import release
+
+log = logging.getLogger(__name__)
 
 # Activations are quantised at run time in groups of this many values; smaller groups cost time,
 # larger ones accuracy (docs/decisions/0004-int8.md).
 QUANTIZATION_GROUP = 64
 
-GRAPH = "model.xml"
+GRAPH, WEIGHTS = "model.xml", "model.bin"
 
 # The input of a graph whose pooling leaves the prompt out: the attention mask without the prompt.
 POOLED_MASK = "pooled_mask"
@@ -23,28 +30,25 @@ def read_graph(folder: Path) -> openvino.Model:
     return openvino.Core().read_model(folder / GRAPH)
 
 
-def weights_of(folder: Path) -> Path:
-    """The file of the weights of the graph in a folder, which are mapped, not read."""
-    return (folder / GRAPH).with_suffix(".bin").resolve()
-
-
 def write_graph(graph: openvino.Model, folder: Path) -> None:
     """Put a graph into a folder. Raises RuntimeError."""
     openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
 
 
 def openvino_backend(graph: openvino.Model, *, dtype: str, threads: int) -> Backend:
-    """Compile a graph twice: with all cores for one batch, with one core for each of several.
+    """Compile a graph for several batches at once, each on a core of its own (docs/decisions/0006).
 
-    The first is fastest for a text alone. But cores that share a batch wait for one another at every
-    layer, and wait long if a web worker takes one of them away (docs/decisions/0006-one-lane-per-core.md).
+    Cores that share a batch wait for one another at every layer, and wait long if a web worker takes one of
+    them away. But they are fastest for a batch alone, for which the graph is compiled again once that pays.
     """
-    compiled = _compile(graph, 1, threads, dtype)
-    whole = OpenVINOSession(compiled)
-    if threads == 1:
-        return Backend(name="openvino", version=openvino.__version__, sessions=[whole])
-    apart = _compile(graph, threads, threads, dtype)
-    sessions: list[Session] = [OpenVINOSession(apart) for _ in range(threads)]
+    compiled, seconds = _compile(graph, threads, threads, dtype)
+    sessions: list[Session] = [OpenVINOSession(compiled) for _ in range(threads)]
+    whole = None
+    if threads > 1:
+        lost = 1 - 1 / threads
+        whole = AllCoresSession(
+            OpenVINOSession(compiled), lambda: _compile(graph, 1, threads, dtype)[0], seconds / lost
+        )
     return Backend(name="openvino", version=openvino.__version__, sessions=sessions, whole=whole)
 
 
@@ -68,7 +72,50 @@ class OpenVINOSession:
         return vectors
 
 
-def _compile(graph: openvino.Model, streams: int, threads: int, dtype: str) -> openvino.CompiledModel:
+class AllCoresSession:
+    """Runs batches that are alone: on one core at first, then on all of them.
+
+    A graph that is compiled again holds the weights again. So that happens once the batches that ran on one
+    core have lost as much time as compiling takes, and beside them: a start does not wait for it, and a
+    service that is never asked for a text alone keeps one copy of the weights.
+    """
+
+    def __init__(
+        self, one_core: OpenVINOSession, compile_again: Callable[[], openvino.CompiledModel], seconds: float
+    ) -> None:
+        """Compile again after batches that took this many `seconds`."""
+        self._session = one_core
+        self._compile_again = compile_again
+        self._seconds_left = seconds
+
+    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
+        """A graph of OpenVINO takes every shape."""
+
+    def run(self, features: dict[str, Any]) -> Vectors:
+        began = time.perf_counter()
+        vectors = self._session.run(features)
+        if self._seconds_left > 0:
+            self._seconds_left -= time.perf_counter() - began
+            if self._seconds_left <= 0:
+                threading.Thread(target=self._change, args=[features], name="compile", daemon=True).start()
+        return vectors
+
+    def _change(self, features: dict[str, Any]) -> None:
+        try:
+            session = OpenVINOSession(self._compile_again())
+            # Kernels are made in the first run.
+            session.run(features)
+        except Exception as error:
+            log.warning("Texts alone run on one core: the model could not be compiled for all: %s", error)
+            return
+        self._session = session
+        release()
+
+
+def _compile(
+    graph: openvino.Model, streams: int, threads: int, dtype: str
+) -> tuple[openvino.CompiledModel, float]:
+    """A graph for this many batches at once, and how long compiling it took."""
     settings = {
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
@@ -78,4 +125,6 @@ def _compile(graph: openvino.Model, streams: int, threads: int, dtype: str) -> o
         # In float32 not a bit is given away.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(QUANTIZATION_GROUP if dtype == "int8" else 0),
     }
-    return openvino.Core().compile_model(graph, "CPU", settings)
+    began = time.perf_counter()
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    return compiled, time.perf_counter() - began
