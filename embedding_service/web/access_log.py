@@ -4,16 +4,14 @@ import logging
 
 from flask import Flask, Response
 
-from embedding_service.engine import Embeddings
-from embedding_service.web.context import KEY
-from embedding_service.web.request import current
+from embedding_service.settings.config import Config
+from embedding_service.web.context import current
 
 log = logging.getLogger(__name__)
 
 
-def register(app: Flask) -> None:
+def register(app: Flask, settings: Config) -> None:
     """Attach to the app's responses if one of the settings is on."""
-    settings = app.extensions[KEY].settings
     slow = settings.slow_request_seconds
     if not settings.access_log and not slow:
         return
@@ -39,14 +37,8 @@ def _write(level: int, what: str, response: Response) -> None:
     counts = {"texts": request.texts, "tokens": request.tokens}
     fields |= {name: count for name, count in counts.items() if count is not None}
     if request.result is not None:
-        fields |= _of(request.result)
+        fields["queue_ms"] = round(request.result.timings.queue_ms, 1)
+        fields["inference_ms"] = round(request.result.timings.inference_ms, 1)
+        fields["truncated"] = len(request.result.truncated)
     text = " ".join(f"{name}={value}" for name, value in fields.items())
     log.log(level, "%s %s", what, text, extra={"fields": fields})
-
-
-def _of(result: Embeddings) -> dict[str, int | float]:
-    return {
-        "queue_ms": round(result.timings.queue_ms, 1),
-        "inference_ms": round(result.timings.inference_ms, 1),
-        "truncated": len(result.truncated),
-    }

@@ -6,16 +6,15 @@ import contextlib
 from flask import Flask, Response, current_app, request
 
 from embedding_service.errors import Unauthorized
+from embedding_service.settings.config import Config
 from embedding_service.web import keys
-from embedding_service.web.context import KEY
 from embedding_service.web.operation import operation_of
 
 CHALLENGE = 'Bearer realm="embedding-service"'
 
 
-def register(app: Flask) -> None:
+def register(app: Flask, settings: Config) -> None:
     """Attach to the app's requests."""
-    settings = app.extensions[KEY].settings
     ring = keys.ring(settings.api_keys, settings.api_keys_file)
     if not ring.required:
         return

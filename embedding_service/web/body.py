@@ -1,23 +1,19 @@
-"""Reads a request's body into a validated struct, and writes a dict as a JSON response."""
+"""Reads a request's body into a validated struct."""
 
 import functools
 import json
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Sequence
 from typing import Any, Generic, TypeVar, cast, get_args
 
 import msgspec
-import orjson
-from flask import Response
-from werkzeug.datastructures import Headers
 from werkzeug.wsgi import get_content_length
 
 from embedding_service.errors import InvalidRequest, ServiceError, SlowUpload, TooLarge, UnsupportedMediaType
+from embedding_service.web.context import current
 from embedding_service.web.explain import explain
 from embedding_service.web.fields import check_others
-from embedding_service.web.request import current
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Decoded = TypeVar("Decoded")
@@ -59,8 +55,11 @@ class BodyDecoder(Generic[Body]):
         return self.tolerant(raw) if body is None else body
 
     def exact(self, raw: bytes) -> Body | None:
-        """The body if it is valid and has no extra fields."""
-        return try_decode(self._exact, raw)
+        """The body if it is valid and has no extra fields, else None, whatever is wrong with it."""
+        try:
+            return self._exact.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
 
     def tolerant(self, raw: bytes) -> Body:
         """Decode a body that is not exact; raises as `decode` does."""
@@ -224,35 +223,3 @@ def _decompressed(raw: bytes, limit: int) -> bytes:
 
 def _gzip_member() -> "zlib._Decompress":
     return zlib.decompressobj(zlib.MAX_WBITS | 16)
-
-
-class WholeResponse(Response):
-    """A response whose body and headers are complete, and are sent as they are.
-
-    Werkzeug would check and derive them again, which takes longer than the view.
-    """
-
-    def __call__(self, environ: Any, start_response: Any) -> Any:
-        start_response(self.status, list(self.headers))
-        return () if environ["REQUEST_METHOD"] == "HEAD" else self.response
-
-
-def dump(body: Any) -> bytes:
-    """JSON; numpy arrays are serialised without conversion to lists."""
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def json_response(body: bytes, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
-    """A JSON response. The values of `headers` must be ours, since nothing checks them."""
-    all_headers = Headers()
-    all_headers._list = [
-        ("Content-Type", "application/json"),
-        ("Content-Length", str(len(body))),
-        *headers,
-    ]
-    return WholeResponse([body], status, all_headers)
-
-
-def answer(body: Any, status: int = 200) -> Response:
-    """A JSON response."""
-    return json_response(dump(body), status)

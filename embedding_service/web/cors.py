@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from flask import Flask, Response, request
 
-from embedding_service.web.context import KEY
-
 # The page sets the key's header itself, so credentials that browsers add by themselves stay forbidden.
 METHODS = "GET, POST, OPTIONS"
 # Client libraries add headers of their own. The star covers all headers but Authorization.
@@ -26,8 +24,6 @@ DEFAULT_PORT = re.compile("^(http:.*):80$|^(https:.*):443$")
 
 def register(app: Flask) -> None:
     """Attach to the app. Call this before auth, since a preflight carries no key."""
-    if not app.extensions[KEY].settings.cors_origins:
-        return
 
     def answer_preflight() -> Response | None:
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
@@ -50,7 +46,7 @@ def register(app: Flask) -> None:
 
 def permissions(app: Flask, origin: str) -> Iterable[tuple[str, str]]:
     """The headers that let a page of this origin, as its browser sends it, read a response."""
-    setting = app.extensions[KEY].settings.cors_origins
+    setting = app.extensions["embedding_service"].settings.cors_origins
     if not setting:
         return
     if setting == "*":

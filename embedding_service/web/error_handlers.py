@@ -7,11 +7,11 @@ from flask import Flask, Response, current_app
 from werkzeug.exceptions import HTTPException
 
 from embedding_service.errors import Overloaded, ServiceError
-from embedding_service.web.body import answer
+from embedding_service.web.context import current
 from embedding_service.web.elsewhere import instead
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
-from embedding_service.web.request import current
+from embedding_service.web.responses import answer
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from embedding_service.errors import InvalidRequest
-from embedding_service.web.request import current
+from embedding_service.web.context import current
 from embedding_service.words import nearest
 
 # What changes the vectors in some API: by meaning, the names of fields, and the values that ask for

@@ -7,10 +7,9 @@ from flask import Blueprint, Response
 from embedding_service import __version__
 from embedding_service.engine import State, Status
 from embedding_service.errors import Unavailable
-from embedding_service.web.body import answer
-from embedding_service.web.context import context
-from embedding_service.web.limits import max_tokens
+from embedding_service.web.context import current
 from embedding_service.web.operation import operation
+from embedding_service.web.responses import answer
 
 blueprint = Blueprint("health", __name__)
 
@@ -72,15 +71,15 @@ class InfoAnswer(TypedDict):
 @operation({200: HealthAnswer, 503: HealthAnswer}, public=True)
 def health() -> Response:
     """200 only if the service can serve requests."""
-    return _report(context().status())
+    return _report(current().service.status())
 
 
 @blueprint.get("/health/live")
 @operation({200: LiveAnswer, 503: HealthAnswer}, public=True)
 def live() -> Response:
     """503 only if nothing but a restart helps."""
-    if context().engine.must_restart():
-        return _report(context().status())
+    if current().service.engine.must_restart():
+        return _report(current().service.status())
     return _uncached(answer({"status": "alive"}))
 
 
@@ -88,8 +87,9 @@ def live() -> Response:
 @operation({200: InfoAnswer}, raises=(Unavailable,))
 def info() -> Response:
     """The model and the limits, under our names and those of Text Embeddings Inference."""
-    model, settings = context().require_info(), context().settings
-    length = max_tokens(model)
+    service = current().service
+    model, settings = service.require_info(), service.settings
+    length = service.max_tokens(model)
     found: InfoAnswer = {
         "model_name": model.model_name,
         "embedding_dimension": model.embedding_dimension,

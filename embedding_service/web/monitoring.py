@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from flask import Blueprint, Flask, Response, request
+from flask import Blueprint, Response, request
+from werkzeug.routing import Rule
 
 from embedding_service.errors import ServiceError
 from embedding_service.observability import metrics, multiprocess
 from embedding_service.web.operation import operation
-from embedding_service.web.request import current
 
 blueprint = Blueprint("monitoring", __name__)
 
@@ -22,51 +22,34 @@ WRITING = (200, *sorted({422, 424, *(kind.status for kind in ServiceError.__subc
 
 
 class RequestCounter:
-    """Counts responses. It caches the labelled children, since a lookup costs as much as counting."""
+    """Counts responses. It caches the labelled series, since a lookup costs as much as counting."""
 
     def __init__(self) -> None:
-        self._children: dict[tuple[str, str, int], tuple[Any, metrics.Distribution]] = {}
+        self._series: dict[tuple[str, str, int], tuple[Any, metrics.Distribution]] = {}
+        for method in ("GET", "POST"):
+            for status in (401, 404, 405):
+                self._create((UNMATCHED, method, status))
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one response."""
-        requests, durations = self.children(route, method, status)
-        multiprocess.add(((requests, 1.0), *durations.amounts(seconds)))
+        key = (route, method if method in METHODS else OTHER, status)
+        series = self._series.get(key) or self._create(key)
+        multiprocess.add(((series[0], 1.0), *series[1].amounts(seconds)))
 
-    def children(self, route: str, method: str, status: int) -> tuple[Any, metrics.Distribution]:
-        """The series with these labels, created at 0 if new."""
-        key = (route, method, status)
-        if key not in self._children:
-            self._children[key] = (
-                metrics.REQUESTS.labels(route, method, str(status))._value,
-                metrics.Distribution(metrics.REQUEST_SECONDS.labels(route, method)),
-            )
-        return self._children[key]
-
-
-def register(app: Flask) -> None:
-    """Count the app's responses. Call this before other hooks are attached, so that it wraps them."""
-    counter = app.extensions["request_counter"] = RequestCounter()
-
-    def end(response: Response) -> Response:
-        request = current()
-        route = request.url_rule.rule if request.url_rule is not None else UNMATCHED
-        method = request.method if request.method in METHODS else OTHER
-        counter.count(route, method, response.status_code, request.seconds)
-        return response
-
-    app.after_request(end)
-
-
-def prepare(app: Flask) -> None:
-    """Create the series of every route. Call this once all blueprints are registered."""
-    counter: RequestCounter = app.extensions["request_counter"]
-    for rule in app.url_map.iter_rules():
+    def prepare(self, rule: Rule) -> None:
+        """Create the series of a route."""
         for method in (rule.methods or set()) & {"GET", "POST"}:
             for status in READING if method == "GET" else WRITING:
-                counter.children(rule.rule, method, status)
-    for method in ("GET", "POST"):
-        for status in (401, 404, 405):
-            counter.children(UNMATCHED, method, status)
+                self._create((rule.rule, method, status))
+
+    def _create(self, key: tuple[str, str, int]) -> tuple[Any, metrics.Distribution]:
+        """The series with these labels, at 0 if new."""
+        route, method, status = key
+        self._series[key] = created = (
+            metrics.REQUESTS.labels(route, method, str(status))._value,
+            metrics.Distribution(metrics.REQUEST_SECONDS.labels(route, method)),
+        )
+        return created
 
 
 @blueprint.get("/metrics")

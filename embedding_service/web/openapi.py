@@ -12,11 +12,11 @@ from werkzeug.routing import Rule
 
 from embedding_service import __version__
 from embedding_service.errors import InvalidRequest, Unauthorized
-from embedding_service.web.embedding import NPY
-from embedding_service.web.limits import EMPTY
+from embedding_service.web.context import EMPTY
 from embedding_service.web.operation import JSON, Operation, operation_of
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
+from embedding_service.web.responses import NPY
 
 REFERENCE = "#/components/schemas/{name}"
 

@@ -1,17 +1,19 @@
 """How to embed: the fields that most APIs have, and the names and values by which each API means the same."""
 
 import functools
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, EmbedRequest, Overflow
-from embedding_service.errors import InvalidRequest, TextTooLong
-from embedding_service.web.embedding import Place, ask
+from embedding_service.engine import Embeddings, EmbedRequest, Overflow, TokenVectorsRequest, Vectors
+from embedding_service.errors import InvalidRequest, ServiceError, TextTooLong
+from embedding_service.observability import metrics
+from embedding_service.web.context import current
 from embedding_service.web.fields import MEANINGS
 from embedding_service.web.protocol import Asked
-from embedding_service.web.request import current
 
 Dimensions = Annotated[
     int,
@@ -114,62 +116,95 @@ SAME: dict[Any, Any] = SIDES | CUTS
 CUTTING = {False: "true", "NONE": '"END"', "error": '"truncate"'}
 
 
+# Maps the index of a text to the field and item in which the caller sent it.
+Place = Callable[[int], tuple[str, int | None]]
+
+
 def embed(
     texts: list[str],
     options: Options,
     place: Place | None = None,
     *,
-    on_error: Literal["fail", "null"] | None = None,
+    on_error: Literal["fail", "null"] = "fail",
     normalize: bool = True,
     parent: str = "",
     advice: str = '"truncate": true',
 ) -> Embeddings:
     """Embed the texts as the caller asked, by default with `normalize`.
 
-    `place` is as in `ask`. `parent` precedes the names of the options in the body, and `advice` is the field
-    that truncates over-long texts, in case the caller sent none.
+    Without `place`, the texts are the items of the protocol's field for them. `parent` precedes the names
+    of the options in the body, and `advice` is the field that truncates texts, if the caller sent none.
     """
-    request = understand(texts, options, on_error, normalize=normalize, parent=parent)
+    request = current()
+    wanted = understand(texts, options, on_error, normalize=normalize, parent=parent)
     try:
-        return ask(request, place)
-    except TextTooLong as error:
-        asked = [current().asked[each] for each in ("overflow", "truncate") if each in current().asked]
-        sent = " and ".join(f'"{name}": {CUTTING[value]}' for name, value in asked)
-        error.reason += f"; send {sent or advice} to cut it"
+        request.result = result = request.call(wanted, characters=on_error == "fail")
+    except ServiceError as error:
+        if isinstance(error, TextTooLong):
+            asked = [request.asked[each] for each in ("overflow", "truncate") if each in request.asked]
+            sent = " and ".join(f'"{name}": {CUTTING[value]}' for name, value in asked)
+            error.reason += f"; send {sent or advice} to cut it"
+        if place is not None and error.index is not None:
+            error.field, error.index = place(error.index)
         raise
+    request.tokens, timings = result.tokens, result.timings
+    metrics.record_embedding(
+        timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
+    )
+    return result
+
+
+def embed_tokens(wanted: TokenVectorsRequest) -> list[Vectors]:
+    """The vectors of each text's tokens."""
+    request = current()
+    result = request.call(wanted)
+    request.tokens = len(result.vectors)
+    return np.split(result.vectors, np.cumsum(result.counts)[:-1])
 
 
 def understand(
     texts: list[str],
     options: Options,
-    on_error: Literal["fail", "null"] | None = None,
+    on_error: Literal["fail", "null"] = "fail",
     *,
     normalize: bool = True,
     parent: str = "",
 ) -> EmbedRequest:
     """The request that the options describe. Raises InvalidRequest."""
-    asked = current().asked = _asked(options, parent)
+    request = current()
+    settings = request.service.settings
+    asked = request.asked = _asked(options, parent)
     sent = {meaning: value for meaning, (_, value) in asked.items()}
-    cut, side = _cut(asked)
-    kind = sent.get("input_type")
+    cut, side = _cut(asked) if "truncate" in asked else (None, None)
+    overflow: Overflow | None = sent.get("overflow")
+    if cut is not None:
+        if overflow is not None and cut != (overflow == "truncate"):
+            name, field = asked["overflow"][0], asked["truncate"][0]
+            raise InvalidRequest(f"contradicts {name}; send one of the two", field=field)
+        overflow = "truncate" if cut else overflow or "error"
+    elif overflow is None:
+        overflow = settings.default_overflow
+    kind, prompt_name = sent.get("input_type"), sent.get("prompt_name")
     if kind == "image":
         raise InvalidRequest('is "image"; the model reads text', field="input_type")
-    prompt_name = sent.get("prompt_name")
     if prompt_name is None and kind is not None and kind not in SIDES:
-        prompt_name = kind if kind in current().service.require_info().prompts else None
+        prompt_name = kind if kind in request.service.require_info().prompts else None
+    limited = overflow in ("mean", "chunks") or on_error == "null"
     return EmbedRequest(
         texts=texts,
-        deadline=current().deadline,
+        deadline=request.deadline,
         normalize=sent.get("normalize", normalize),
         prompt_name=prompt_name,
         input_type=SIDES.get(kind or ""),
         prompt=sent.get("prompt"),
         dimensions=sent.get("dimensions"),
-        truncation_side=_direction(sent.get("truncation_side")) or side,
+        truncation_side=sent.get("truncation_side", "").lower() or side,
         priority="background" if options.priority == "background" else "normal",
-        overflow=_overflow(asked, cut),
+        overflow=overflow,
         overlap=options.chunk_overlap or 0,
-        on_error=on_error or "fail",
+        on_error=on_error,
+        max_chunks=settings.max_texts_per_request if limited else None,
+        max_characters=settings.max_text_characters if limited else None,
     )
 
 
@@ -198,11 +233,9 @@ def _meanings(kind: type[Options]) -> list[tuple[str, str]]:
     ]
 
 
-def _cut(asked: Asked) -> tuple[bool | None, Literal["left", "right"] | None]:
-    """Whether over-long texts are truncated, if the caller says so, and at which end."""
-    name, value = asked.get("truncate", ("", None))
-    if value is None:
-        return None, None
+def _cut(asked: Asked) -> Cut:
+    """Whether over-long texts are truncated, and at which end."""
+    name, value = asked["truncate"]
     if isinstance(value, bool | str):
         return CUTS[value]
     # vLLM's number of tokens, which is ours only if it is the model's maximum; -1 means that.
@@ -210,17 +243,3 @@ def _cut(asked: Asked) -> tuple[bool | None, Literal["left", "right"] | None]:
     if value != -1 and value < length:
         raise InvalidRequest(f"must be at least {length}, the model's maximum, or -1", field=name)
     return True, None
-
-
-def _overflow(asked: Asked, cut: bool | None) -> Overflow:
-    """How to handle over-long texts, as either field says, or else DEFAULT_OVERFLOW."""
-    name, overflow = asked.get("overflow", ("", None))
-    if cut is None:
-        return overflow or current().service.settings.default_overflow
-    if overflow is not None and cut != (overflow == "truncate"):
-        raise InvalidRequest(f"contradicts {name}; send one of the two", field=asked["truncate"][0])
-    return "truncate" if cut else (overflow or "error")
-
-
-def _direction(sent: str | None) -> Any:
-    return sent.lower() if sent else None

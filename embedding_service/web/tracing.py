@@ -7,12 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Response, current_app, request
+from flask import Flask, Response, request
 
 from embedding_service import __version__
 from embedding_service.observability.outside import SimpleQueue, start_new_thread
-from embedding_service.web.context import KEY
-from embedding_service.web.request import current
+from embedding_service.web.context import current
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -24,9 +23,7 @@ PAUSE_SECONDS, LAST_SECONDS = 0.05, 0.5
 
 
 def register(app: Flask) -> None:
-    """Attach to the app's responses if traces are sent."""
-    if not app.extensions[KEY].sends_traces:
-        return
+    """Attach to the app's responses."""
     # Imported only if traces are sent, since the packages are optional.
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -117,7 +114,7 @@ def _attributes(route: str, response: Response) -> dict[str, Any]:
     found |= {name: count for name, count in counts.items() if count is not None}
     result = current().result
     if result is not None:
-        timings, info = result.timings, current_app.extensions[KEY].engine.status().info
+        timings, info = result.timings, current().service.engine.status().info
         # https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
         found |= {
             "gen_ai.operation.name": "embeddings",

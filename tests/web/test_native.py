@@ -222,7 +222,7 @@ def test_a_bug_is_a_generic_500_and_the_log_has_the_details(client, engine, capl
 
 
 def test_requests_over_the_limit_get_429_and_health_still_answers(app, engine, client):
-    app.extensions["embedding_service"]._places.clear()
+    app.extensions["embedding_service"].places.clear()
     assert client.post("/embed", json={"texts": "a"}).status_code == 429
     assert client.get("/health").status_code == 200
 

@@ -9,13 +9,13 @@ from msgspec import Meta
 from embedding_service.errors import InvalidRequest
 from embedding_service.settings.config import Config
 from embedding_service.web.body import BodyDecoder, parse, read
-from embedding_service.web.embedding import Matrix, answer_embeddings
+from embedding_service.web.context import EMPTY
 from embedding_service.web.health import HealthAnswer, health
-from embedding_service.web.limits import EMPTY
 from embedding_service.web.operation import operation
 from embedding_service.web.options import embed
 from embedding_service.web.protocol import ApiProtocol
 from embedding_service.web.protocols import tei
+from embedding_service.web.responses import Matrix, answer, vector_headers
 
 protocol = ApiProtocol(
     "clouds",
@@ -89,7 +89,7 @@ def predict() -> Response:
         each if isinstance(each, str) else _text_of(each, index) for index, each in enumerate(body.instances)
     ]
     result = embed(texts, body.parameters or tei.TEIParameters())
-    return answer_embeddings({"predictions": result.vectors}, result)
+    return answer({"predictions": result.vectors}, headers=vector_headers())
 
 
 def _text_of(instance: VertexInstance, index: int) -> str:

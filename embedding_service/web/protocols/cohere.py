@@ -8,15 +8,12 @@ from msgspec import Meta
 
 from embedding_service.engine import Embeddings, ListTokensRequest
 from embedding_service.errors import InvalidRequest
-from embedding_service.quantization import Precision
-from embedding_service.web.body import BodyDecoder, answer, parse, read
-from embedding_service.web.context import context
-from embedding_service.web.embedding import answer_embeddings, encoded, in_precision
-from embedding_service.web.limits import check_texts
+from embedding_service.web.body import BodyDecoder, parse, read
+from embedding_service.web.context import current, current_id
 from embedding_service.web.operation import operation
 from embedding_service.web.options import Dimensions, Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
-from embedding_service.web.request import current, current_id
+from embedding_service.web.responses import answer, encoded, vector_headers
 
 
 class CohereErrorAnswer(TypedDict):
@@ -138,7 +135,7 @@ def embed_v2() -> Response:
     body = parse(_decoder)
     texts, result = _embed(body)
     found = _answer(texts, result, _by_type(body.embedding_types or ["float"], result), "2")
-    return answer_embeddings(found, result)
+    return answer(found, headers=vector_headers())
 
 
 @protocol.post("/v1/embed")
@@ -158,7 +155,7 @@ def embed_raw(raw: bytes) -> Response:
     else:
         found = _answer(texts, result, result.vectors, "1")
         found["response_type"] = "embeddings_floats"
-    return answer_embeddings(found, result)
+    return answer(found, headers=vector_headers())
 
 
 @protocol.post("/v1/tokenize")
@@ -166,9 +163,8 @@ def embed_raw(raw: bytes) -> Response:
 def tokenize() -> Response:
     """List the tokens of a text, by the model's own tokenizer."""
     texts = [parse(_tokenize_decoder).text]
-    check_texts(texts)
     request = ListTokensRequest(texts=texts, deadline=current().deadline, add_special_tokens=False)
-    (tokens,) = context().call(request).texts
+    (tokens,) = current().call(request).texts
     found: CohereTokens = {
         "tokens": tokens.ids,
         "token_strings": [
@@ -190,7 +186,7 @@ def check_key() -> Response:
 
 def _embed(body: CohereEmbedBody) -> tuple[list[str], Embeddings]:
     texts = _texts(body)
-    info = context().require_info()
+    info = current().service.require_info()
     if body.max_tokens is not None and body.max_tokens < info.max_seq_length:
         raise InvalidRequest(
             f"must be at least {info.max_seq_length}, the model's maximum, or left out",
@@ -221,11 +217,7 @@ def _texts(body: CohereEmbedBody) -> list[str]:
 def _by_type(types: list[EmbeddingType], result: Embeddings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in types:
-        if name == "base64":
-            found[name] = encoded(result.vectors, "base64")
-        else:
-            precision: Precision = "float32" if name == "float" else name
-            found[name] = in_precision(result.vectors, precision, field="embedding_types")
+        found[name] = encoded(result.vectors, name, as_base64=name == "base64", field="embedding_types")
     return found
 
 

@@ -1,7 +1,8 @@
 """POST /embed: the service's own API."""
 
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 from flask import Response
 from msgspec import Meta
@@ -9,27 +10,25 @@ from msgspec import Meta
 from embedding_service.engine import Embeddings, EmbedRequest, TokenVectorsRequest
 from embedding_service.errors import InvalidRequest
 from embedding_service.web.body import BodyDecoder, read, texts_and_inputs
-from embedding_service.web.embedding import (
+from embedding_service.web.context import current, current_id
+from embedding_service.web.operation import operation
+from embedding_service.web.options import Options, Prompt, embed_tokens, understand
+from embedding_service.web.options import embed as embed_texts
+from embedding_service.web.protocol import ApiProtocol, Failure
+from embedding_service.web.protocols import tei
+from embedding_service.web.responses import (
+    JSON,
     NPY,
     EncodedTexts,
     EncodingFormat,
     PrecisionField,
     Texts,
-    answer_embeddings,
+    answer,
     answer_npy,
     encoded,
-    in_precision,
-    listed,
-    model_name,
+    vector_headers,
     wants_npy,
 )
-from embedding_service.web.operation import JSON, operation
-from embedding_service.web.options import Options, Prompt, understand
-from embedding_service.web.options import embed as embed_texts
-from embedding_service.web.protocol import ApiProtocol, Failure
-from embedding_service.web.protocols import tei
-from embedding_service.web.request import current, current_id
-from embedding_service.web.token_vectors import answer_tokens, ask_tokens
 
 
 class ErrorAnswer(TypedDict):
@@ -136,76 +135,50 @@ _decoder = BodyDecoder(EmbedBody, near=True)
 @operation({200: EmbedAnswer}, media=(JSON, NPY), body=_decoder, embeds=True, variant=tei.embed)
 def embed() -> Response:
     """Embed one or more texts. A body for Text Embeddings Inference gets bare vectors, as there."""
-    raw = read()
+    request, raw = current(), read()
     body = _decoder.exact(raw)
     if body is None:
         own, inputs = texts_and_inputs(raw)
         if own == b"null" and inputs != b"null":
-            current().protocol = tei.protocol
+            request.protocol = tei.protocol
             return tei.embed_raw(raw)
         body = _decoder.tolerant(raw)
-    texts = listed(body.texts)
+    texts = [body.texts] if isinstance(body.texts, str) else body.texts
+    as_npy = "npy" in request.environ.get("HTTP_ACCEPT", "").lower() and wants_npy()
     if body.output == "tokens":
-        return _tokens(body, understand(texts, body))
-    if wants_npy():
-        if body.on_error == "null":
-            raise InvalidRequest("null needs a JSON response, for the errors", field="on_error")
-        if body.overflow == "chunks":
-            raise InvalidRequest(
-                "chunks needs a JSON response, for the positions of the pieces", field="overflow"
-            )
-    return _answer(body, embed_texts(texts, body, on_error=body.on_error))
-
-
-def _tokens(body: EmbedBody, wanted: EmbedRequest) -> Response:
-    for name in ("dimensions", "overflow", "precision", "encoding_format", "on_error", "priority"):
-        value = getattr(body, name)
-        if value not in (None, "truncate", "float", "float32", "fail", "normal"):
-            raise InvalidRequest("cannot be used with output: tokens", field=name)
-    if body.truncate in (False, "NONE", "START"):
-        raise InvalidRequest("cannot be used with output: tokens", field="truncate")
-    if wants_npy():
-        raise InvalidRequest("tokens needs a JSON response", field="output")
-    vectors = ask_tokens(
-        TokenVectorsRequest(
-            texts=wanted.texts,
-            deadline=wanted.deadline,
-            prompt_name=wanted.prompt_name,
-            input_type=wanted.input_type,
-            prompt=wanted.prompt,
+        return _tokens(body, understand(texts, body), as_npy=as_npy)
+    if as_npy and body.on_error == "null":
+        raise InvalidRequest("null needs a JSON response, for the errors", field="on_error")
+    if as_npy and body.overflow == "chunks":
+        raise InvalidRequest(
+            "chunks needs a JSON response, for the positions of the pieces", field="overflow"
         )
-    )
-    answer_body: EmbedAnswer = {
-        "embeddings": vectors,
-        "dimension": vectors[0].shape[1],
-        "model": model_name(),
-        "count": len(vectors),
-        "processing_time_ms": round(current().seconds * 1e3, 2),
-        "usage": {"tokens": current().tokens or 0},
-    }
-    return answer_tokens(answer_body)
-
-
-def _answer(body: EmbedBody, result: Embeddings) -> Response:
-    numbers = result.vectors
-    if result.errors and body.precision not in (None, "float32", "float16"):
-        # Integers cannot represent NaN.
-        numbers = np.nan_to_num(numbers)
-    vectors = in_precision(numbers, body.precision)
-    if wants_npy():
-        return answer_npy(vectors, result)
+    result = embed_texts(texts, body, on_error=body.on_error or "fail")
     count, dimension = result.vectors.shape
-    usage: Usage = {"tokens": result.tokens, "truncated": result.truncated}
-    if result.chunks is not None:
-        usage["chunks"] = sum(map(len, result.chunks))
-    found: EmbedAnswer = {
-        "embeddings": encoded(vectors, body.encoding_format or "float"),
+    vectors: Any = result.vectors
+    if body.precision is not None or body.encoding_format == "base64":
+        # Integers cannot represent NaN.
+        numbers = vectors if body.precision in (None, "float32", "float16") else np.nan_to_num(vectors)
+        vectors = encoded(numbers, body.precision, as_base64=body.encoding_format == "base64" and not as_npy)
+    if as_npy:
+        return answer_npy(vectors, len(result.truncated))
+    found: dict[str, Any] = {
+        "embeddings": vectors,
         "dimension": dimension,
-        "model": model_name(),
+        "model": request.service.model_name,
         "count": count,
-        "processing_time_ms": round(current().seconds * 1e3, 2),
-        "usage": usage,
+        "processing_time_ms": round(request.seconds * 1e3, 2),
+        "usage": {"tokens": result.tokens, "truncated": result.truncated},
     }
+    if result.chunks is not None or body.on_error == "null":
+        _add_parts(found, body, result)
+    return answer(found, headers=vector_headers())
+
+
+def _add_parts(found: dict[str, Any], body: EmbedBody, result: Embeddings) -> None:
+    """Add the pieces that were embedded, and the texts that were not."""
+    if result.chunks is not None:
+        found["usage"]["chunks"] = sum(map(len, result.chunks))
     if body.overflow == "chunks":
         found["chunks"] = [
             {"text": index, "start": chunk.start, "end": chunk.stop}
@@ -216,8 +189,26 @@ def _answer(body: EmbedBody, result: Embeddings) -> Response:
         bad = {error.index for error in result.errors}
         if body.overflow != "chunks":
             found["embeddings"] = [None if i in bad else one for i, one in enumerate(found["embeddings"])]
-        found["errors"] = [
-            {"index": error.index, "error_type": error.error_type, "reason": error.reason}
-            for error in result.errors
-        ]
-    return answer_embeddings(found, result)
+        found["errors"] = [msgspec.structs.asdict(error) for error in result.errors]
+
+
+def _tokens(body: EmbedBody, wanted: EmbedRequest, *, as_npy: bool) -> Response:
+    for name in ("dimensions", "overflow", "precision", "encoding_format", "on_error", "priority"):
+        value = getattr(body, name)
+        if value not in (None, "truncate", "float", "float32", "fail", "normal"):
+            raise InvalidRequest("cannot be used with output: tokens", field=name)
+    if body.truncate in (False, "NONE", "START"):
+        raise InvalidRequest("cannot be used with output: tokens", field="truncate")
+    if as_npy:
+        raise InvalidRequest("tokens needs a JSON response", field="output")
+    fields = ("texts", "deadline", "prompt_name", "input_type", "prompt")
+    vectors = embed_tokens(TokenVectorsRequest(**{name: getattr(wanted, name) for name in fields}))
+    found: EmbedAnswer = {
+        "embeddings": vectors,
+        "dimension": vectors[0].shape[1],
+        "model": current().service.model_name,
+        "count": len(vectors),
+        "processing_time_ms": round(current().seconds * 1e3, 2),
+        "usage": {"tokens": current().tokens or 0},
+    }
+    return answer(found, headers=vector_headers())

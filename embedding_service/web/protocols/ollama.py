@@ -9,17 +9,15 @@ from msgspec import Meta
 
 from embedding_service.engine import ListTokensRequest, ModelInfo
 from embedding_service.errors import InvalidRequest, NotFound, Unavailable
-from embedding_service.web.body import BodyDecoder, answer, parse
-from embedding_service.web.context import context
+from embedding_service.web.body import BodyDecoder, parse
+from embedding_service.web.context import current
 from embedding_service.web.elsewhere import instead
-from embedding_service.web.embedding import Matrix, Texts, Vector, answer_embeddings, listed, model_name
 from embedding_service.web.fields import check_others
-from embedding_service.web.limits import check_texts, max_tokens
 from embedding_service.web.operation import JSON, operation
 from embedding_service.web.options import Options
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
-from embedding_service.web.request import current
+from embedding_service.web.responses import Matrix, Texts, Vector, answer, listed, vector_headers
 
 JSON_LINES = "application/x-ndjson"
 STARTED = datetime.now(UTC).isoformat()
@@ -229,7 +227,7 @@ def embed() -> Response:
     if body.dimensions == 0:
         body = msgspec.structs.replace(body, dimensions=None)
     result = embed_texts(texts, body)
-    return answer_embeddings(_answer(result.vectors, result.tokens), result)
+    return answer(_answer(result.vectors, result.tokens), headers=vector_headers())
 
 
 @protocol.post("/api/embeddings")
@@ -245,14 +243,14 @@ def embeddings() -> Response:
     options = msgspec.structs.replace(body, prompt=None)
     result = embed_texts([body.prompt], options, lambda _index: ("prompt", None), normalize=False)
     found: OllamaEmbeddingsAnswer = {"embedding": result.vectors[0]}
-    return answer_embeddings(found, result)
+    return answer(found, headers=vector_headers())
 
 
 @protocol.get("/api/tags")
 @operation({200: OllamaTags}, raises=(Unavailable,))
 def tags() -> Response:
     """List the model under all its names, its own first."""
-    info = context().require_info()
+    info = current().service.require_info()
     found: OllamaTags = {"models": [_model(info, name) for name in _names(info)]}
     return answer(found)
 
@@ -261,12 +259,12 @@ def tags() -> Response:
 @operation({200: OllamaRunning}, raises=(Unavailable,))
 def running() -> Response:
     """List the model, which is always loaded."""
-    info = context().require_info()
+    info = current().service.require_info()
     one: OllamaRunningModel = {
         **_model(info, _names(info)[0]),
         "expires_at": FOREVER,
         "size_vram": 0 if info.device == "cpu" else info.size_bytes,
-        "context_length": max_tokens(info),
+        "context_length": current().service.max_tokens(info),
     }
     found: OllamaRunning = {"models": [one]}
     return answer(found)
@@ -277,7 +275,7 @@ def running() -> Response:
 def show() -> Response:
     """Describe the model, whatever name is sent."""
     parse(_name_decoder)
-    info = context().require_info()
+    info = current().service.require_info()
     kind = info.architecture
     found: OllamaShow = {
         "license": "",
@@ -289,7 +287,7 @@ def show() -> Response:
             "general.architecture": kind,
             "general.basename": info.model_name,
             "general.parameter_count": info.parameters,
-            f"{kind}.context_length": max_tokens(info),
+            f"{kind}.context_length": current().service.max_tokens(info),
             f"{kind}.embedding_length": info.embedding_dimension,
         },
         "capabilities": ["embedding"],
@@ -303,7 +301,7 @@ def show() -> Response:
 def pull() -> Response:
     """Succeed at once for a name of the model; another one would not be listed afterwards."""
     body = parse(_name_decoder)
-    names = _names(context().require_info())
+    names = _names(current().service.require_info())
     wanted = body.model or body.name or names[0]
     if _tagged(wanted).lower() not in map(str.lower, names):
         raise NotFound(
@@ -333,7 +331,7 @@ def generate() -> Response:
     if body.prompt:
         raise NotFound(instead(request.path))
     found: OllamaGenerated = {
-        "model": body.model or model_name(),
+        "model": body.model or current().service.model_name,
         "created_at": datetime.now(UTC).isoformat(),
         "response": "",
         "done": True,
@@ -353,15 +351,19 @@ def version() -> Response:
 def _check_options(options: dict[str, Any] | None, texts: list[str], *, normalizes: bool = True) -> None:
     """Raises InvalidRequest for options that would change the vectors: a window that would cut a text."""
     check_others((), options or {}, "options.", normalizes=normalizes)
-    window, info = (options or {}).get("num_ctx"), context().status().info
+    window, info = (options or {}).get("num_ctx"), current().service.status().info
     # In Ollama, 0 means the default.
-    if info is None or not isinstance(window, int | float) or not 0 < window < max_tokens(info) or not texts:
+    if (
+        info is None
+        or not isinstance(window, int | float)
+        or not 0 < window < current().service.max_tokens(info)
+        or not texts
+    ):
         return
-    check_texts(texts)
-    tokenized = context().call(ListTokensRequest(texts=texts, deadline=current().deadline)).texts
+    tokenized = current().call(ListTokensRequest(texts=texts, deadline=current().deadline)).texts
     longest = max(len(each.ids) for each in tokenized)
     if longest > window:
-        wanted = min(longest, max_tokens(info))
+        wanted = min(longest, current().service.max_tokens(info))
         raise InvalidRequest(
             f"must be at least {wanted} for these texts, or left out", field="options.num_ctx"
         )
@@ -371,7 +373,9 @@ def _names(info: ModelInfo) -> list[str]:
     """Its own name, those of SERVED_MODEL_NAME and Ollama's library, and that of Ollama's examples."""
     short = info.model_name.rstrip("/").rpartition("/")[2].lower()
     library = LIBRARY_NAMES.get(short, ())
-    return list(dict.fromkeys(map(_tagged, [info.model_name, *context().names, *library, short, "any"])))
+    return list(
+        dict.fromkeys(map(_tagged, [info.model_name, *current().service.names, *library, short, "any"]))
+    )
 
 
 def _tagged(name: str) -> str:
@@ -412,7 +416,7 @@ def _model(info: ModelInfo, name: str) -> OllamaModel:
 
 def _answer(vectors: Any, tokens: int) -> OllamaEmbedAnswer:
     return {
-        "model": model_name(),
+        "model": current().service.model_name,
         "embeddings": vectors,
         "total_duration": round(current().seconds * 1e9),
         "load_duration": 0,

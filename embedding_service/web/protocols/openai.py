@@ -8,22 +8,18 @@ from flask import Response
 from msgspec import Meta
 
 from embedding_service.errors import InvalidRequest, Unavailable
-from embedding_service.quantization import Precision
-from embedding_service.web.body import BodyDecoder, answer, read, try_decode
-from embedding_service.web.context import context
-from embedding_service.web.embedding import (
-    EncodedVector,
-    EncodingFormat,
-    answer_embeddings,
-    encoded,
-    in_precision,
-    model_name,
-)
-from embedding_service.web.limits import max_tokens
+from embedding_service.web.body import BodyDecoder, read, try_decode
+from embedding_service.web.context import current
 from embedding_service.web.operation import operation
 from embedding_service.web.options import Dimensions, Options, Prompt, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
-from embedding_service.web.request import current
+from embedding_service.web.responses import (
+    EncodedVector,
+    EncodingFormat,
+    answer,
+    encoded,
+    vector_headers,
+)
 
 STARTED = int(time.time())
 
@@ -77,14 +73,6 @@ protocol = ApiProtocol(
 )
 
 
-# Voyage's and Jina's names for the number formats. Neither has float16, whose name follows the others.
-PRECISIONS: dict[str, Precision] = {
-    "float16": "float16",
-    "int8": "int8",
-    "uint8": "uint8",
-    "binary": "binary",
-    "ubinary": "ubinary",
-}
 OutputDtype = Annotated[
     Literal["float", "float32", "float16", "int8", "uint8", "binary", "ubinary"],
     Meta(description="Voyage's name for the number format of the vectors; see `precision` of /embed."),
@@ -251,20 +239,21 @@ def embeddings(name: str = "") -> Response:
     if body.output_dtype is not None and body.embedding_type is not None:
         raise InvalidRequest("cannot be sent together with output_dtype", field="embedding_type")
     field = "output_dtype" if body.embedding_type is None else "embedding_type"
-    numbers = in_precision(result.vectors, PRECISIONS.get(getattr(body, field) or ""), field)
-    encoding = body.encoding_format or ("base64" if body.embedding_type == "base64" else "float")
+    as_base64 = (body.encoding_format or body.embedding_type) == "base64"
     data: list[OpenAIEmbedding] = [
         {"object": "embedding", "index": index, "embedding": vector}
-        for index, vector in enumerate(encoded(numbers, encoding))
+        for index, vector in enumerate(
+            encoded(result.vectors, getattr(body, field), as_base64=as_base64, field=field)
+        )
     ]
     found: OpenAIEmbedAnswer = {
         "id": current().id,
         "object": "list",
         "data": data,
-        "model": model_name(),
+        "model": current().service.model_name,
         "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
     }
-    return answer_embeddings(found, result)
+    return answer(found, headers=vector_headers())
 
 
 @protocol.get("/v1/models")
@@ -307,7 +296,7 @@ def lm_studio_model(name: str) -> Response:
 
 
 def _lm_studio_model() -> LMStudioModel:
-    info = context().require_info()
+    info = current().service.require_info()
     return {
         "id": info.model_name,
         "object": "model",
@@ -317,12 +306,12 @@ def _lm_studio_model() -> LMStudioModel:
         "compatibility_type": "safetensors",
         "quantization": info.dtype,
         "state": "loaded",
-        "max_context_length": max_tokens(info),
+        "max_context_length": current().service.max_tokens(info),
     }
 
 
 def _model() -> OpenAIModel:
-    info = context().require_info()
+    info = current().service.require_info()
     return {"id": info.model_name, "object": "model", "created": STARTED, "owned_by": "embedding-service"}
 
 
@@ -346,7 +335,7 @@ def _parse() -> OpenAIEmbedBody:
         return _decoder.decode(raw)
     except InvalidRequest:
         if ids := _token_ids(raw):
-            if decode := context().decode_ids:
+            if decode := current().service.decode_ids:
                 body = msgspec.json.decode(raw) | {"input": decode(ids)}
                 return _decoder.decode(msgspec.json.encode(body))
             raise InvalidRequest(

@@ -8,17 +8,14 @@ from msgspec import Meta
 
 from embedding_service.engine import ListTokensRequest, TokenizedText, TokenVectorsRequest
 from embedding_service.errors import InvalidRequest, TooLarge
-from embedding_service.web.body import BodyDecoder, answer, parse, read, texts_and_inputs
-from embedding_service.web.context import context
-from embedding_service.web.embedding import Matrix, Texts, Vector, answer_embeddings, listed
-from embedding_service.web.limits import EMPTY, check_texts
+from embedding_service.web.body import BodyDecoder, parse, read, texts_and_inputs
+from embedding_service.web.context import EMPTY, current
 from embedding_service.web.operation import operation
-from embedding_service.web.options import Options, Prompt, PromptName
+from embedding_service.web.options import Options, Prompt, PromptName, embed_tokens
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import cohere
-from embedding_service.web.request import current
-from embedding_service.web.token_vectors import Matrices, answer_tokens, ask_tokens
+from embedding_service.web.responses import Matrices, Matrix, Texts, Vector, answer, listed, vector_headers
 
 # A token takes about sixty bytes of JSON, so /tokenize accepts fewer characters than /embed.
 MAX_TOKENIZE_CHARACTERS = 1_000_000
@@ -139,7 +136,7 @@ def _compare(body: SimilarityBody) -> Response:
         body.parameters or TEIParameters(),
         lambda index: ("inputs.sentences", index - 1) if index else ("inputs.source_sentence", None),
     )
-    return answer_embeddings(result.vectors[1:] @ result.vectors[0], result)
+    return answer(result.vectors[1:] @ result.vectors[0], headers=vector_headers())
 
 
 @protocol.post("/")
@@ -168,10 +165,12 @@ def embed_raw(raw: bytes) -> Response:
     given = {name: getattr(body, name) if value is None else value for name, value in inner.items()}
     texts = listed(body.inputs)
     result = embed_texts(texts, TEIParameters(**given))
-    response = answer_embeddings(result.vectors, result)
-    response.headers["x-compute-characters"] = str(sum(map(len, texts)))
-    response.headers["x-compute-time"] = response.headers["x-total-time"]
-    return response
+    headers = vector_headers()
+    headers += [
+        ("x-compute-characters", str(sum(map(len, texts)))),
+        ("x-compute-time", dict(headers)["x-total-time"]),
+    ]
+    return answer(result.vectors, headers=headers)
 
 
 @protocol.post("/embed_all")
@@ -185,7 +184,7 @@ def embed_all() -> Response:
         prompt_name=body.prompt_name,
         prompt=body.prompt,
     )
-    return answer_tokens(ask_tokens(request))
+    return answer(embed_tokens(request), headers=vector_headers())
 
 
 @protocol.post("/tokenize")
@@ -194,7 +193,6 @@ def tokenize() -> Response:
     """List the tokens of texts of any length, with the characters that each token covers."""
     body = parse(_tokenize_decoder)
     texts = listed(body.inputs)
-    check_texts(texts)
     characters = sum(map(len, texts))
     if characters > MAX_TOKENIZE_CHARACTERS:
         raise TooLarge(
@@ -204,7 +202,7 @@ def tokenize() -> Response:
     request = ListTokensRequest(
         texts=texts, deadline=current().deadline, add_special_tokens=body.add_special_tokens is not False
     )
-    tokenized = context().call(request).texts
+    tokenized = current().call(request).texts
     return answer([_tokens(text, tokens) for text, tokens in zip(texts, tokenized, strict=True)])
 
 

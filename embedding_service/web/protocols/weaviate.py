@@ -7,13 +7,12 @@ from flask import Response
 from msgspec import Meta
 
 from embedding_service.errors import InvalidRequest, Unavailable
-from embedding_service.web.body import BodyDecoder, answer, parse
-from embedding_service.web.context import context
-from embedding_service.web.embedding import Matrix, Vector, answer_embeddings
-from embedding_service.web.limits import max_tokens
+from embedding_service.web.body import BodyDecoder, parse
+from embedding_service.web.context import current
 from embedding_service.web.operation import operation
 from embedding_service.web.options import Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
+from embedding_service.web.responses import Matrix, Vector, answer, vector_headers
 
 
 class WeaviateErrorAnswer(TypedDict):
@@ -110,12 +109,12 @@ def vectors() -> Response:
     found: WeaviateBatchAnswer | WeaviateAnswer = {"vectors": result.vectors, "dims": dims}
     if body.texts is None:
         found = {"text": texts[0], "vector": result.vectors[0], "dim": dims, "dims": dims}
-    return answer_embeddings(found, result)
+    return answer(found, headers=vector_headers())
 
 
 def _check_pooling(strategy: str | None) -> None:
     """Raises InvalidRequest if the user chose another pooling than the model's."""
-    info = context().status().info
+    info = current().service.status().info
     # Weaviate sends masked_mean by default.
     if info is not None and strategy not in (None, "", "masked_mean", info.pooling):
         raise InvalidRequest(
@@ -132,12 +131,12 @@ def _place_of_one(_index: int) -> tuple[str, None]:
 @operation({200: WeaviateMeta}, raises=(Unavailable,))
 def meta() -> Response:
     """Describe the model."""
-    info = context().require_info()
+    info = current().service.require_info()
     found: WeaviateMeta = {
         "model": info.model_name,
         "model_type": info.pooling,
         "embedding_dimension": info.embedding_dimension,
-        "max_seq_length": max_tokens(info),
+        "max_seq_length": current().service.max_tokens(info),
     }
     return answer(found)
 
@@ -146,7 +145,7 @@ def meta() -> Response:
 @operation({204: None}, raises=(Unavailable,), public=True)
 def ready() -> Response:
     """204 only if the service can serve requests."""
-    status = context().status()
+    status = current().service.status()
     if status.state != "healthy":
         raise Unavailable(status.reason, retry_after_seconds=1)
     return Response(status=204)
@@ -156,6 +155,6 @@ def ready() -> Response:
 @operation({204: None}, raises=(Unavailable,), public=True)
 def live() -> Response:
     """503 only if nothing but a restart helps."""
-    if context().engine.must_restart():
-        raise Unavailable(context().status().reason, retry_after_seconds=1)
+    if current().service.engine.must_restart():
+        raise Unavailable(current().service.status().reason, retry_after_seconds=1)
     return Response(status=204)
