@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from embedding_service.engine import Chunk, Embeddings, EmbedRequest, Timings
+from embedding_service.engine import Chunk
 from embedding_service.errors import InvalidRequest
-from embedding_service.inference.pieces import embed_in_passes, means
+from embedding_service.inference.pending import means_of
 from embedding_service.inference.preprocessing import without_limits
 from embedding_service.inference.splitting import Splitter, end_of_piece, start_of_next
 from tests.service import ROOT
@@ -113,43 +113,6 @@ def test_a_prompt_that_fills_the_window_is_named_in_the_error(splitter):
     assert info.value.field is None
 
 
-def split_into_letters(request: EmbedRequest) -> list[list[Chunk]]:
-    return [[Chunk(i, i + 1, 1) for i in range(0, len(text), 2)] for text in request.texts]
-
-
-def embed_letters(request: EmbedRequest) -> Embeddings:
-    """Truncates "b", and fails on "x"."""
-    if "x" in request.texts:
-        raise InvalidRequest("is bad", index=request.texts.index("x"))
-    cut = [index for index, text in enumerate(request.texts) if text == "b"]
-    vectors = np.array([[ord(text), 1] for text in request.texts], np.float32)
-    return Embeddings(vectors=vectors, tokens=len(vectors), truncated=cut, timings=Timings())
-
-
-def embed_in_letters(*texts: str, **fields) -> Embeddings:
-    request = EmbedRequest(texts=list(texts), deadline=0, **fields)
-    return embed_in_passes(request, embed_letters, split_into_letters, 2)
-
-
-def test_a_truncated_piece_is_reported_as_its_text():
-    result = embed_in_letters("c", "a b", "b b", overflow="mean")
-    assert result.truncated == [1, 2]
-    assert [len(own) for own in result.chunks] == [1, 2, 2]
-
-
-def test_a_text_with_a_bad_piece_has_no_chunks_and_the_others_have():
-    result = embed_in_letters("c", "a x", "b b", "x", overflow="chunks", on_error="null")
-    assert result.vectors[:, 0].tolist() == [ord("c"), ord("b"), ord("b")]
-    assert [len(own) for own in result.chunks] == [1, 0, 2, 0]
-    assert [(error.index, error.reason) for error in result.errors] == [(1, "is bad"), (3, "is bad")]
-    assert (result.truncated, result.tokens) == ([2], 3)
-
-
-def test_if_every_text_is_bad_there_are_no_chunks():
-    result = embed_in_letters("x", "x a", overflow="chunks", on_error="null")
-    assert (result.vectors.shape, result.chunks) == ((0, 2), [[], []])
-
-
 def test_a_model_that_reads_everything_gets_whole_texts(oracle):
     assert [len(own) for own in Splitter(plain(oracle), None).split([LONG, SHORT], None, 0)] == [1, 1]
 
@@ -157,8 +120,8 @@ def test_a_model_that_reads_everything_gets_whole_texts(oracle):
 def test_the_mean_is_weighted_by_tokens_and_keeps_single_pieces_unchanged():
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
     chunks = [[Chunk(0, 1, 3), Chunk(1, 2, 1)], [Chunk(0, 1, 7)]]
-    assert np.array_equal(means(vectors, chunks, normalize=False)[0], np.float32([0.75, 0.25]))
-    found = means(vectors, chunks, normalize=True)
+    assert np.array_equal(means_of(vectors, chunks, normalize=False)[0], np.float32([0.75, 0.25]))
+    found = means_of(vectors, chunks, normalize=True)
     assert np.allclose(found[0], np.array([3, 1]) / np.sqrt(10))
     assert np.array_equal(found[1], vectors[2])
 

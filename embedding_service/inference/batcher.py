@@ -3,20 +3,21 @@
 import contextlib
 import logging
 import os
+import queue
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
-from embedding_service.engine import EmbedRequest, Outcome, Receiver
+from embedding_service.engine import EmbedRequest, Outcome, Receiver, Vectors
 from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
 from embedding_service.inference.execution import Computed, execute
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest, Share, normalize
 from embedding_service.inference.runtime import DeviceLost, Lane
 from embedding_service.inference.scheduler import Scheduler
-from embedding_service.inference.tokenization import is_large, tokenize_part, tokenize_together
+from embedding_service.inference.tokenization import cut_next, is_large, tokenize_part, tokenize_together
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 NICENESS = 10
 
 Failure = tuple[PendingRequest, ServiceError]
+Ended = tuple[PendingRequest, ServiceError | None]
+# A batch, its tokens, and the requests whose deadline has passed.
+Turn = tuple[list[Share], int, list[PendingRequest]]
 
 
 class Batcher:
@@ -49,14 +53,13 @@ class Batcher:
         self._running: dict[Lane, float] = {}
         # The streams that sleep, with the lock that wakes each; the one that ran last comes last.
         self._sleeping: dict[Lane, threading.Lock] = {}
-        self._large: deque[PendingRequest] = deque()
-        self._large_came = threading.Condition(self._lock)
-        threading.Thread(target=self._tokenize_forever, name="tokenizer", daemon=True).start()
-        streams = [*model.lanes, *([model.whole] if model.whole else [])]
-        for number, stream in enumerate(streams):
-            threading.Thread(
-                target=self._run_forever, args=(stream,), name=f"model-{number}", daemon=True
-            ).start()
+        # A thread each: a request that is cut delays no other that is tokenized.
+        self._to_cut: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
+        self._large: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
+        for waiting, step in ((self._to_cut, self._cut), (self._large, self._tokenize)):
+            self._start(self._step_forever, waiting, step, name=step.__name__.strip("_"))
+        for number, stream in enumerate([*model.lanes, *([model.whole] if model.whole else [])]):
+            self._start(self._run_forever, stream, name=f"model-{number}")
 
     @property
     def running_since(self) -> float | None:
@@ -75,9 +78,10 @@ class Batcher:
         """
         now = time.monotonic()
         small: dict[Hashable, list[PendingRequest]] = {}
-        large: list[PendingRequest] = []
+        ready: list[PendingRequest] = []
+        to_cut: list[PendingRequest] = []
+        done: list[PendingRequest] = []
         outcomes: list[tuple[int, Outcome]] = []
-        looked_up, hits = 0, 0
         with self._reading:
             for number, request in calls:
                 try:
@@ -85,26 +89,24 @@ class Batcher:
                 except Exception as error:
                     outcomes.append((number, _reported(error)))
                     continue
-                if pending.caches:
-                    looked_up += len(request.texts)
-                    hits += pending.distinct.hits
-                if not pending.missing:
-                    outcomes.append((number, self._outcome(pending)))
+                if pending.chunks is not None:
+                    to_cut.append(pending)
+                elif not pending.missing:
+                    done.append(pending)
                 elif is_large(pending):
-                    large.append(pending)
+                    ready.append(pending)
                 else:
                     small.setdefault(pending.context, []).append(pending)
-        if looked_up:
-            metrics.record_cache(hits, looked_up - hits)
-        ready = large
         for together in small.values():
             worth = self._worth_tokenizing(together, outcomes, now) if self._scheduler.busy else together
             fine, failed = tokenize_together(self._model, worth) if worth else ([], [])
-            ready += fine
+            for pending in fine:
+                (ready if pending.missing else done).append(pending)
             outcomes += [(one.number, error) for one, error in failed]
-        if ready:
+        if ready or to_cut:
             with self._lock:
-                outcomes += [(one.number, error) for one, error in self._accept(ready, now)]
+                outcomes += [(one.number, error) for one, error in self._accept(ready, to_cut, now)]
+        outcomes += [(one.number, self._outcome(one)) for one in done]
         if outcomes:
             _hand_over(receiver, outcomes)
 
@@ -119,10 +121,15 @@ class Batcher:
         with self._lock:
             self._closed = reason
             waiting = self._scheduler.pending()
-            self._large_came.notify()
             while self._sleeping:
                 self._sleeping.popitem()[1].release()
+        self._to_cut.put(None)
+        self._large.put(None)
         self._fail((one, Unavailable(reason, retry_after_seconds=1)) for one in waiting)
+
+    @staticmethod
+    def _start(run: Callable[..., None], *arguments: Any, name: str) -> None:
+        threading.Thread(target=run, args=arguments, name=name, daemon=True).start()
 
     # Into the queue
 
@@ -140,43 +147,64 @@ class Batcher:
                     outcomes.append((pending.number, error))
         return worth
 
-    def _accept(self, ready: list[PendingRequest], now: float) -> list[Failure]:
-        """Queue requests; returns those that are refused. The caller holds the lock."""
+    def _accept(self, ready: list[PendingRequest], to_cut: list[PendingRequest], now: float) -> list[Failure]:
+        """Queue requests, or let them be cut; returns those that are refused. Needs the lock."""
         refused: list[Failure] = []
-        for pending in ready:
+        for pending in (*ready, *to_cut):
             try:
-                if self._closed is not None:
-                    raise Unavailable(self._closed, retry_after_seconds=1)
-                self._scheduler.accept(pending, now)
-                if pending.tokenized is None:
-                    self._large.append(pending)
-                    self._large_came.notify()
+                self._accept_one(pending, now)
             except Exception as error:
                 self._scheduler.end(pending)
                 refused.append((pending, _reported(error)))
         self._wake()
         return refused
 
-    def _tokenize_forever(self) -> None:
-        while True:
-            with self._lock:
-                while not self._large:
-                    if self._closed is not None:
-                        return
-                    self._large_came.wait()
-                pending = self._large.popleft()
+    def _accept_one(self, pending: PendingRequest, now: float) -> None:
+        if self._closed is not None:
+            raise Unavailable(self._closed, retry_after_seconds=1)
+        if not pending.missing:
+            self._scheduler.hold(pending)
+            self._to_cut.put(pending)
+            return
+        self._scheduler.accept(pending, now)
+        if pending.tokenized is None:
+            self._large.put(pending)
+
+    def _step_forever(
+        self, waiting: queue.SimpleQueue[PendingRequest | None], step: Callable[[PendingRequest], bool]
+    ) -> None:
+        """Take the next step of one request after another, in turn, until the batcher closes."""
+        while (pending := waiting.get()) is not None:
             if pending.finished:
                 continue
             try:
-                part = tokenize_part(self._model, pending, idle=not self._running)
-                with self._lock:
-                    if not pending.finished:
-                        self._scheduler.extend(pending, part)
-                        self._wake()
-                        if pending.arrived < len(pending.distinct.texts):
-                            self._large.append(pending)
+                if step(pending):
+                    waiting.put(pending)
             except Exception as error:
                 self._fail([(pending, _reported(error))])
+
+    def _cut(self, pending: PendingRequest) -> bool:
+        """Cut the next texts of a request; whether there are more. Its pieces are queued like texts."""
+        pieces = cut_next(self._model, pending)
+        if pieces is None:
+            return True
+        with self._lock:
+            if not pending.finished:
+                self._scheduler.look_up(pending, pieces)
+                if pending.missing:
+                    self._accept_one(pending, time.monotonic())
+        self._finish(pending)
+        return False
+
+    def _tokenize(self, pending: PendingRequest) -> bool:
+        """Tokenize the next part of a large request; whether there are more."""
+        part = tokenize_part(self._model, pending, idle=not self._running)
+        with self._lock:
+            if not pending.finished:
+                self._scheduler.extend(pending, part)
+                self._wake()
+        self._finish(pending)
+        return pending.arrived < len(pending.distinct.texts)
 
     # Through the streams
 
@@ -184,38 +212,38 @@ class Batcher:
         """A stream's thread; ends if the batcher closes, the device is lost, or its own code is faulty."""
         if self._model.whole is not None and stream is not self._model.whole:
             _be_nice()
+        woken = threading.Lock()
+        woken.acquire()
+        turn: Turn | None = None
         try:
-            while (taken := self._take(stream)) is not None:
-                shares, tokens, late = taken
-                if late:
-                    error = DeadlineExceeded("the deadline passed in the queue")
-                    self._fail((pending, error) for pending in late)
-                self._run(shares, tokens, stream)
+            with self._lock:
+                turn = self._take(stream, woken)
+            while self._closed is None:
+                if turn is None:
+                    woken.acquire()
+                    with self._lock:
+                        turn = self._take(stream, woken)
+                else:
+                    turn = self._run(*turn, stream, woken)
         except DeviceLost as error:
             self._lose(str(error))
         except BaseException:
             log.critical("The batcher failed", exc_info=True)
             self._lose("the batcher failed")
 
-    def _take(self, stream: Lane) -> tuple[list[Share], int, list[PendingRequest]] | None:
-        """Wait for work and take a batch; None once the batcher is closed."""
-        asleep: threading.Lock | None = None
-        while True:
-            with self._lock:
-                if self._closed is not None:
-                    return None
-                if self._scheduler and self._suits(stream):
-                    now = time.monotonic()
-                    taken = self._scheduler.take(now)
-                    self._running[stream] = now
-                    self._wake()
-                    return taken
-                if asleep is None:
-                    asleep = threading.Lock()
-                    asleep.acquire()
-                self._sleeping[stream] = asleep
-                self._wake()
-            asleep.acquire()
+    def _take(self, stream: Lane, woken: threading.Lock) -> Turn | None:
+        """Take a batch, or None: then the stream sleeps until `woken` is released. Needs the lock."""
+        if self._closed is not None:
+            return None
+        turn: Turn | None = None
+        if self._scheduler and self._suits(stream):
+            now = time.monotonic()
+            turn = self._scheduler.take(now)
+            self._running[stream] = now
+        else:
+            self._sleeping[stream] = woken
+        self._wake()
+        return turn
 
     def _suits(self, stream: Lane) -> bool:
         """Whether a stream should take a batch: the one with all cores only one that is alone."""
@@ -223,7 +251,7 @@ class Batcher:
 
     def _wake(self) -> None:
         """Wake a stream if texts wait: of those that suit, the one that ran last. Needs the lock."""
-        if not self._scheduler or not self._sleeping:
+        if not self._sleeping or not self._scheduler:
             return
         all_cores = self._model.whole
         if all_cores in self._sleeping and self._suits(all_cores):
@@ -234,34 +262,54 @@ class Batcher:
                 self._sleeping.pop(stream).release()
                 return
 
-    def _run(self, shares: list[Share], tokens: int, stream: Lane) -> None:
-        """Embed a batch. Raises DeviceLost; any other fault of ours fails the requests in the batch."""
+    def _run(
+        self,
+        shares: list[Share],
+        tokens: int,
+        late: list[PendingRequest],
+        stream: Lane,
+        woken: threading.Lock,
+    ) -> Turn | None:
+        """Embed a batch and take the next one. Raises DeviceLost; another fault of ours fails the batch."""
 
         def started(began: float) -> None:
             self._running[stream] = began
 
+        if late:
+            too_late = DeadlineExceeded("the deadline passed in the queue")
+            self._fail((pending, too_late) for pending in late)
+        ended: list[Ended] = []
+        computed: list[Computed] = []
+        fault: Exception | None = None
         try:
-            for result in execute(
-                shares, self._model, stream, on_start=started, on_out_of_memory=self._lower
-            ):
-                if isinstance(result, Computed):
-                    tokens -= result.tokens
-                    self._deliver(result, stream)
-                else:
-                    pending, rows = result.share
-                    error = ModelFailure(result.why, index=pending.index_of(int(rows[0])))
-                    self._fail([(pending, error)])
+            computed = execute(shares, self._model, stream, on_start=started, on_out_of_memory=self._lower)
+            units = [one.vectors if self._model.normalized else normalize(one.vectors) for one in computed]
         except DeviceLost:
             raise
         except Exception as error:
-            reported = _reported(error)
-            self._fail((pending, reported) for pending, _ in shares)
-        finally:
-            # Usually the delivery has done this already.
-            if tokens or stream in self._running:
-                with self._lock:
-                    self._scheduler.ran(tokens)
-                    self._running.pop(stream, None)
+            fault = error
+        with self._lock:
+            self._running.pop(stream, None)
+            self._scheduler.ran(tokens)
+            try:
+                if fault is not None:
+                    raise fault
+                for one, unit in zip(computed, units, strict=True):
+                    ended += self._deliver(one, unit, stream)
+            except Exception as error:
+                reported = _reported(error)
+                ended += [(pending, reported) for pending, _ in shares if self._scheduler.end(pending)]
+            following = self._take(stream, woken)
+        outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
+        for pending, failure in ended:
+            outcome = failure or self._outcome(pending)
+            outcomes.setdefault(pending.receiver, []).append((pending.number, outcome))
+        for receiver, together in outcomes.items():
+            _hand_over(receiver, together)
+        for one in computed:
+            if not one.failed:
+                metrics.record_batch(len(one.vectors), one.tokens, one.padded, one.ended - one.began)
+        return following
 
     def _lower(self) -> None:
         with self._lock:
@@ -273,25 +321,32 @@ class Batcher:
 
     # To the receivers
 
-    def _deliver(self, computed: Computed, stream: Lane) -> None:
-        vectors, began, ended = computed.vectors, computed.began, computed.ended
-        unit = vectors if self._model.normalized else normalize(vectors)
+    def _deliver(self, computed: Computed, unit: Vectors, stream: Lane) -> Iterator[Ended]:
+        """Give the requests their vectors; yields those that have ended, with their error. Needs the lock."""
+        for (pending, rows), why in computed.failed:
+            try:
+                pending.refuse_row(int(rows[0]) - pending.first, ModelFailure(why))
+            except ServiceError as error:
+                if self._scheduler.end(pending):
+                    yield pending, error
+        if not computed.failed and stream is not self._model.whole:
+            self._scheduler.measure(computed.padded, computed.began, computed.ended)
+        for pending in self._scheduler.deliver(
+            computed.shares, computed.vectors, unit, computed.began, computed.ended
+        ):
+            yield pending, None
+
+    def _finish(self, pending: PendingRequest) -> None:
+        """Answer a request if there is nothing left to compute for it."""
         with self._lock:
-            self._running.pop(stream, None)
-            self._scheduler.ran(computed.tokens)
-            done = self._scheduler.deliver(computed.shares, vectors, unit, began, ended)
-            if stream is not self._model.whole:
-                self._scheduler.measure(computed.padded, began, ended)
-        outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
-        for pending in done:
-            outcomes.setdefault(pending.receiver, []).append((pending.number, self._outcome(pending)))
-        for receiver, together in outcomes.items():
-            _hand_over(receiver, together)
-        metrics.record_batch(len(vectors), computed.tokens, computed.padded, ended - began)
+            whole = pending.arrived == len(pending.distinct.texts)
+            if pending.missing or not whole or not self._scheduler.end(pending):
+                return
+        _hand_over(pending.receiver, [(pending.number, self._outcome(pending))])
 
     def _outcome(self, pending: PendingRequest) -> Outcome:
         try:
-            return pending.outcome(self._model.normalized)
+            return pending.outcome(self._model)
         except Exception as error:
             return _reported(error)
 

@@ -9,7 +9,7 @@ from embedding_service.inference.tokenized import IntArray
 from embedding_service.inference.vector_cache import Cached, VectorCache
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Distinct:
     """The distinct texts of a request, and for each of its texts which one it is, as np.unique returns them.
 
@@ -21,22 +21,14 @@ class Distinct:
     cached: list[Cached] = field(default_factory=list)
     inverse: IntArray | None = None
 
-    def index_of(self, row: int) -> int:
-        """The first index in the request of a text to compute."""
-        return row if self.inverse is None else int(np.flatnonzero(self.inverse == row)[0])
+    def indices_of(self, row: int) -> list[int]:
+        """The indices in the request of a text, computed or cached."""
+        return [row] if self.inverse is None else np.flatnonzero(self.inverse == row).tolist()
 
     @property
     def hits(self) -> int:
         """How many texts of the request the cache answered."""
         return 0 if self.inverse is None else int(np.count_nonzero(self.inverse >= len(self.texts)))
-
-    @property
-    def cached_and_cut(self) -> list[int]:
-        """The indices of the cached texts that were truncated."""
-        cut = [len(self.texts) + row for row, entry in enumerate(self.cached) if entry.truncated]
-        if self.inverse is None or not cut:
-            return []
-        return np.flatnonzero(np.isin(self.inverse, cut)).tolist()
 
 
 def distinct(texts: list[str], context: Hashable, cache: VectorCache | None) -> Distinct:

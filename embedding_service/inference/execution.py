@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,9 +16,12 @@ from embedding_service.observability import metrics
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Computed:
-    """The vectors of a batch, of shape (rows, dimension), and when they were computed (monotonic clock)."""
+    """The vectors of a batch, of shape (rows, dimension), and when they were computed (monotonic clock).
+
+    `failed` are the texts without a vector, and why: their rows are not finite.
+    """
 
     shares: list[Share]
     vectors: Vectors
@@ -26,14 +29,7 @@ class Computed:
     padded: int
     began: float
     ended: float
-
-
-@dataclass(slots=True, frozen=True, eq=False)
-class Failed:
-    """The share of one text that could not be embedded, and why. If a vector follows for it, ignore it."""
-
-    share: Share
-    why: str
+    failed: list[tuple[Share, str]] = field(default_factory=list)
 
 
 def execute(
@@ -43,8 +39,9 @@ def execute(
     *,
     on_start: Callable[[float], None],
     on_out_of_memory: Callable[[], None],
-) -> Iterator[Computed | Failed]:
+) -> list[Computed]:
     """Embed a batch. If it fails, halve it until only the faulty texts are left. Raises DeviceLost."""
+    found: list[Computed] = []
     waiting = [shares]
     while waiting:
         batch = [share for share in waiting.pop() if not share[0].finished]
@@ -53,12 +50,17 @@ def execute(
         rows = rows_of(batch)
         lengths = rows[0].lengths if len(rows) == 1 else np.concatenate([part.lengths for part in rows])
         texts = len(lengths)
+        failed: list[tuple[Share, str]] = []
         began = time.monotonic()
         on_start(began)
         try:
             vectors = stream.forward(rows)
             if len(vectors) != texts:
                 raise RuntimeError(f"{len(vectors)} vectors came back for {texts} texts")
+            ended = time.monotonic()
+            if not np.isfinite(vectors).all():
+                vectors = vectors.copy()
+                failed = _recompute(batch, vectors, model)
         except DeviceLost:
             raise
         except Exception as error:
@@ -68,14 +70,17 @@ def execute(
                 on_out_of_memory()
             if texts > 1:
                 waiting += reversed(halves(batch, texts // 2))
-            else:
-                yield _failed(batch[0], error)
-            continue
-        ended = time.monotonic()
-        if not np.isfinite(vectors).all():
-            vectors = vectors.copy()
-            yield from _recompute(batch, vectors, model)
-        yield Computed(batch, vectors, int(lengths.sum()), int(lengths.max()) * texts, began, ended)
+                continue
+            log.error("A text could not be embedded", exc_info=error)
+            ended = time.monotonic()
+            vectors = np.full((1, model.info.embedding_dimension), np.nan, np.float32)
+            memory = isinstance(error, OutOfMemory)
+            failed = [
+                (batch[0], "does not fit in the device's memory" if memory else "could not be embedded")
+            ]
+        padded = int(lengths.max()) * texts
+        found.append(Computed(batch, vectors, int(lengths.sum()), padded, began, ended, failed))
+    return found
 
 
 def halves(shares: Sequence[Share], at: int) -> tuple[list[Share], list[Share]]:
@@ -92,15 +97,9 @@ def halves(shares: Sequence[Share], at: int) -> tuple[list[Share], list[Share]]:
     return first, second
 
 
-def _failed(share: Share, error: Exception) -> Failed:
-    log.error("A text could not be embedded", exc_info=error)
-    if isinstance(error, OutOfMemory):
-        return Failed(share, "does not fit in the device's memory")
-    return Failed(share, "could not be embedded")
-
-
-def _recompute(shares: list[Share], vectors: Vectors, model: Model) -> Iterator[Failed]:
-    """Replace each non-finite vector, in place, by one computed alone in float32."""
+def _recompute(shares: list[Share], vectors: Vectors, model: Model) -> list[tuple[Share, str]]:
+    """Replace each non-finite vector, in place, by one computed alone in float32; returns the others."""
+    failed = []
     texts = [(pending, rows[at : at + 1]) for pending, rows in shares for at in range(len(rows))]
     for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
         metrics.NONFINITE_RECOMPUTATIONS.inc()
@@ -108,11 +107,11 @@ def _recompute(shares: list[Share], vectors: Vectors, model: Model) -> Iterator[
         (one,) = rows_of([texts[row]])
         try:
             vectors[row] = model.exact.forward(one)[0]
-            finite = bool(np.isfinite(vectors[row]).all())
         except DeviceLost:
             raise
         except Exception:
             log.exception("Computing a vector again failed")
-            finite = False
-        if not finite:
-            yield Failed(texts[row], "has a vector that is not finite")
+        if not np.isfinite(vectors[row]).all():
+            vectors[row] = np.nan
+            failed.append((texts[row], "has a vector that is not finite"))
+    return failed

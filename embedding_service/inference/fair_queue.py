@@ -48,9 +48,9 @@ class QueueEntry:
 
     owner: Any
     deadline: float
-    bulk: bool
     background: bool
-    left: int
+    bulk: bool = False
+    left: int = 0
     tag: float = 0.0
     group: Hashable = None
     lengths: IntArray = field(default_factory=lambda: NO_ROWS)

@@ -13,7 +13,6 @@ from embedding_service.engine import (
     GRACE_SECONDS,
     AnswerT,
     AnyRequest,
-    Chunk,
     Embeddings,
     EmbedRequest,
     ListTokensRequest,
@@ -36,7 +35,6 @@ from embedding_service.errors import (
 )
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.model import Model
-from embedding_service.inference.pieces import embed_in_passes, takes_passes
 from embedding_service.inference.sampling import Sampler, find_gpu
 from embedding_service.observability import logs, metrics
 from embedding_service.settings.config import Config
@@ -49,14 +47,10 @@ STEP_TEXTS = 64
 FAILURES = {
     ListTokensRequest: "the tokens of the request could not be listed",
     TokenVectorsRequest: "the vectors of the request's tokens could not be computed",
-    EmbedRequest: "the request could not be split into pieces",
 }
 
 # An answer with vectors of tokens may hold this many numbers: about 40 MB of JSON.
 MAX_NUMBERS = 4_000_000
-
-# Requests in pieces or with bad texts wait for their passes through the batcher in as many threads.
-PASSES_THREADS = 64
 
 Item = TypeVar("Item")
 
@@ -82,10 +76,7 @@ class LocalEngine:
         self._threads = {
             ListTokensRequest: ThreadPoolExecutor(1, "tokens"),
             TokenVectorsRequest: ThreadPoolExecutor(1, "token vectors"),
-            EmbedRequest: ThreadPoolExecutor(PASSES_THREADS, "passes"),
         }
-        # One text at a time is split, whatever the number of requests.
-        self._splitting = threading.Lock()
         self._status = Status(state="loading", reason=f"loading {settings.embedding_model}")
         self.startup_error: StartupError | None = None
         self.loaded = threading.Event()
@@ -103,7 +94,7 @@ class LocalEngine:
             return
         together: list[tuple[int, EmbedRequest]] = []
         for number, request in calls:
-            if isinstance(request, EmbedRequest) and not takes_passes(request):
+            if isinstance(request, EmbedRequest):
                 together.append((number, request))
             else:
                 self._threads[type(request)].submit(self._answer, number, request, receiver)
@@ -140,8 +131,6 @@ class LocalEngine:
             _check_size(request, model)
             found = _in_steps(request, lambda texts: model.exact.embed_tokens(texts, model.prompt(request)))
             return TokenVectors(vectors=np.concatenate(found), counts=[len(one) for one in found])
-        if takes_passes(request):
-            return embed_in_passes(request, self._embed, self._split, model.info.embedding_dimension)
         return self._embed(request)
 
     def _embed(self, request: EmbedRequest) -> Embeddings:
@@ -162,15 +151,6 @@ class LocalEngine:
         if isinstance(outcome, ServiceError):
             raise outcome
         return cast(Embeddings, outcome)
-
-    def _split(self, request: EmbedRequest) -> list[list[Chunk]]:
-        def split(texts: list[str]) -> list[list[Chunk]]:
-            model = self._model
-            assert model is not None
-            with self._splitting:
-                return model.splitter.split(texts, model.prompt(request), request.overlap)
-
-        return _in_steps(request, split)
 
     def status(self) -> Status:
         return self._status

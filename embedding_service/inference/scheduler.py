@@ -2,15 +2,16 @@
 
 import numpy as np
 
-from embedding_service.engine import EmbedRequest, Receiver, Vectors
-from embedding_service.errors import InvalidRequest
+from embedding_service.engine import EmbedRequest, Receiver, Vectors, check_characters
+from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.inference.admission import Admission
-from embedding_service.inference.distinct import distinct
+from embedding_service.inference.distinct import Distinct, distinct
 from embedding_service.inference.fair_queue import SMALL_REQUEST_TEXTS, FairQueue, QueueEntry
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest, Share
 from embedding_service.inference.tokenized import IntArray, TokenizedTexts
 from embedding_service.inference.vector_cache import VectorCache
+from embedding_service.observability import metrics
 
 # How long batches stay halved after running out of memory.
 LOWERED_SECONDS = 60.0
@@ -63,38 +64,54 @@ class Scheduler:
         return [one for one in self._pending if receiver is None or one.receiver == receiver]
 
     def read(self, request: EmbedRequest, receiver: Receiver, number: int, now: float) -> PendingRequest:
-        """A request with what must be computed for it. Raises InvalidRequest."""
+        """A request with what must be computed for it, unless it must be cut first. Raises InvalidRequest."""
         model, texts = self._model, request.texts
         if not texts:
             raise InvalidRequest("there is no text to embed")
-        _check_dimensions(request.dimensions, model.info.embedding_dimension)
+        dimension, wanted = model.info.embedding_dimension, request.dimensions
+        if wanted is not None and not 1 <= wanted <= dimension:
+            raise InvalidRequest(f"must be between 1 and {dimension}, not {wanted}", field="dimensions")
         prompt = model.prompt(request)
-        # Everything other than the text that affects a vector.
-        context = (model.info.fingerprint, prompt, request.input_type, request.truncation_side)
-        new = distinct(texts, context, self._cache)
-        count = len(new.texts)
         pending = PendingRequest(
             request=request,
             receiver=receiver,
             number=number,
             submitted=now,
             prompt=prompt,
-            context=context,
-            distinct=new,
-            characters=sum(map(len, new.texts)) + (len(prompt) * count if prompt else 0),
+            # Everything other than the text that affects a vector.
+            context=(model.info.fingerprint, prompt, request.input_type, request.truncation_side),
+            entry=QueueEntry(
+                owner=None, deadline=request.deadline, background=request.priority == "background"
+            ),
             caches=self._cache is not None,
-            missing=count,
+            # A copy where bad texts are replaced.
+            texts=texts if request.on_error == "fail" else list(texts),
+            distinct=Distinct([]),
         )
-        pending.entry = QueueEntry(
-            owner=pending,
-            deadline=request.deadline,
-            bulk=count > SMALL_REQUEST_TEXTS,
-            background=request.priority == "background",
-            left=0,
-        )
-        if new.cached:
-            pending.refuse_truncated(new.cached_and_cut, model.info.max_seq_length)
+        pending.entry.owner = pending
+        if request.on_error == "null" and request.max_characters is not None:
+            for index, text in enumerate(texts):
+                try:
+                    check_characters([text], request.max_characters)
+                except TooLarge as error:
+                    pending.refuse(index, error)
+        if request.overflow in ("mean", "chunks"):
+            pending.chunks = []
+        else:
+            self.look_up(pending, pending.texts)
         return pending
+
+    def look_up(self, pending: PendingRequest, texts: list[str]) -> None:
+        """Find what must be computed of a request's texts or pieces. Raises TextTooLong."""
+        found = pending.distinct = distinct(texts, pending.context, self._cache)
+        count = pending.missing = len(found.texts)
+        pending.characters = sum(map(len, found.texts)) + len(pending.prompt or "") * count
+        pending.entry.bulk = count > SMALL_REQUEST_TEXTS
+        if self._cache is not None:
+            metrics.record_cache(found.hits, len(texts) - found.hits)
+        if found.cached:
+            cut = [entry.truncated for entry in found.cached]
+            pending.refuse_truncated(cut, count, self._model.info.max_seq_length)
 
     @property
     def busy(self) -> bool:
@@ -106,19 +123,26 @@ class Scheduler:
         pending.entry.left = self._estimate(pending)
         self._admission.check(pending.entry, now)
 
+    def hold(self, pending: PendingRequest) -> None:
+        """Know a request that is not accepted yet, since it is being cut."""
+        self._pending.add(pending)
+
     def accept(self, pending: PendingRequest, now: float) -> None:
         """Let a request wait for its turn. Raises Overloaded, TooLarge or DeadlineExceeded."""
         pending.charge = pending.entry.left = pending.tokens or self._estimate(pending)
         self._admission.admit(pending.entry, now)
         self._pending.add(pending)
         self._queue.add(pending.entry, now)
+        pending.admitted = True
         if pending.arrived:
             self._arrived(pending, 0)
 
     def extend(self, pending: PendingRequest, part: TokenizedTexts) -> None:
-        """Queue the next texts of an accepted request."""
+        """Queue the next texts of an accepted request. Raises TextTooLong."""
         before = pending.arrived
         pending.add(part)
+        if part.truncated.any():
+            pending.refuse_truncated(part.truncated.tolist(), before, self._model.info.max_seq_length)
         self._arrived(pending, before)
 
     def _arrived(self, pending: PendingRequest, before: int) -> None:
@@ -126,7 +150,11 @@ class Scheduler:
         assert tokenized is not None
         rows = np.arange(first + before, first + pending.arrived, dtype=np.int32)
         lengths = tokenized.lengths[first + before : first + pending.arrived]
-        self._queue.push(entry, lengths, rows, tokenized.group)
+        if pending.errors and pending.request.overflow == "error":
+            kept = ~tokenized.truncated[first + before : first + pending.arrived]
+            rows, lengths = rows[kept], lengths[kept]
+        if len(rows):
+            self._queue.push(entry, lengths, rows, tokenized.group)
         entry.left = max(entry.left, entry.tokens)
         if pending.arrived == len(pending.distinct.texts):
             self._seen_tokens = (
@@ -200,17 +228,12 @@ class Scheduler:
         if pending.finished:
             return False
         pending.finished = True
-        if pending in self._pending:
-            self._pending.remove(pending)
+        self._pending.discard(pending)
+        if pending.admitted:
             self._queue.remove(pending.entry)
             self._admission.queued_tokens -= pending.charge
             self._admission.leave(pending.entry)
         return True
-
-
-def _check_dimensions(wanted: int | None, dimension: int) -> None:
-    if wanted is not None and not 1 <= wanted <= dimension:
-        raise InvalidRequest(f"must be between 1 and {dimension}, not {wanted}", field="dimensions")
 
 
 def _keep(cache: VectorCache, pending: PendingRequest, rows: IntArray, vectors: Vectors) -> None:

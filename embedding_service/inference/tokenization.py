@@ -1,11 +1,14 @@
-"""Tokenizes requests: small ones of a message together, large ones part by part. No threads, no locks."""
+"""Reads texts: cuts long ones into pieces, and tokenizes small requests together, large ones in parts.
+
+No threads, no locks.
+"""
 
 import logging
 import time
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, ServiceError
+from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, ServiceError, TooLarge
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest
 from embedding_service.inference.tokenized import TokenizedTexts
@@ -24,6 +27,8 @@ PARTS_FOR_ACCELERATOR = 8
 # From this many texts on, the tokenizer's own threads save more than they cost.
 PARALLEL_TEXTS = 16
 
+Result = TypeVar("Result")
+
 
 def is_large(pending: PendingRequest) -> bool:
     """Whether a request must not be tokenized by the thread that brings it."""
@@ -32,44 +37,42 @@ def is_large(pending: PendingRequest) -> bool:
 
 def tokenize_together(
     model: Model, together: Sequence[PendingRequest]
-) -> tuple[list[PendingRequest], list[tuple[PendingRequest, ServiceError]]]:
+) -> tuple[Sequence[PendingRequest], list[tuple[PendingRequest, ServiceError]]]:
     """Tokenize whole requests of one context; returns those that are ready, and the errors of the others."""
+    began = time.monotonic()
+    first_request = together[0]
     try:
-        _tokenize_together(model, together)
-        return list(together), []
+        for pending in together:
+            _check_deadline(pending, began)
+        if len(together) == 1:
+            tokenized = _prepare(model, first_request, first_request.distinct.texts, not model.on_cpu)
+        else:
+            texts = [text for pending in together for text in pending.distinct.texts]
+            request = first_request.request
+            tokenized = model.preprocessor.prepare(
+                texts,
+                first_request.prompt,
+                request.input_type,
+                request.truncation_side,
+                parallel=not model.on_cpu and len(texts) >= PARALLEL_TEXTS,
+            )
+        lengths = tokenized.lengths.tolist()
+        truncated = tokenized.truncated.tolist() if tokenized.truncated.any() else []
+        seconds = time.monotonic() - began
+        first = 0
+        for pending in together:
+            last = first + len(pending.distinct.texts)
+            pending.attach(tokenized, first, sum(lengths[first:last]))
+            pending.tokenization_seconds += seconds
+            if truncated:
+                pending.refuse_truncated(truncated[first:last], 0, model.info.max_seq_length)
+            first = last
+        return together, []
     except BaseException as error:  # a panic of the Rust tokenizer is not an Exception
         if len(together) == 1:
-            return [], [(together[0], failure(error, together[0]))]
-    ready, failed = [], []
-    for one in together:
-        fine, bad = tokenize_together(model, [one])
-        ready += fine
-        failed += bad
-    return ready, failed
-
-
-def _tokenize_together(model: Model, together: Sequence[PendingRequest]) -> None:
-    began = time.monotonic()
-    for pending in together:
-        _check_deadline(pending, began)
-    texts = (
-        together[0].distinct.texts
-        if len(together) == 1
-        else [text for pending in together for text in pending.distinct.texts]
-    )
-    tokenized = _prepare(model, together[0], texts, parallel=not model.on_cpu)
-    lengths = iter(tokenized.lengths.tolist())
-    any_cut = tokenized.truncated.any()
-    first = 0
-    for pending in together:
-        count = len(pending.distinct.texts)
-        pending.attach(tokenized, first, sum(islice(lengths, count)))
-        if any_cut:
-            _refuse_truncated(model, pending, tokenized, first, 0)
-        first += count
-    seconds = time.monotonic() - began
-    for pending in together:
-        pending.tokenization_seconds = seconds
+            return [], [(first_request, failure(error))]
+    each = [tokenize_together(model, [pending]) for pending in together]
+    return [one for ready, _ in each for one in ready], [one for _, failed in each for one in failed]
 
 
 def tokenize_part(model: Model, pending: PendingRequest, *, idle: bool) -> TokenizedTexts:
@@ -77,29 +80,66 @@ def tokenize_part(model: Model, pending: PendingRequest, *, idle: bool) -> Token
     try:
         began = time.monotonic()
         _check_deadline(pending, began)
-        texts = _part(pending, 1 if model.on_cpu else PARTS_FOR_ACCELERATOR)
-        tokenized = _prepare(model, pending, texts, parallel=idle or not model.on_cpu)
-        if tokenized.truncated.any():
-            _refuse_truncated(model, pending, tokenized, 0, pending.arrived)
+        parts = 1 if model.on_cpu else PARTS_FOR_ACCELERATOR
+        texts = _part(pending.distinct.texts, pending.arrived, parts * PART_TEXTS, parts * PART_CHARACTERS)
+        tokenized = _prepare(model, pending, texts, idle or not model.on_cpu)
         pending.tokenization_seconds += time.monotonic() - began
         return tokenized
     except BaseException as error:
-        raise failure(error, pending) from None
+        raise failure(error) from None
 
 
-def failure(error: BaseException, pending: PendingRequest) -> ServiceError:
+def cut_next(model: Model, pending: PendingRequest) -> list[str] | None:
+    """Cut the next texts of a request; all of its pieces with the last, else None. Raises a ServiceError."""
+    try:
+        began = time.monotonic()
+        _check_deadline(pending, began)
+        chunks = pending.chunks
+        assert chunks is not None
+        first = len(chunks)
+
+        def refuse(index: int, error: ServiceError) -> None:
+            pending.refuse(first + index, error)
+
+        def split(texts: list[str]) -> None:
+            chunks.extend(model.splitter.split(texts, pending.prompt, pending.request.overlap))
+
+        _without_bad(_part(pending.texts, first, SMALL_TEXTS, SMALL_CHARACTERS), split, refuse)
+        pending.tokenization_seconds += time.monotonic() - began
+        if len(chunks) < len(pending.texts):
+            return None
+    except BaseException as error:
+        raise failure(error, "the request could not be split into pieces") from None
+    most, count = pending.request.max_chunks, sum(map(len, chunks))
+    if most is not None and count > most:
+        raise TooLarge(
+            f"make {count} pieces of the length that the model reads; at most {most} are allowed",
+            field="texts",
+        )
+    return [
+        text[chunk.start : chunk.stop]
+        for text, own in zip(pending.texts, chunks, strict=True)
+        for chunk in own
+    ]
+
+
+def failure(error: BaseException, reason: str = "the request could not be tokenized") -> ServiceError:
     """What the caller hears of an error; one of the service's own names the text by its index."""
     if not isinstance(error, ServiceError):
         log.error("Tokenization failed", exc_info=error)
-        return ModelFailure("the request could not be tokenized")
+        return ModelFailure(reason)
     return error
 
 
-def _prepare(
-    model: Model, pending: PendingRequest, texts: Sequence[str], *, parallel: bool
-) -> TokenizedTexts:
-    request = pending.request
-    try:
+def _prepare(model: Model, pending: PendingRequest, texts: list[str], parallel: bool) -> TokenizedTexts:
+    """Tokenize the texts that have not arrived yet of a request, or some of them."""
+    request, first = pending.request, pending.arrived
+
+    def refuse(index: int, error: ServiceError) -> None:
+        pending.refuse_row(first + index, error)
+        pending.distinct.texts[first + index] = ""
+
+    def prepare(texts: list[str]) -> TokenizedTexts:
         return model.preprocessor.prepare(
             texts,
             pending.prompt,
@@ -107,10 +147,23 @@ def _prepare(
             request.truncation_side,
             parallel=parallel and len(texts) >= PARALLEL_TEXTS,
         )
-    except InvalidRequest as error:
-        if error.index is not None:
-            error.index = pending.distinct.index_of(pending.arrived + error.index)
-        raise
+
+    return _without_bad(texts, prepare, refuse)
+
+
+def _without_bad(
+    texts: list[str], read: Callable[[list[str]], Result], refuse: Callable[[int, ServiceError], None]
+) -> Result:
+    """Read the texts, with an empty one in place of each that is bad, unless its error fails the request."""
+    while True:
+        try:
+            return read(texts)
+        except InvalidRequest as error:
+            if error.index is None:
+                raise
+            index = error.index
+            refuse(index, error)
+            texts = [*texts[:index], "", *texts[index + 1 :]]
 
 
 def _check_deadline(pending: PendingRequest, now: float) -> None:
@@ -118,21 +171,10 @@ def _check_deadline(pending: PendingRequest, now: float) -> None:
         raise DeadlineExceeded("the deadline passed in the queue")
 
 
-def _refuse_truncated(
-    model: Model, pending: PendingRequest, tokenized: TokenizedTexts, first: int, before: int
-) -> None:
-    """Refuse texts of a request that were cut: rows from `first` on, which are its texts from `before` on."""
-    count = len(pending.distinct.texts) - before
-    cut = tokenized.truncated[first : first + count].nonzero()[0].tolist()
-    indices = [pending.distinct.index_of(before + row) for row in cut]
-    pending.refuse_truncated(indices, model.info.max_seq_length)
-
-
-def _part(pending: PendingRequest, parts: int) -> list[str]:
-    texts, first = pending.distinct.texts, pending.arrived
+def _part(texts: list[str], first: int, most_texts: int, most_characters: int) -> list[str]:
+    """The texts from `first` on, up to so many texts and characters, but at least one."""
     last, characters = first, 0
-    most = first + parts * PART_TEXTS
-    while last < min(len(texts), most) and characters < parts * PART_CHARACTERS:
+    while last < min(len(texts), first + most_texts) and characters < most_characters:
         characters += len(texts[last])
         last += 1
     return texts[first:last]
