@@ -65,4 +65,6 @@ USER 10001:10001
 EXPOSE 8001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('PORT') or os.environ.get('AIP_HTTP_PORT') or 8001}/health\", timeout=4)"]
-CMD ["python", "app.py"]
+# Options alone, as of Text Embeddings Inference's image, are those of `serve`.
+ENTRYPOINT ["sh", "-c", "case ${1:--} in -*) exec python app.py \"$@\" ;; *) exec \"$@\" ;; esac", "serve"]
+CMD []

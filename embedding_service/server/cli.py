@@ -10,7 +10,7 @@ import msgspec
 from embedding_service import __version__
 from embedding_service.errors import StartupError
 from embedding_service.observability import logs
-from embedding_service.settings import config, environment
+from embedding_service.settings import config, environment, tei_names
 from embedding_service.sharing.settings import EX_CONFIG
 
 DESCRIPTION = "Text embeddings over HTTP."
@@ -55,6 +55,11 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
     parser = _parser(prog, "Serve text embeddings over HTTP.", _settings_help())
     parser.add_argument("--host", metavar="ADDRESS", help="the setting HOST")
     parser.add_argument("--port", metavar="N", help="the setting PORT")
+    # Text Embeddings Inference's options, so that its command lines work.
+    parser.add_argument("--hostname", dest="host", help=argparse.SUPPRESS)
+    for name in (*tei_names.OURS, *tei_names.SAME, *tei_names.UNSUPPORTED, "POOLING"):
+        option = f"--{name.lower().replace('_', '-')}"
+        parser.add_argument(option, nargs="?", const="true", dest=name.lower(), help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     # Imported here, so that --help is fast.
     from embedding_service.server import serving

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from embedding_service.settings import config, env_file
+from embedding_service.settings import config, env_file, tei_names
 
 # The folder of app.py, in a checkout.
 PROJECT = Path(__file__).parent.parent.parent
@@ -60,6 +60,8 @@ def read(environ: Mapping[str, str], **arguments: str) -> Environment:
     file = env_file.find(places)
     written = env_file.read(file, environ) if file is not None else {}
     variables = written | dict(environ) | arguments
+    translated, lines = tei_names.translate(variables, arguments)
+    variables |= translated
     places_of = dict.fromkeys(environ.keys() - written.keys(), "the environment") | dict.fromkeys(
         written, file
     )
@@ -68,10 +70,14 @@ def read(environ: Mapping[str, str], **arguments: str) -> Environment:
         for name, meant in env_file.misspelt(places_of, config.NAMES).items()
         if name not in NOT_MISSPELT
     ]
+    warnings += lines
     if "API_KEY" in written and not (variables.get("API_KEYS") or variables.get("API_KEYS_FILE")):
         warnings.append(f"{file}: API_KEY is the key that embed_file sends; the service requires API_KEYS")
     # Not our settings: after SIGUSR2 the new master reads them from `.env` again.
-    exports = {name: written[name] for name in written.keys() - environ.keys() - set(config.NAMES)}
+    read_elsewhere = written | {name: translated[name] for name in translated if name.startswith("OTEL_")}
+    exports = {
+        name: read_elsewhere[name] for name in read_elsewhere.keys() - environ.keys() - set(config.NAMES)
+    }
     return Environment(variables, (*warnings, *config.warnings(variables)), exports)
 
 

@@ -96,9 +96,11 @@ class Builder:
 
 
 class Container(Service):
-    """The image's command on a free port, as process 1."""
+    """The image on a free port, as process 1; `arguments` are those after the image's name."""
 
-    def __init__(self, folder: Path, root: Path, image: dict[str, Any], **settings: str) -> None:
+    def __init__(
+        self, folder: Path, root: Path, image: dict[str, Any], *arguments: str, **settings: str
+    ) -> None:
         self._root = root
         port = free_port()
         environment = [*image["Env"], f"PORT={port}", "HOST=127.0.0.1"]
@@ -120,7 +122,16 @@ class Container(Service):
             exec setpriv --no-new-privs "$@"
         """
         command = ["unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
-        command += ["sh", "-euc", mounts, "sh", *self._as_user, *self._enter, *image["Cmd"]]
+        command += [
+            "sh",
+            "-euc",
+            mounts,
+            "sh",
+            *self._as_user,
+            *self._enter,
+            *image["Entrypoint"],
+            *arguments,
+        ]
         super().__init__(folder, [part.replace("{", "{{").replace("}", "}}") for part in command])
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
