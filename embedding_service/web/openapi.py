@@ -13,6 +13,7 @@ from werkzeug.routing import Rule
 from embedding_service import __version__
 from embedding_service.errors import InvalidRequest, Unauthorized
 from embedding_service.web.context import EMPTY
+from embedding_service.web.descriptions import EXAMPLES, FIELDS, HEADERS, TAGS
 from embedding_service.web.operation import JSON, Operation, operation_of
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
@@ -20,44 +21,6 @@ from embedding_service.web.responses import NPY
 
 REFERENCE = "#/components/schemas/{name}"
 
-HEADERS = {
-    "X-Request-ID": "The id of this request in the service's log: the caller's, if it sent one.",
-    "Retry-After": "Seconds to wait before retrying.",
-    "retry-after-ms": "Milliseconds to wait before retrying.",
-    "x-model-fingerprint": "Changes whenever the vectors would. x-expect-fingerprint in a request pins it.",
-    "x-compute-tokens": "Tokens read by the model.",
-    "x-total-time": "Total time of the request in milliseconds.",
-    "x-tokenization-time": "Time spent tokenizing, in milliseconds.",
-    "x-queue-time": "Time spent in the queue, in milliseconds.",
-    "x-inference-time": "Time spent in the model, in milliseconds.",
-    "x-cache-hits": "Texts answered from the vector cache, if CACHE_MB is set.",
-}
-# A body for each route's type that is answered as it stands; a test sends them all.
-_LIST = ["A cat sleeps.", "A kitten naps."]
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "EmbedBody": {"texts": _LIST},
-    "TEIEmbedBody": {"inputs": _LIST},
-    "SimilarityBody": {"inputs": {"source_sentence": _LIST[0], "sentences": _LIST[1:]}},
-    "TEIEmbedAllBody": {"inputs": _LIST},
-    "TokenizeBody": {"inputs": _LIST},
-    "OpenAIEmbedBody": {"input": _LIST},
-    "OllamaEmbedBody": {"input": _LIST},
-    "OllamaEmbeddingsBody": {"prompt": _LIST[0]},
-    "WeaviateBody": {"text": _LIST[0]},
-    "OllamaGenerateBody": {"model": "all-minilm", "keep_alive": 0},
-    "CohereTokenizeBody": {"text": _LIST[0]},
-    "CohereEmbedBody": {"texts": _LIST, "input_type": "search_document"},
-    "VertexBody": {"instances": _LIST},
-}
-TAGS = {
-    "Embedding service": "The service's own API, its health and its description.",
-    "OpenAI": "OpenAI's embeddings and models, with the fields of Jina, Voyage and others.",
-    "Text Embeddings Inference": "Hugging Face's Text Embeddings Inference.",
-    "Ollama": "Ollama's embeddings and the routes that its clients ask first.",
-    "Weaviate": "Weaviate's text2vec-transformers.",
-    "Cohere": "Cohere's embed, versions 1 and 2.",
-    "SageMaker and Vertex AI": "The routes that the two platforms choose.",
-}
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -132,11 +95,11 @@ def _ease(schema: dict[str, Any]) -> None:
     A default makes its field required in some of them, so it moves into the description; an array of
     alternatives becomes alternative arrays.
     """
-    for field in schema.get("properties", {}).values():
+    for name, field in schema.get("properties", {}).items():
         default = field.pop("default", None)
         typed = next(iter(field.get("anyOf", ())), field)
         words = (
-            typed.pop("description", ""),
+            typed.pop("description", "") or FIELDS.get(f"{schema['title']}.{name}") or FIELDS.get(name),
             f"Default: {json.dumps(default)}." if default is not None else "",
         )
         if any(words):

@@ -15,80 +15,24 @@ from embedding_service.web.context import current
 from embedding_service.web.fields import MEANINGS
 from embedding_service.web.protocol import Asked
 
-Dimensions = Annotated[
-    int,
-    Meta(
-        ge=1, le=65_536, description="Truncate each vector to this many dimensions, then normalise it again."
-    ),
-]
-PromptName = Annotated[str, Meta(description="Name of one of the model's prompts (GET /info lists them).")]
+Dimensions = Annotated[int, Meta(ge=1, le=65_536)]
 # Limited because a copy of the prompt is put in front of each text, and a request may hold many short texts.
-Prompt = Annotated[str, Meta(max_length=10_000, description="Text to put in front of each text, as it is.")]
-InputType = Annotated[
-    Literal[
-        "query",
-        "document",
-        "passage",
-        "search_query",
-        "search_document",
-        "classification",
-        "clustering",
-        "text",
-        "image",
-    ],
-    Meta(
-        description=(
-            "Use the model's own prompt for queries (query, search_query), for documents (document, passage, "
-            "search_document), or the one of this name, if it has one. Images are not supported."
-        )
-    ),
-]
-Truncate = Annotated[
-    bool | Literal["NONE", "START", "END"],
-    Meta(
-        description=(
-            "Truncate over-long texts (true), at the end (END) or at the start (START), or refuse them."
-        )
-    ),
-]
-Priority = Annotated[
-    Literal["normal", "background"] | int,
-    Meta(
-        description=(
-            "background requests wait for all others, and use what these leave of the model. "
-            "Numbers are accepted and not used."
-        )
-    ),
-]
+Prompt = Annotated[str, Meta(max_length=10_000)]
+Side = Literal["query", "document", "passage", "search_query", "search_document"]
+InputType = Literal[Side, "classification", "clustering", "text", "image"]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """How to embed."""
 
-    normalize: Annotated[bool, Meta(description="Scale each vector to length 1.")] | None = None
-    prompt_name: PromptName | None = None
+    normalize: bool | None = None
+    prompt_name: str | None = None
     input_type: InputType | None = None
     dimensions: Dimensions | None = None
-    truncate: Truncate | None = None
-    overflow: (
-        Annotated[
-            Overflow,
-            Meta(
-                description=(
-                    "How to handle over-long texts: truncate them, return an error, embed them in pieces and "
-                    "return the mean, or return the vectors of the pieces (chunks, only on /embed)."
-                )
-            ),
-        ]
-        | None
-    ) = None
-    chunk_overlap: (
-        Annotated[
-            int, Meta(ge=0, le=65_536, description="Maximum number of tokens that neighbouring pieces share.")
-        ]
-        | None
-    ) = None
-    priority: Priority | None = None
+    truncate: bool | Literal["NONE", "START", "END"] | None = None
+    overflow: Overflow | None = None
+    chunk_overlap: Annotated[int, Meta(ge=0, le=65_536)] | None = None
+    priority: Literal["normal", "background"] | int | None = None
 
 
 # The two sides of a search: NVIDIA and Weaviate say passage, Cohere search_query, Jina code.query.

@@ -20,21 +20,7 @@ from embedding_service.web.context import current
 
 JSON, NPY = "application/json", "application/x-npy"
 
-EncodingFormat = Annotated[
-    Literal["float", "base64"],
-    Meta(
-        description="base64 is the vector's little-endian bytes: float32, unless `precision` says otherwise."
-    ),
-]
-PrecisionField = Annotated[
-    Precision,
-    Meta(
-        description=(
-            "Number format of the vectors. binary and ubinary pack the signs of eight dimensions into a "
-            "byte; int8 and uint8 need INT8_RANGES."
-        )
-    ),
-]
+EncodingFormat = Literal["float", "base64"]
 Texts = Annotated[str | list[str], Meta(description="One or more texts.", examples=[["hello", "world"]])]
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
@@ -43,24 +29,9 @@ MATRIX = {"type": "array", "items": _NUMBERS}
 Matrix = Annotated[Any, Meta(description="float32", extra_json_schema=MATRIX)]
 Matrices = Annotated[Any, Meta(description="float32", extra_json_schema={"type": "array", "items": MATRIX})]
 EncodedVector = Annotated[Any, Meta(extra_json_schema={"anyOf": [_NUMBERS, {"type": "string"}]})]
-# Like EncodedVectors, but with null for a bad text, or a list of vectors for the tokens of a text.
-EncodedTexts = Annotated[
-    Any,
-    Meta(
-        extra_json_schema={
-            "type": "array",
-            "items": {
-                "anyOf": [
-                    _NUMBERS,
-                    {"type": "string"},
-                    {"type": "null"},
-                    {"type": "array", "items": _NUMBERS},
-                ]
-            },
-            "description": "One vector per text, in the order of the texts.",
-        }
-    ),
-]
+_EACH = [_NUMBERS, {"type": "string"}, {"type": "null"}, {"type": "array", "items": _NUMBERS}]
+# With null for a bad text, or a list of vectors for the tokens of a text.
+EncodedTexts = Annotated[Any, Meta(extra_json_schema={"type": "array", "items": {"anyOf": _EACH}})]
 
 
 def listed(texts: str | list[str]) -> list[str]:

@@ -33,7 +33,7 @@ class VertexInstance(msgspec.Struct, frozen=True):
     inputs: str | None = None
     content: str | None = None
     text: str | None = None
-    task_type: Annotated[Any, Meta(description="Not supported; send parameters.prompt_name.")] = None
+    task_type: Any = None
 
 
 class VertexBody(msgspec.Struct, frozen=True):

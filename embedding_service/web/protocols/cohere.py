@@ -57,22 +57,18 @@ class CohereEmbedBody(Options, frozen=True, kw_only=True):
 
     texts: Annotated[list[str], Meta(examples=[["hello", "world"]])] | None = None
     inputs: list[CohereInput] | None = None
-    images: Annotated[list[str], Meta(description="Not supported: the model reads text.")] | None = None
-    model: Annotated[str, Meta(description="Any name; there is only one model.")] | None = None
-    embedding_types: (
-        Annotated[list[EmbeddingType], Meta(description="Number formats of the embeddings.")] | None
-    ) = None
-    output_dimension: Annotated[Dimensions, Meta(description="Cohere's name for dimensions.")] | None = None
-    max_tokens: (
-        Annotated[int, Meta(ge=1, le=1_000_000, description="If set, at least the model's maximum.")] | None
-    ) = None
+    images: list[str] | None = None
+    model: str | None = None
+    embedding_types: list[EmbeddingType] | None = None
+    output_dimension: Dimensions | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
 
 
 class CohereTokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     """A text to tokenize."""
 
     text: Annotated[str, Meta(min_length=1, max_length=65_536, examples=["hello"])]
-    model: Annotated[str, Meta(description="Any name; there is only one model.")] | None = None
+    model: str | None = None
 
 
 class CohereUnits(TypedDict):
@@ -99,7 +95,7 @@ class CohereEmbedAnswer(TypedDict):
 
     id: str | None
     response_type: NotRequired[Literal["embeddings_floats", "embeddings_by_type"]]
-    embeddings: Annotated[Any, Meta(description='By number format: {"float": [[…], …]}; or the bare list.')]
+    embeddings: Any
     texts: list[str]
     meta: CohereMeta
 

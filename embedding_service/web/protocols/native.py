@@ -1,14 +1,14 @@
 """POST /embed: the service's own API."""
 
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 from flask import Response
-from msgspec import Meta
 
 from embedding_service.engine import Embeddings, EmbedRequest, TokenVectorsRequest
 from embedding_service.errors import InvalidRequest
+from embedding_service.quantization import Precision
 from embedding_service.web.body import BodyDecoder, read, texts_and_inputs
 from embedding_service.web.context import current, current_id
 from embedding_service.web.operation import operation
@@ -21,7 +21,6 @@ from embedding_service.web.responses import (
     NPY,
     EncodedTexts,
     EncodingFormat,
-    PrecisionField,
     Texts,
     answer,
     answer_npy,
@@ -37,9 +36,9 @@ class ErrorAnswer(TypedDict):
     error: str
     error_type: str
     request_id: str | None
-    field: NotRequired[Annotated[str, Meta(description="The field that the error is about.")]]
-    index: NotRequired[Annotated[int, Meta(description="The index of the item in that field.")]]
-    reason: NotRequired[Annotated[str, Meta(description="The error without field and index.")]]
+    field: NotRequired[str]
+    index: NotRequired[int]
+    reason: NotRequired[str]
 
 
 def render(failure: Failure) -> tuple[ErrorAnswer, int]:
@@ -65,34 +64,18 @@ class EmbedBody(Options, frozen=True, kw_only=True):
 
     texts: Texts
     prompt: Prompt | None = None
-    on_error: (
-        Annotated[
-            Literal["fail", "null"],
-            Meta(description="With null, a bad text gets null and an entry in errors; the others succeed."),
-        ]
-        | None
-    ) = None
-    output: (
-        Annotated[
-            Literal["sentence", "tokens"],
-            Meta(description="With tokens, each text gets a list of vectors, one for each of its tokens."),
-        ]
-        | None
-    ) = None
+    on_error: Literal["fail", "null"] | None = None
+    output: Literal["sentence", "tokens"] | None = None
     encoding_format: EncodingFormat | None = None
-    precision: PrecisionField | None = None
+    precision: Precision | None = None
 
 
 class Usage(TypedDict):
     """What the model read."""
 
-    tokens: Annotated[int, Meta(description="Tokens read, including special tokens and prompts.")]
-    truncated: NotRequired[
-        Annotated[
-            list[int], Meta(description="Indices of the texts that were truncated; not with output: tokens.")
-        ]
-    ]
-    chunks: NotRequired[Annotated[int, Meta(description="Pieces embedded, with overflow: mean or chunks.")]]
+    tokens: int
+    truncated: NotRequired[list[int]]
+    chunks: NotRequired[int]
 
 
 class PieceAnswer(TypedDict):
@@ -115,17 +98,13 @@ class EmbedAnswer(TypedDict):
     """The embeddings, in the order of the texts."""
 
     embeddings: EncodedTexts
-    dimension: Annotated[int, Meta(description="Dimensions of a vector (before packing, if it is binary).")]
+    dimension: int
     model: str
     count: int
     processing_time_ms: float
     usage: Usage
-    chunks: NotRequired[
-        Annotated[list[PieceAnswer], Meta(description="The piece of each vector, with overflow: chunks.")]
-    ]
-    errors: NotRequired[
-        Annotated[list[TextError], Meta(description="The texts without a vector, with on_error: null.")]
-    ]
+    chunks: NotRequired[list[PieceAnswer]]
+    errors: NotRequired[list[TextError]]
 
 
 _decoder = BodyDecoder(EmbedBody, near=True)

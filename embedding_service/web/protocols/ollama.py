@@ -60,34 +60,15 @@ protocol = ApiProtocol(
     "ollama", "Ollama", render, OllamaErrorAnswer, paths=("/api",), names={"texts": "input"}
 )
 
-ModelName = Annotated[str, Meta(description="Any name; there is only one model, and the response names it.")]
-
-
-KeepAlive = Annotated[Any, Meta(description="Not used: the model is always loaded.")]
-ModelOptions = Annotated[
-    dict[str, Any] | None,
-    Meta(description="Options, most of them for generation; texts longer than num_ctx are refused."),
-]
-
 
 class OllamaEmbedBody(Options, frozen=True, kw_only=True):
     """Texts to embed. Without texts, Ollama loads the model; here it is always loaded."""
 
-    model: ModelName | None = None
+    model: str | None = None
     input: Texts | None = None
-    dimensions: (
-        Annotated[
-            int,
-            Meta(
-                ge=0,
-                le=65_536,
-                description="As `dimensions` of /embed; 0 means all.",
-            ),
-        ]
-        | None
-    ) = None
-    keep_alive: KeepAlive = None
-    options: ModelOptions = None
+    dimensions: Annotated[int, Meta(ge=0, le=65_536)] | None = None
+    keep_alive: Any = None
+    options: dict[str, Any] | None = None
 
 
 class OllamaEmbedAnswer(TypedDict):
@@ -103,10 +84,10 @@ class OllamaEmbedAnswer(TypedDict):
 class OllamaEmbeddingsBody(Options, frozen=True, kw_only=True):
     """One text to embed."""
 
-    model: ModelName | None = None
+    model: str | None = None
     prompt: Annotated[str, Meta(examples=["hello"])] | None = None
-    keep_alive: KeepAlive = None
-    options: ModelOptions = None
+    keep_alive: Any = None
+    options: dict[str, Any] | None = None
 
 
 class OllamaEmbeddingsAnswer(TypedDict):
@@ -160,8 +141,8 @@ class OllamaRunning(TypedDict):
 class OllamaNameBody(msgspec.Struct, frozen=True):
     """A model; older clients send `name`."""
 
-    model: ModelName | None = None
-    name: ModelName | None = None
+    model: str | None = None
+    name: str | None = None
     stream: bool | None = None
     verbose: bool | None = None
     insecure: bool | None = None
@@ -171,7 +152,7 @@ class OllamaGenerateBody(OllamaNameBody, frozen=True):
     """A model to load or unload; texts are not generated."""
 
     prompt: str | None = None
-    keep_alive: KeepAlive = None
+    keep_alive: Any = None
 
 
 class OllamaGenerated(TypedDict):

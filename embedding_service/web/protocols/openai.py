@@ -73,13 +73,11 @@ protocol = ApiProtocol(
 )
 
 
-OutputDtype = Annotated[
-    Literal["float", "float32", "float16", "int8", "uint8", "binary", "ubinary"],
-    Meta(description="Voyage's name for the number format of the vectors; see `precision` of /embed."),
-]
-EmbeddingType = Annotated[
-    Literal["float", "base64", "binary", "ubinary"],
-    Meta(description="Jina's name for the number format or encoding of the vectors."),
+JinaCode = Literal["code.query", "code.passage", "nl2code.query", "nl2code.passage", "code2code.query"]
+JinaMoreCode = Literal["code2code.passage", "code2nl.query", "code2nl.passage", "code2completion.query"]
+JinaText = Literal["retrieval.query", "retrieval.passage", "qa.query", "qa.passage", "text-matching"]
+JinaTask = Literal[
+    JinaCode, JinaMoreCode, "code2completion.passage", JinaText, "classification", "clustering", "separation"
 ]
 
 
@@ -87,7 +85,7 @@ class JinaInput(msgspec.Struct, frozen=True):
     """A text, as Jina's API takes it."""
 
     text: str | None = None
-    image: Annotated[Any, Meta(description="Not supported: the model reads text.")] = None
+    image: Any = None
 
 
 class OpenAIEmbedBody(Options, frozen=True, kw_only=True):
@@ -96,55 +94,17 @@ class OpenAIEmbedBody(Options, frozen=True, kw_only=True):
     input: Annotated[
         str | list[str | JinaInput], Meta(description="One or more texts.", examples=[["hello", "world"]])
     ]
-    model: (
-        Annotated[str, Meta(description="Any name; there is only one model, and the response names it.")]
-        | None
-    ) = None
+    model: str | None = None
     encoding_format: EncodingFormat | None = None
-    user: Annotated[str, Meta(description="Not used.")] | None = None
+    user: str | None = None
     prompt: Prompt | None = None
-    output_dimension: Annotated[Dimensions, Meta(description="Voyage's name for dimensions.")] | None = None
-    output_dtype: OutputDtype | None = None
-    embedding_type: EmbeddingType | None = None
-    normalized: Annotated[bool, Meta(description="Jina's name for normalize.")] | None = None
-    task: (
-        Annotated[
-            Literal[
-                "retrieval.query",
-                "retrieval.passage",
-                "code.query",
-                "code.passage",
-                "nl2code.query",
-                "nl2code.passage",
-                "code2code.query",
-                "code2code.passage",
-                "code2nl.query",
-                "code2nl.passage",
-                "code2completion.query",
-                "code2completion.passage",
-                "qa.query",
-                "qa.passage",
-                "text-matching",
-                "classification",
-                "clustering",
-                "separation",
-            ],
-            Meta(description="Jina's way to choose the model's own prompt for queries or documents."),
-        ]
-        | None
-    ) = None
-    truncation: Annotated[bool, Meta(description="Voyage's name for truncate.")] | None = None
-    truncate_prompt_tokens: (
-        Annotated[
-            int,
-            Meta(
-                ge=-1,
-                le=1_000_000,
-                description="vLLM's name for truncate: -1, or at least the model's maximum.",
-            ),
-        ]
-        | None
-    ) = None
+    output_dimension: Dimensions | None = None
+    output_dtype: Literal["float", "float32", "float16", "int8", "uint8", "binary", "ubinary"] | None = None
+    embedding_type: Literal["float", "base64", "binary", "ubinary"] | None = None
+    normalized: bool | None = None
+    task: JinaTask | None = None
+    truncation: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=1_000_000)] | None = None
 
 
 class TokenIdsBody(msgspec.Struct, frozen=True):

@@ -1,17 +1,16 @@
 """Text Embeddings Inference, and Hugging Face's pipelines: `inputs` -> bare vectors, or tokens."""
 
-from typing import Annotated, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import msgspec
 from flask import Response
-from msgspec import Meta
 
 from embedding_service.engine import ListTokensRequest, TokenizedText, TokenVectorsRequest
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, parse, read, texts_and_inputs
 from embedding_service.web.context import EMPTY, current
 from embedding_service.web.operation import operation
-from embedding_service.web.options import Options, Prompt, PromptName, embed_tokens
+from embedding_service.web.options import Options, Prompt, embed_tokens
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import cohere
@@ -55,17 +54,12 @@ protocol = ApiProtocol(
     names={"texts": "inputs", "truncation_side": "truncation_direction"},
 )
 
-Direction = Annotated[
-    Literal["left", "right", "Left", "Right"],
-    Meta(description="The end at which over-long texts are truncated; by default the model's choice."),
-]
-
 
 class TEIParameters(Options, frozen=True, kw_only=True):
     """How to embed."""
 
     prompt: Prompt | None = None
-    truncation_direction: Direction | None = None
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
 
 
 class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
@@ -79,8 +73,8 @@ class TEIEmbedAllBody(msgspec.Struct, frozen=True, kw_only=True):
     """Texts to embed token by token."""
 
     inputs: Texts
-    truncate: Annotated[Literal[True], Meta(description="Over-long texts are truncated.")] | None = None
-    prompt_name: PromptName | None = None
+    truncate: Literal[True] | None = None
+    prompt_name: str | None = None
     prompt: Prompt | None = None
 
 

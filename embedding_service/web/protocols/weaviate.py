@@ -1,10 +1,9 @@
 """Weaviate's text2vec-transformers: POST /vectors, GET /meta, /.well-known/ready and /.well-known/live."""
 
-from typing import Annotated, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import msgspec
 from flask import Response
-from msgspec import Meta
 
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, parse
@@ -39,20 +38,8 @@ protocol = ApiProtocol(
 class WeaviateConfig(Options, frozen=True, kw_only=True):
     """How to embed."""
 
-    task_type: (
-        Annotated[
-            Literal["query", "passage", ""],
-            Meta(description="Use the model's own prompt for queries or documents."),
-        ]
-        | None
-    ) = None
-    pooling_strategy: (
-        Annotated[
-            str,
-            Meta(description="The model's own pooling; masked_mean, Weaviate's default, also means that."),
-        ]
-        | None
-    ) = None
+    task_type: Literal["query", "passage", ""] | None = None
+    pooling_strategy: str | None = None
 
 
 class WeaviateBody(msgspec.Struct, frozen=True):
