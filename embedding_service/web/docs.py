@@ -10,7 +10,7 @@ from flask import Blueprint, Flask, Response, current_app, render_template, requ
 
 from embedding_service.web import page
 from embedding_service.web.openapi import document
-from embedding_service.web.operation import JSON, operation
+from embedding_service.web.operation import operation
 
 blueprint = Blueprint("docs", __name__, template_folder="templates")
 
@@ -30,7 +30,7 @@ SECURITY_POLICY = (
 @operation({200: dict[str, Any]})
 def openapi() -> Response:
     """This document: OpenAPI 3.1."""
-    return Response(_document(current_app._get_current_object()), mimetype=JSON)  # type: ignore[attr-defined]
+    return Response(_document(current_app._get_current_object()), mimetype="application/json")  # type: ignore[attr-defined]
 
 
 @blueprint.get("/docs")

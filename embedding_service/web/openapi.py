@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from flask import Flask
@@ -14,10 +14,10 @@ from embedding_service import __version__
 from embedding_service.errors import InvalidRequest, Unauthorized
 from embedding_service.web.context import EMPTY
 from embedding_service.web.descriptions import EXAMPLES, FIELDS, HEADERS, TAGS
-from embedding_service.web.operation import JSON, Operation, operation_of
+from embedding_service.web.operation import operation, operation_of
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
-from embedding_service.web.responses import NPY
+from embedding_service.web.responses import JSON, NPY
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -32,18 +32,55 @@ _NAMES = tuple(HEADERS)
 ON_EVERY, ON_WAIT, ON_TOKENS, ON_VECTORS = _NAMES[:1], _NAMES[1:3], _NAMES[3:6], _NAMES[6:]
 
 
+Outcomes = dict[int, list[Any]]
+
+
+class Route(NamedTuple):
+    """A rule with its view, and the operations behind it: the view's own, and another protocol's, if any."""
+
+    rule: Rule
+    view: Any
+    parts: list[tuple[ApiProtocol, operation]]
+
+    @property
+    def bodies(self) -> list[Any]:
+        """The types of its request's body."""
+        return [part.body.type for _, part in self.parts if part.body is not None]
+
+    def outcomes(self) -> Outcomes:
+        """Every status that it can return, with the types that its body may have (empty for no body)."""
+        types: Outcomes = {405: []} if self.parts[0][1].public else {}
+        if self.rule.arguments:
+            # Flask takes no name with a line break; the error has the shape of the API above the path.
+            types[404] = []
+        for protocol, part in self.parts:
+            for status, kind in part.answers.items():
+                kinds = kind if isinstance(kind, tuple) else (kind,) if kind is not None else ()
+                types.setdefault(status, []).extend(kinds)
+            for error in (*part.errors(), *(() if part.public else (Unauthorized,))):
+                # Some protocols answer differently if there is nothing to embed.
+                for reason in ("", EMPTY) if error is InvalidRequest else ("",):
+                    _, status = protocol.render(Failure(error.status, error.error_type, reason))
+                    types.setdefault(status, []).append(protocol.error)
+        return types
+
+
 def document(app: Flask) -> dict[str, Any]:
-    """The OpenAPI document, covering every route that has an Operation."""
+    """The OpenAPI document, covering every route that has an operation."""
     # The service's own route comes first, since readers start there.
-    described = sorted(_operations(app), key=lambda operation: operation[0].rule != "/embed")
-    schemas = Schemas([kind for _, view, found in described for kind in _types(app, view, found)])
+    routes = sorted(_routes(app), key=lambda route: route.rule.rule != "/embed")
+    schemas = Schemas(
+        kind for route in routes for kinds in (route.bodies, *route.outcomes().values()) for kind in kinds
+    )
     paths: dict[str, dict[str, Any]] = {}
-    for rule, view, found in described:
-        method = next(each for each in ("post", "delete", "get") if each.upper() in (rule.methods or ()))
-        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
-        name = re.sub(r"\W+", "_", method + (rule.rule if rule.rule != "/" else "/root")).rstrip("_")
-        operation = _operation(app, rule, view, found, schemas)
-        paths.setdefault(path, {})[method] = {"operationId": name, **operation}
+    for route in routes:
+        rule = route.rule.rule
+        methods = route.rule.methods or ()
+        method = next(each for each in ("post", "delete", "get") if each.upper() in methods)
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)
+        name = re.sub(r"\W+", "_", method + (rule if rule != "/" else "/root")).rstrip("_")
+        paths.setdefault(path, {})[method] = {"operationId": name, **_operation(route, schemas)}
+    titles = dict.fromkeys(one["tags"][0] for path in paths.values() for one in path.values())
     return {
         "openapi": "3.1.0",
         "info": {
@@ -53,7 +90,7 @@ def document(app: Flask) -> dict[str, Any]:
             "license": {"name": "MIT", "identifier": "MIT"},
             "contact": {"name": "The maintainers of the embedding service"},
         },
-        "tags": [{"name": name, "description": TAGS.get(name, name)} for name in _titles(paths)],
+        "tags": [{"name": title, "description": TAGS[title]} for title in titles],
         # Relative to this document, since a proxy may serve it under a prefix that we do not know.
         "servers": [{"url": "."}],
         "paths": paths,
@@ -67,15 +104,29 @@ def document(app: Flask) -> dict[str, Any]:
     }
 
 
-def _titles(paths: dict[str, dict[str, Any]]) -> list[str]:
-    operations = [operation for path in paths.values() for operation in path.values()]
-    return list(dict.fromkeys(name for operation in operations for name in operation["tags"]))
+def _routes(app: Flask) -> Iterable[Route]:
+    # A view that is served at another protocol's route too has the protocol of its first.
+    protocols = {
+        view: app.blueprints.get(endpoint.rpartition(".")[0])
+        for endpoint, view in reversed(app.view_functions.items())
+    }
+    for rule in app.url_map.iter_rules():
+        view: Any = app.view_functions[rule.endpoint]
+        own = operation_of(view)
+        if own is not None and own.described:
+            views = [view] if own.variant is None else [view, own.variant]
+            owners = [protocols[each] for each in views]
+            parts = [
+                (owner if isinstance(owner, ApiProtocol) else native.protocol, each.operation)
+                for owner, each in zip(owners, views, strict=True)
+            ]
+            yield Route(rule, view, parts)
 
 
 class Schemas:
     """JSON schemas of types; a named type becomes a reference to `components`."""
 
-    def __init__(self, types: list[Any]) -> None:
+    def __init__(self, types: Iterable[Any]) -> None:
         distinct = list({repr(kind): kind for kind in types}.values())
         made, self.components = msgspec.json.schema_components(distinct, ref_template=REFERENCE)
         self._made = {repr(kind): schema for kind, schema in zip(distinct, made, strict=True)}
@@ -110,99 +161,46 @@ def _ease(schema: dict[str, Any]) -> None:
                 field["anyOf"] += [{**part, "items": kind} for kind in part["items"]["anyOf"]]
 
 
-def _operations(app: Flask) -> Iterator[tuple[Rule, Callable[..., Any], Operation]]:
-    for rule in app.url_map.iter_rules():
-        view = app.view_functions[rule.endpoint]
-        found = operation_of(view)
-        if found is not None and found.described:
-            yield rule, view, found
-
-
-def _operation(
-    app: Flask, rule: Rule, view: Callable[..., Any], found: Operation, schemas: Schemas
-) -> dict[str, Any]:
-    summary, _, description = (view.__doc__ or "").partition("\n")
+def _operation(route: Route, schemas: Schemas) -> dict[str, Any]:
+    summary, _, description = (route.view.__doc__ or "").partition("\n")
+    protocol, own = route.parts[0]
     described: dict[str, Any] = {
-        "tags": [_protocol(app, view).title],
+        "tags": [protocol.title],
         "summary": summary,
         "description": description.strip() or summary,
-        "responses": _responses(app, rule, view, found, schemas),
+        "responses": _responses(own, route.outcomes(), schemas),
     }
-    if rule.arguments:
+    if route.rule.arguments:
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in sorted(rule.arguments)
+            for name in sorted(route.rule.arguments)
         ]
-    if found.body is not None:
-        bodies = [part.body.type for _, part in _variants(view, found) if part.body is not None]
-        schema = schemas.one_of(bodies, "oneOf")
-        names = [one["$ref"].rpartition("/")[2] for one in schema.get("oneOf", [schema])]
-        examples = {name: {"value": EXAMPLES[name]} for name in names if name in EXAMPLES}
-        content = {"schema": schema} | ({"examples": examples} if examples else {})
+    if own.body is not None:
+        content: dict[str, Any] = {"schema": schemas.one_of(route.bodies, "oneOf")}
+        names = [kind.__name__ for kind in route.bodies]
+        if examples := {name: {"value": EXAMPLES[name]} for name in names if name in EXAMPLES}:
+            content["examples"] = examples
         described["requestBody"] = {"required": True, "content": {JSON: content}}
     # Without keys in its settings, the service asks for none.
-    described["security"] = [] if found.public else [{}, *({name: []} for name in SECURITY_SCHEMES)]
+    described["security"] = [] if own.public else [{}, *({name: []} for name in SECURITY_SCHEMES)]
     return described
 
 
-def _responses(
-    app: Flask, rule: Rule, view: Callable[..., Any], found: Operation, schemas: Schemas
-) -> dict[str, dict[str, Any]]:
-    types: dict[int, list[Any]] = {405: []} if found.public else {}
-    if rule.arguments:
-        # Flask takes no name with a line break; the error has the shape of the API that the path is below.
-        types[404] = []
-    for status, kind in _outcomes(app, view, found):
-        types.setdefault(status, []).extend(kind)
+def _responses(own: operation, outcomes: Outcomes, schemas: Schemas) -> dict[str, dict[str, Any]]:
     responses = {}
-    for status in sorted(types):
+    for status, types in sorted(outcomes.items()):
         names = ON_EVERY + (ON_WAIT if status in (429, 503) else ())
         if status == HTTPStatus.OK:
-            names += ON_TOKENS if found.reads_tokens else ()
-            names += ON_VECTORS if found.embeds else ()
+            names += ON_TOKENS if own.reads_tokens or own.embeds else ()
+            names += ON_VECTORS if own.embeds else ()
         responses[str(status)] = {
             "description": HTTPStatus(status).phrase,
             "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
         }
-        if types[status]:
-            media = found.media if status in found.answers else (JSON,)
-            schema = schemas.one_of(types[status])
+        if types:
+            media = own.media if status in own.answers else (JSON,)
+            schema = schemas.one_of(types)
             responses[str(status)]["content"] = {
                 kind: {"schema": {"contentMediaType": kind} if kind == NPY else schema} for kind in media
             }
     return responses
-
-
-def _outcomes(app: Flask, view: Callable[..., Any], found: Operation) -> Iterator[tuple[int, list[Any]]]:
-    """Every status that the view can return, with the types that its body may have (empty for no body)."""
-    for part_view, part in _variants(view, found):
-        protocol = _protocol(app, part_view)
-        for status, kind in part.answers.items():
-            yield status, list(kind) if isinstance(kind, tuple) else [kind] if kind is not None else []
-        for error in (*part.raises, *(() if part.public else (Unauthorized,))):
-            # Some protocols answer differently if there is nothing to embed.
-            for reason in ("", EMPTY) if error is InvalidRequest else ("",):
-                _, status = protocol.render(Failure(error.status, error.error_type, reason))
-                yield status, [protocol.error]
-
-
-def _types(app: Flask, view: Callable[..., Any], found: Operation) -> list[Any]:
-    bodies = [part.body.type for _, part in _variants(view, found) if part.body is not None]
-    return bodies + [kind for _, types in _outcomes(app, view, found) for kind in types]
-
-
-def _variants(view: Callable[..., Any], found: Operation) -> list[tuple[Callable[..., Any], Operation]]:
-    """The operation, and that of another protocol on the same route, if any."""
-    parts = [(view, found)]
-    if found.variant is not None and (variant := operation_of(found.variant)) is not None:
-        parts.append((found.variant, variant))
-    return parts
-
-
-def _protocol(app: Flask, view: Callable[..., Any]) -> ApiProtocol:
-    """The protocol that renders the view's errors."""
-    for endpoint, function in app.view_functions.items():
-        if function is view:
-            found = app.blueprints.get(endpoint.rpartition(".")[0])
-            return found if isinstance(found, ApiProtocol) else native.protocol
-    return native.protocol

@@ -13,11 +13,11 @@ from embedding_service.web.body import BodyDecoder, parse
 from embedding_service.web.context import current
 from embedding_service.web.elsewhere import instead
 from embedding_service.web.fields import check_others
-from embedding_service.web.operation import JSON, operation
+from embedding_service.web.operation import operation
 from embedding_service.web.options import Options
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
-from embedding_service.web.responses import Matrix, Texts, Vector, answer, listed, vector_headers
+from embedding_service.web.responses import JSON, Matrix, Texts, Vector, answer, listed, vector_headers
 
 JSON_LINES = "application/x-ndjson"
 STARTED = datetime.now(UTC).isoformat()
