@@ -106,7 +106,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             pattern=ROUTE_PATTERN,
             extra={"allowed": "a path such as /health"},
-            description="Another path for the health check; Vertex AI sets it.",
+            description="Additional path for the health check; Vertex AI sets it.",
         ),
     ] = ""
     aip_predict_route: Annotated[
@@ -114,7 +114,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             pattern=ROUTE_PATTERN,
             extra={"allowed": "a path such as /predict"},
-            description="Another path of /predict; Vertex AI sets it.",
+            description="Additional path for /predict; Vertex AI sets it.",
         ),
     ] = ""
     web_concurrency: Annotated[
@@ -190,9 +190,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=1024,
             description=(
-                "Maximum number of tokens that wait for the model; further requests get 429. A request that "
-                "waits counts with at most the tokens of the one that arrives, so that a large one keeps no "
-                "small one out."
+                "Maximum number of tokens that wait for the model; further requests get 429. When a request "
+                "arrives, each waiting request counts for at most as many tokens as the new one, so a large "
+                "request cannot block small ones."
             ),
         ),
     ] = 2_000_000
@@ -201,7 +201,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=0,
             le=1_048_576,
-            description="Size in MiB of the vector cache of each model process; 0 turns it off.",
+            description="Vector cache of each model process, in MiB; 0 disables it.",
         ),
     ] = 0
     int8_ranges: Annotated[
@@ -213,7 +213,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = None
     request_timeout_seconds: Annotated[
-        float, Meta(gt=0, le=3600, description="Time limit of a request in seconds; a late request gets 504.")
+        float,
+        Meta(gt=0, le=3600, description="Time limit of a request, in seconds; slower requests get 504."),
     ] = 60.0
     keep_alive_seconds: Annotated[
         int,
@@ -221,7 +222,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ge=1,
             le=3600,
             description=(
-                "Seconds that an idle or unused connection stays open; it must be longer than that of the "
+                "How long an idle connection stays open, in seconds. Set it higher than the idle timeout of the "
                 "proxy or load balancer in front."
             ),
         ),
