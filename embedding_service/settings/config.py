@@ -222,8 +222,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ge=1,
             le=3600,
             description=(
-                "How long an idle connection stays open, in seconds. Set it higher than the idle timeout of the "
-                "proxy or load balancer in front."
+                "How long an idle connection stays open, in seconds. Set it higher than the idle timeout of "
+                "the proxy or load balancer in front."
             ),
         ),
     ] = 75
