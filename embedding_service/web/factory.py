@@ -73,7 +73,7 @@ class ServiceApp(Flask):
         for end in reversed(self.after_request_funcs.get(None, ())):
             response = end(response)
         response.headers.add("X-Request-ID", request.id)
-        if request.callers_trace_id is not None:
+        if "HTTP_TRACEPARENT" in request.environ and request.callers_trace_id is not None:
             response.headers.setdefault("traceparent", request.environ["HTTP_TRACEPARENT"])
         route = rule.rule if rule is not None else monitoring.UNMATCHED
         self.counter.count(route, request.method, response.status_code, request.seconds)

@@ -1,6 +1,6 @@
 """GET /health, /health/live, /health/ready and /info: the service's state, model and limits."""
 
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
 
 from flask import Blueprint, Response
 
@@ -8,62 +8,47 @@ from embedding_service import __version__
 from embedding_service.engine import State, Status
 from embedding_service.errors import Unavailable
 from embedding_service.web.context import current
-from embedding_service.web.operation import operation
+from embedding_service.web.operation import operation, shape
 from embedding_service.web.responses import answer
 
 blueprint = Blueprint("health", __name__)
 
 
-class HealthAnswer(TypedDict):
-    """The service's state, its model once loaded, and the reason if it cannot serve requests."""
-
-    status: State
-    model: NotRequired[str]
-    device: NotRequired[str]
-    embedding_dimension: NotRequired[int]
-    reason: NotRequired[str]
-
-
-class LiveAnswer(TypedDict):
-    """The process is alive."""
-
-    status: Literal["alive"]
-
-
-class Pooling(TypedDict):
-    """How token vectors are combined into one."""
-
-    pooling: str
-
-
-class ModelType(TypedDict):
-    """What the model is for."""
-
-    embedding: Pooling
-
-
-class InfoAnswer(TypedDict):
-    """The model and the request limits."""
-
-    model_name: str
-    embedding_dimension: int
-    max_seq_length: int
-    device: str
-    batch_size: int
-    model_id: str
-    model_sha: str | None
-    model_dtype: str
-    model_type: ModelType
-    max_input_length: int
-    max_client_batch_size: int
-    max_batch_tokens: int
-    max_concurrent_requests: int
-    auto_truncate: bool
-    version: str
-    backend: str
-    fingerprint: str
-    prompts: dict[str, str]
-    default_prompt_name: str | None
+HealthAnswer = shape(
+    "HealthAnswer",
+    "The service's state, its model once loaded, and the reason if it cannot serve requests.",
+    status=State,
+    model=NotRequired[str],
+    device=NotRequired[str],
+    embedding_dimension=NotRequired[int],
+    reason=NotRequired[str],
+)
+LiveAnswer = shape("LiveAnswer", "The process is alive.", status=Literal["alive"])
+Pooling = shape("Pooling", "How token vectors are combined into one.", pooling=str)
+ModelType = shape("ModelType", "What the model is for.", embedding=Pooling)
+InfoAnswer = shape(
+    "InfoAnswer",
+    "The model and the request limits.",
+    model_name=str,
+    embedding_dimension=int,
+    max_seq_length=int,
+    device=str,
+    batch_size=int,
+    model_id=str,
+    model_sha=str | None,
+    model_dtype=str,
+    model_type=ModelType,
+    max_input_length=int,
+    max_client_batch_size=int,
+    max_batch_tokens=int,
+    max_concurrent_requests=int,
+    auto_truncate=bool,
+    version=str,
+    backend=str,
+    fingerprint=str,
+    prompts=dict[str, str],
+    default_prompt_name=str | None,
+)
 
 
 @blueprint.get("/health")
@@ -90,7 +75,7 @@ def info() -> Response:
     service = current().service
     model, settings = service.require_info(), service.settings
     length = service.max_tokens(model)
-    found: InfoAnswer = {
+    found = {
         "model_name": model.model_name,
         "embedding_dimension": model.embedding_dimension,
         "max_seq_length": length,
@@ -116,7 +101,7 @@ def info() -> Response:
 
 
 def _report(status: Status) -> Response:
-    body: HealthAnswer = {"status": status.state}
+    body: dict[str, Any] = {"status": status.state}
     if status.info is not None:
         body["model"] = status.info.model_name
         body["device"] = status.info.device

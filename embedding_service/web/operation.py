@@ -1,7 +1,7 @@
 """Declares what a view accepts, returns and raises; the OpenAPI document is built from this."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import msgspec
 
@@ -59,3 +59,13 @@ class operation(msgspec.Struct, frozen=True):
 def operation_of(view: Callable[..., Any]) -> operation | None:
     """What describes the view, if anything does."""
     return getattr(view, "operation", None)
+
+
+def shape(name: str, meaning: str, /, **fields: Any) -> Any:
+    """The type of a JSON object, for the API's description. `[X]` is a list of X."""
+    for field, kind in fields.items():
+        if isinstance(kind, list):
+            fields[field] = list.__class_getitem__(kind[0])
+    made: Any = TypedDict(name, fields)  # type: ignore[misc]
+    made.__doc__ = meaning
+    return made

@@ -110,7 +110,7 @@ def test_tokenize_of_one_text(service):
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
-        ("/", {"inputs": []}, 422),
+        ("/", {"inputs": []}, 400),
         ("/", {"inputs": [1, 2]}, 422),
         ("/", {}, 422),
         ("/embed", {"inputs": 3}, 422),
@@ -129,7 +129,7 @@ def test_errors_are_its_own(service, path, body, status):
     answer = service.post(path, body)
     assert answer.status_code == status
     assert answer.json().keys() == {"error", "error_type"}
-    assert answer.json()["error_type"] == "Validation"
+    assert answer.json()["error_type"] == ("Empty" if status == 400 else "Validation")
 
 
 @pytest.mark.parametrize("body", [{}, {"texts": 3}, {"text": "x"}, [], "inputs"], ids=str)

@@ -1,6 +1,6 @@
 """Amazon SageMaker (GET /ping, POST /invocations) and Google Vertex AI (POST /predict), with TEI's bodies."""
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import msgspec
 from flask import Flask, Response
@@ -11,7 +11,7 @@ from embedding_service.settings.config import Config
 from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.context import EMPTY
 from embedding_service.web.health import HealthAnswer, health
-from embedding_service.web.operation import operation
+from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import embed
 from embedding_service.web.protocol import ApiProtocol
 from embedding_service.web.protocols import tei
@@ -43,10 +43,7 @@ class VertexBody(msgspec.Struct, frozen=True):
     parameters: tei.TEIParameters | None = None
 
 
-class VertexAnswer(TypedDict):
-    """A vector for each instance."""
-
-    predictions: Matrix
+VertexAnswer = shape("VertexAnswer", "A vector for each instance.", predictions=Matrix)
 
 
 _decoder = BodyDecoder(VertexBody)

@@ -1,6 +1,6 @@
 """Cohere: POST /v2/embed and /v1/embed, for texts, and what its clients call before these."""
 
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired
 
 import msgspec
 from flask import Response
@@ -10,20 +10,15 @@ from embedding_service.engine import Embeddings, ListTokensRequest
 from embedding_service.errors import InvalidRequest
 from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.context import current, current_id
-from embedding_service.web.operation import operation
+from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Dimensions, Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.responses import answer, encoded, vector_headers
 
-
-class CohereErrorAnswer(TypedDict):
-    """An error in Cohere's format."""
-
-    id: str | None
-    message: str
+CohereErrorAnswer = shape("CohereErrorAnswer", "An error in Cohere's format.", id=str | None, message=str)
 
 
-def render(failure: Failure) -> tuple[CohereErrorAnswer, int]:
+def render(failure: Failure) -> tuple[dict[str, Any], int]:
     """Cohere's error; its SDK chooses the exception class by status."""
     return {"id": current_id(), "message": failure.message}, failure.status
 
@@ -71,53 +66,33 @@ class CohereTokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-class CohereUnits(TypedDict):
-    """How many tokens the model read."""
-
-    input_tokens: int
-
-
-class CohereVersion(TypedDict):
-    """The version of the API."""
-
-    version: str
-
-
-class CohereMeta(TypedDict):
-    """Details of the request."""
-
-    api_version: CohereVersion
-    billed_units: CohereUnits
-
-
-class CohereEmbedAnswer(TypedDict):
-    """The embeddings by number format, or as a bare list if /v1/embed was called without formats."""
-
-    id: str | None
-    response_type: NotRequired[Literal["embeddings_floats", "embeddings_by_type"]]
-    embeddings: Any
-    texts: list[str]
-    meta: CohereMeta
-
-
-class CohereVersioned(TypedDict):
-    """Details of a request that embeds nothing."""
-
-    api_version: CohereVersion
-
-
-class CohereTokens(TypedDict):
-    """The tokens of the text, without special ones."""
-
-    tokens: list[int]
-    token_strings: list[str]
-    meta: CohereVersioned
-
-
-class CohereKeyCheck(TypedDict):
-    """Whether the key is valid; a request with another one is refused."""
-
-    valid: Literal[True]
+CohereUnits = shape("CohereUnits", "How many tokens the model read.", input_tokens=int)
+CohereVersion = shape("CohereVersion", "The version of the API.", version=str)
+CohereMeta = shape(
+    "CohereMeta", "Details of the request.", api_version=CohereVersion, billed_units=CohereUnits
+)
+CohereEmbedAnswer = shape(
+    "CohereEmbedAnswer",
+    "The embeddings by number format, or as a bare list if /v1/embed was called without formats.",
+    id=str | None,
+    response_type=NotRequired[Literal["embeddings_floats", "embeddings_by_type"]],
+    embeddings=Any,
+    texts=list[str],
+    meta=CohereMeta,
+)
+CohereVersioned = shape(
+    "CohereVersioned", "Details of a request that embeds nothing.", api_version=CohereVersion
+)
+CohereTokens = shape(
+    "CohereTokens",
+    "The tokens of the text, without special ones.",
+    tokens=list[int],
+    token_strings=list[str],
+    meta=CohereVersioned,
+)
+CohereKeyCheck = shape(
+    "CohereKeyCheck", "Whether the key is valid; a request with another one is refused.", valid=Literal[True]
+)
 
 
 _decoder = BodyDecoder(CohereEmbedBody)
@@ -161,7 +136,7 @@ def tokenize() -> Response:
     texts = [parse(_tokenize_decoder).text]
     request = ListTokensRequest(texts=texts, deadline=current().deadline, add_special_tokens=False)
     (tokens,) = current().call(request).texts
-    found: CohereTokens = {
+    found = {
         "tokens": tokens.ids,
         "token_strings": [
             tokens.special.get(place, texts[0][start:stop])
@@ -176,8 +151,7 @@ def tokenize() -> Response:
 @operation({200: CohereKeyCheck})
 def check_key() -> Response:
     """Confirm the key, which has been checked as that of every request."""
-    found: CohereKeyCheck = {"valid": True}
-    return answer(found)
+    return answer({"valid": True})
 
 
 def _embed(body: CohereEmbedBody) -> tuple[list[str], Embeddings]:
@@ -217,7 +191,7 @@ def _by_type(types: list[EmbeddingType], result: Embeddings) -> dict[str, Any]:
     return found
 
 
-def _answer(texts: list[str], result: Embeddings, embeddings: Any, version: str) -> CohereEmbedAnswer:
+def _answer(texts: list[str], result: Embeddings, embeddings: Any, version: str) -> dict[str, Any]:
     return {
         "id": current_id(),
         "embeddings": embeddings,

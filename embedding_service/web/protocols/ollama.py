@@ -1,7 +1,7 @@
 """Ollama: POST /api/embed and /api/embeddings, and the routes that its clients call before these."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired
 
 import msgspec
 from flask import Response, request
@@ -13,7 +13,7 @@ from embedding_service.web.body import BodyDecoder, parse
 from embedding_service.web.context import current
 from embedding_service.web.elsewhere import instead
 from embedding_service.web.fields import check_others
-from embedding_service.web.operation import operation
+from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Options
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
@@ -41,16 +41,17 @@ LIBRARY_NAMES = {
 }
 
 
-class OllamaErrorAnswer(TypedDict):
-    """An error in Ollama's format. Without a key, its Go client shows only `status`."""
+OllamaErrorAnswer = shape(
+    "OllamaErrorAnswer",
+    "An error in Ollama's format. Without a key, its Go client shows only `status`.",
+    error=str,
+    status=NotRequired[str],
+)
 
-    error: str
-    status: NotRequired[str]
 
-
-def render(failure: Failure) -> tuple[OllamaErrorAnswer, int]:
+def render(failure: Failure) -> tuple[dict[str, Any], int]:
     """Ollama's error."""
-    body: OllamaErrorAnswer = {"error": failure.message}
+    body = {"error": failure.message}
     if failure.status == 401:
         body["status"] = failure.message
     return body, failure.status
@@ -71,14 +72,15 @@ class OllamaEmbedBody(Options, frozen=True, kw_only=True):
     options: dict[str, Any] | None = None
 
 
-class OllamaEmbedAnswer(TypedDict):
-    """The embeddings, in the order of the texts; durations are in nanoseconds."""
-
-    model: str
-    embeddings: Matrix
-    total_duration: int
-    load_duration: int
-    prompt_eval_count: int
+OllamaEmbedAnswer = shape(
+    "OllamaEmbedAnswer",
+    "The embeddings, in the order of the texts; durations are in nanoseconds.",
+    model=str,
+    embeddings=Matrix,
+    total_duration=int,
+    load_duration=int,
+    prompt_eval_count=int,
+)
 
 
 class OllamaEmbeddingsBody(Options, frozen=True, kw_only=True):
@@ -90,52 +92,39 @@ class OllamaEmbeddingsBody(Options, frozen=True, kw_only=True):
     options: dict[str, Any] | None = None
 
 
-class OllamaEmbeddingsAnswer(TypedDict):
-    """One vector, as the model computes it."""
-
-    embedding: Vector
-
-
-class OllamaDetails(TypedDict):
-    """The kind of model."""
-
-    parent_model: str
-    format: str
-    family: str
-    families: list[str]
-    parameter_size: str
-    quantization_level: str
-
-
-class OllamaModel(TypedDict):
-    """A model that can be used."""
-
-    name: str
-    model: str
-    modified_at: str
-    size: int
-    digest: str
-    details: OllamaDetails
-
-
-class OllamaTags(TypedDict):
-    """All models, which is one."""
-
-    models: list[OllamaModel]
-
-
-class OllamaRunningModel(OllamaModel):
-    """A model that is loaded."""
-
-    expires_at: str
-    size_vram: int
-    context_length: int
-
-
-class OllamaRunning(TypedDict):
-    """All loaded models, which is one."""
-
-    models: list[OllamaRunningModel]
+OllamaEmbeddingsAnswer = shape(
+    "OllamaEmbeddingsAnswer", "One vector, as the model computes it.", embedding=Vector
+)
+OllamaDetails = shape(
+    "OllamaDetails",
+    "The kind of model.",
+    parent_model=str,
+    format=str,
+    family=str,
+    families=list[str],
+    parameter_size=str,
+    quantization_level=str,
+)
+OllamaModel = shape(
+    "OllamaModel",
+    "A model that can be used.",
+    name=str,
+    model=str,
+    modified_at=str,
+    size=int,
+    digest=str,
+    details=OllamaDetails,
+)
+OllamaTags = shape("OllamaTags", "All models, which is one.", models=[OllamaModel])
+OllamaRunningModel = shape(
+    "OllamaRunningModel",
+    "A model that is loaded.",
+    **OllamaModel.__annotations__,
+    expires_at=str,
+    size_vram=int,
+    context_length=int,
+)
+OllamaRunning = shape("OllamaRunning", "All loaded models, which is one.", models=[OllamaRunningModel])
 
 
 class OllamaNameBody(msgspec.Struct, frozen=True):
@@ -155,39 +144,29 @@ class OllamaGenerateBody(OllamaNameBody, frozen=True):
     keep_alive: Any = None
 
 
-class OllamaGenerated(TypedDict):
-    """What Ollama answers when it has loaded or unloaded a model."""
-
-    model: str
-    created_at: str
-    response: Literal[""]
-    done: Literal[True]
-    done_reason: Literal["load", "unload"]
-
-
-class OllamaShow(TypedDict):
-    """The details that Ollama's clients read before they use a model."""
-
-    license: str
-    modelfile: str
-    parameters: str
-    template: str
-    details: OllamaDetails
-    model_info: dict[str, Any]
-    capabilities: list[str]
-    modified_at: str
-
-
-class OllamaPull(TypedDict):
-    """The progress of a download."""
-
-    status: str
-
-
-class OllamaVersion(TypedDict):
-    """The level of Ollama's API that is followed."""
-
-    version: str
+OllamaGenerated = shape(
+    "OllamaGenerated",
+    "What Ollama answers when it has loaded or unloaded a model.",
+    model=str,
+    created_at=str,
+    response=Literal[""],
+    done=Literal[True],
+    done_reason=Literal["load", "unload"],
+)
+OllamaShow = shape(
+    "OllamaShow",
+    "The details that Ollama's clients read before they use a model.",
+    license=str,
+    modelfile=str,
+    parameters=str,
+    template=str,
+    details=OllamaDetails,
+    model_info=dict[str, Any],
+    capabilities=list[str],
+    modified_at=str,
+)
+OllamaPull = shape("OllamaPull", "The progress of a download.", status=str)
+OllamaVersion = shape("OllamaVersion", "The level of Ollama's API that is followed.", version=str)
 
 
 _embed_decoder = BodyDecoder(OllamaEmbedBody)
@@ -217,14 +196,12 @@ def embeddings() -> Response:
     """Embed one text, in the older form: the vector is scaled to length 1 only if `normalize` is true."""
     body = parse(_embeddings_decoder)
     if not body.prompt:
-        empty: OllamaEmbeddingsAnswer = {"embedding": []}
-        return answer(empty)
+        return answer({"embedding": []})
     _check_options(body.options, [body.prompt], normalizes=False)
     # The text: the options have no prompt here.
     options = msgspec.structs.replace(body, prompt=None)
     result = embed_texts([body.prompt], options, lambda _index: ("prompt", None), normalize=False)
-    found: OllamaEmbeddingsAnswer = {"embedding": result.vectors[0]}
-    return answer(found, headers=vector_headers())
+    return answer({"embedding": result.vectors[0]}, headers=vector_headers())
 
 
 @protocol.get("/api/tags")
@@ -232,8 +209,7 @@ def embeddings() -> Response:
 def tags() -> Response:
     """List the model under all its names, its own first."""
     info = current().service.require_info()
-    found: OllamaTags = {"models": [_model(info, name) for name in _names(info)]}
-    return answer(found)
+    return answer({"models": [_model(info, name) for name in _names(info)]})
 
 
 @protocol.get("/api/ps")
@@ -241,14 +217,13 @@ def tags() -> Response:
 def running() -> Response:
     """List the model, which is always loaded."""
     info = current().service.require_info()
-    one: OllamaRunningModel = {
+    one = {
         **_model(info, _names(info)[0]),
         "expires_at": FOREVER,
         "size_vram": 0 if info.device == "cpu" else info.size_bytes,
         "context_length": current().service.max_tokens(info),
     }
-    found: OllamaRunning = {"models": [one]}
-    return answer(found)
+    return answer({"models": [one]})
 
 
 @protocol.post("/api/show")
@@ -258,7 +233,7 @@ def show() -> Response:
     parse(_name_decoder)
     info = current().service.require_info()
     kind = info.architecture
-    found: OllamaShow = {
+    found = {
         "license": "",
         "modelfile": f"FROM {info.model_name}\n",
         "parameters": "",
@@ -289,10 +264,10 @@ def pull() -> Response:
             f"{wanted[:100]!r} is not served here; the one model has these names, and SERVED_MODEL_NAME "
             f"adds more: {', '.join(names)}"
         )
-    success: OllamaPull = {"status": "success"}
+    success = {"status": "success"}
     if body.stream is False:
         return answer(success)
-    steps: list[OllamaPull] = [{"status": "pulling manifest"}, success]
+    steps = [{"status": "pulling manifest"}, success]
     return Response(b"".join(msgspec.json.encode(step) + b"\n" for step in steps), mimetype=JSON_LINES)
 
 
@@ -311,7 +286,7 @@ def generate() -> Response:
     body = parse(_generate_decoder)
     if body.prompt:
         raise NotFound(instead(request.path))
-    found: OllamaGenerated = {
+    found = {
         "model": body.model or current().service.model_name,
         "created_at": datetime.now(UTC).isoformat(),
         "response": "",
@@ -325,8 +300,7 @@ def generate() -> Response:
 @operation({200: OllamaVersion})
 def version() -> Response:
     """The level of Ollama's API that is followed."""
-    found: OllamaVersion = {"version": API_VERSION}
-    return answer(found)
+    return answer({"version": API_VERSION})
 
 
 def _check_options(options: dict[str, Any] | None, texts: list[str], *, normalizes: bool = True) -> None:
@@ -363,7 +337,7 @@ def _tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-def _details(info: ModelInfo) -> OllamaDetails:
+def _details(info: ModelInfo) -> dict[str, Any]:
     return {
         "parent_model": "",
         "format": "safetensors",
@@ -384,7 +358,7 @@ def _size(parameters: int) -> str:
     return str(parameters)
 
 
-def _model(info: ModelInfo, name: str) -> OllamaModel:
+def _model(info: ModelInfo, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
@@ -395,7 +369,7 @@ def _model(info: ModelInfo, name: str) -> OllamaModel:
     }
 
 
-def _answer(vectors: Any, tokens: int) -> OllamaEmbedAnswer:
+def _answer(vectors: Any, tokens: int) -> dict[str, Any]:
     return {
         "model": current().service.model_name,
         "embeddings": vectors,

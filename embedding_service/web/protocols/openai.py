@@ -1,7 +1,7 @@
 """OpenAI, and those that follow it: POST /v1/embeddings, GET /v1/models, and their other addresses."""
 
 import time
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import msgspec
 from flask import Response
@@ -10,7 +10,7 @@ from msgspec import Meta
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, read, try_decode
 from embedding_service.web.context import current
-from embedding_service.web.operation import operation
+from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Dimensions, Options, Prompt, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.responses import (
@@ -35,26 +35,19 @@ CODES = {
 }
 
 
-class OpenAIError(TypedDict):
-    """The error."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIErrorAnswer(TypedDict):
-    """An error in OpenAI's format, with its message in `detail` for Voyage's SDK."""
-
-    error: OpenAIError
-    detail: str
+OpenAIError = shape("OpenAIError", "The error.", message=str, type=str, param=str | None, code=str | None)
+OpenAIErrorAnswer = shape(
+    "OpenAIErrorAnswer",
+    "An error in OpenAI's format, with its message in `detail` for Voyage's SDK.",
+    error=OpenAIError,
+    detail=str,
+)
 
 
-def render(failure: Failure) -> tuple[OpenAIErrorAnswer, int]:
+def render(failure: Failure) -> tuple[dict[str, Any], int]:
     """OpenAI's error; its SDK chooses the exception class by status, and shows the message."""
     kind = TYPES.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
-    error: OpenAIError = {
+    error = {
         "message": failure.message,
         "type": kind,
         "param": failure.field,
@@ -113,74 +106,51 @@ class TokenIdsBody(msgspec.Struct, frozen=True):
     input: list[int | list[int]]
 
 
-class OpenAIEmbedding(TypedDict):
-    """One vector."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: EncodedVector
-
-
-class OpenAIUsage(TypedDict):
-    """What the model read."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class OpenAIEmbedAnswer(TypedDict):
-    """The embeddings, in the order of the texts."""
-
-    id: str
-    object: Literal["list"]
-    data: list[OpenAIEmbedding]
-    model: str
-    usage: OpenAIUsage
-
-
-class OpenAIModel(TypedDict):
-    """A model that can be used."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class CohereModel(TypedDict):
-    """The model, as Cohere's clients read it from the same route."""
-
-    name: str
-    endpoints: list[Literal["embed"]]
-
-
-class OpenAIModels(TypedDict):
-    """All models, which is one; `models` is for Cohere's clients."""
-
-    object: Literal["list"]
-    data: list[OpenAIModel]
-    models: list[CohereModel]
-
-
-class LMStudioModel(TypedDict):
-    """The model, as LM Studio's clients read it."""
-
-    id: str
-    object: Literal["model"]
-    type: Literal["embeddings"]
-    publisher: str
-    arch: str
-    compatibility_type: str
-    quantization: str
-    state: Literal["loaded"]
-    max_context_length: int
-
-
-class LMStudioModels(TypedDict):
-    """All models, which is one."""
-
-    object: Literal["list"]
-    data: list[LMStudioModel]
+OpenAIEmbedding = shape(
+    "OpenAIEmbedding", "One vector.", object=Literal["embedding"], index=int, embedding=EncodedVector
+)
+OpenAIUsage = shape("OpenAIUsage", "What the model read.", prompt_tokens=int, total_tokens=int)
+OpenAIEmbedAnswer = shape(
+    "OpenAIEmbedAnswer",
+    "The embeddings, in the order of the texts.",
+    id=str,
+    object=Literal["list"],
+    data=[OpenAIEmbedding],
+    model=str,
+    usage=OpenAIUsage,
+)
+OpenAIModel = shape(
+    "OpenAIModel", "A model that can be used.", id=str, object=Literal["model"], created=int, owned_by=str
+)
+CohereModel = shape(
+    "CohereModel",
+    "The model, as Cohere's clients read it from the same route.",
+    name=str,
+    endpoints=list[Literal["embed"]],
+)
+OpenAIModels = shape(
+    "OpenAIModels",
+    "All models, which is one; `models` is for Cohere's clients.",
+    object=Literal["list"],
+    data=[OpenAIModel],
+    models=[CohereModel],
+)
+LMStudioModel = shape(
+    "LMStudioModel",
+    "The model, as LM Studio's clients read it.",
+    id=str,
+    object=Literal["model"],
+    type=Literal["embeddings"],
+    publisher=str,
+    arch=str,
+    compatibility_type=str,
+    quantization=str,
+    state=Literal["loaded"],
+    max_context_length=int,
+)
+LMStudioModels = shape(
+    "LMStudioModels", "All models, which is one.", object=Literal["list"], data=[LMStudioModel]
+)
 
 
 _decoder = BodyDecoder(OpenAIEmbedBody)
@@ -200,13 +170,13 @@ def embeddings(name: str = "") -> Response:
         raise InvalidRequest("cannot be sent together with output_dtype", field="embedding_type")
     field = "output_dtype" if body.embedding_type is None else "embedding_type"
     as_base64 = (body.encoding_format or body.embedding_type) == "base64"
-    data: list[OpenAIEmbedding] = [
+    data = [
         {"object": "embedding", "index": index, "embedding": vector}
         for index, vector in enumerate(
             encoded(result.vectors, getattr(body, field), as_base64=as_base64, field=field)
         )
     ]
-    found: OpenAIEmbedAnswer = {
+    found = {
         "id": current().id,
         "object": "list",
         "data": data,
@@ -224,7 +194,7 @@ def embeddings(name: str = "") -> Response:
 def models() -> Response:
     """List the model."""
     one = _model()
-    found: OpenAIModels = {
+    found = {
         "object": "list",
         "data": [one],
         "models": [{"name": one["id"], "endpoints": ["embed"]}],
@@ -244,8 +214,7 @@ def model(name: str) -> Response:
 @operation({200: LMStudioModels}, raises=(Unavailable,))
 def lm_studio_models() -> Response:
     """List the model, in LM Studio's form."""
-    found: LMStudioModels = {"object": "list", "data": [_lm_studio_model()]}
-    return answer(found)
+    return answer({"object": "list", "data": [_lm_studio_model()]})
 
 
 @protocol.get("/api/v0/models/<path:name>")
@@ -255,7 +224,7 @@ def lm_studio_model(name: str) -> Response:
     return answer(_lm_studio_model())
 
 
-def _lm_studio_model() -> LMStudioModel:
+def _lm_studio_model() -> dict[str, Any]:
     info = current().service.require_info()
     return {
         "id": info.model_name,
@@ -270,7 +239,7 @@ def _lm_studio_model() -> LMStudioModel:
     }
 
 
-def _model() -> OpenAIModel:
+def _model() -> dict[str, Any]:
     info = current().service.require_info()
     return {"id": info.model_name, "object": "model", "created": STARTED, "owned_by": "embedding-service"}
 

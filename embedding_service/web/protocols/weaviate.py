@@ -1,6 +1,6 @@
 """Weaviate's text2vec-transformers: POST /vectors, GET /meta, /.well-known/ready and /.well-known/live."""
 
-from typing import Literal, TypedDict
+from typing import Any, Literal
 
 import msgspec
 from flask import Response
@@ -8,19 +8,15 @@ from flask import Response
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, parse
 from embedding_service.web.context import current
-from embedding_service.web.operation import operation
+from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.responses import Matrix, Vector, answer, vector_headers
 
-
-class WeaviateErrorAnswer(TypedDict):
-    """An error in the format that Weaviate reads."""
-
-    error: str
+WeaviateErrorAnswer = shape("WeaviateErrorAnswer", "An error in the format that Weaviate reads.", error=str)
 
 
-def render(failure: Failure) -> tuple[WeaviateErrorAnswer, int]:
+def render(failure: Failure) -> tuple[dict[str, Any], int]:
     """The error that Weaviate passes on to its caller."""
     return {"error": failure.message}, failure.status
 
@@ -50,29 +46,20 @@ class WeaviateBody(msgspec.Struct, frozen=True):
     config: WeaviateConfig | None = None
 
 
-class WeaviateAnswer(TypedDict):
-    """One vector, with its text."""
-
-    text: str
-    vector: Vector
-    dim: int
-    dims: int
-
-
-class WeaviateBatchAnswer(TypedDict):
-    """The vectors, in the order of the texts."""
-
-    vectors: Matrix
-    dims: int
-
-
-class WeaviateMeta(TypedDict):
-    """The model, as Weaviate lists it among its modules."""
-
-    model: str
-    model_type: str
-    embedding_dimension: int
-    max_seq_length: int
+WeaviateAnswer = shape(
+    "WeaviateAnswer", "One vector, with its text.", text=str, vector=Vector, dim=int, dims=int
+)
+WeaviateBatchAnswer = shape(
+    "WeaviateBatchAnswer", "The vectors, in the order of the texts.", vectors=Matrix, dims=int
+)
+WeaviateMeta = shape(
+    "WeaviateMeta",
+    "The model, as Weaviate lists it among its modules.",
+    model=str,
+    model_type=str,
+    embedding_dimension=int,
+    max_seq_length=int,
+)
 
 
 _decoder = BodyDecoder(WeaviateBody)
@@ -93,7 +80,7 @@ def vectors() -> Response:
         raise InvalidRequest("the request has neither text nor texts")
     result = embed(texts, config, place, parent="config.", advice='"config": {"truncate": true}')
     dims = result.vectors.shape[1]
-    found: WeaviateBatchAnswer | WeaviateAnswer = {"vectors": result.vectors, "dims": dims}
+    found = {"vectors": result.vectors, "dims": dims}
     if body.texts is None:
         found = {"text": texts[0], "vector": result.vectors[0], "dim": dims, "dims": dims}
     return answer(found, headers=vector_headers())
@@ -119,7 +106,7 @@ def _place_of_one(_index: int) -> tuple[str, None]:
 def meta() -> Response:
     """Describe the model."""
     info = current().service.require_info()
-    found: WeaviateMeta = {
+    found = {
         "model": info.model_name,
         "model_type": info.pooling,
         "embedding_dimension": info.embedding_dimension,
