@@ -411,12 +411,9 @@ COSTS = """
 import sys, timeit
 from pathlib import Path
 from embedding_service.observability import metrics
-from embedding_service.web.monitoring import RequestCounter
 metrics.share(Path(sys.argv[1]))
-counter = RequestCounter()
 def request():
-    metrics.record_embedding(1.2, 3.4, 8.8, 1)
-    counter.count("/embed", "POST", 200, 0.012)
+    metrics.record_request(("/embed", "POST", 200), 0.012, (1.2, 3.4, 8.8), 1)
 def batch():
     metrics.record_batch(32, 528, 1024, 0.01)
 for hot in (request, batch):

@@ -109,22 +109,33 @@ class Distribution:
         return (self._sum, value), (self._buckets[bisect_left(self._bounds, value)], 1.0)
 
 
-_tokenization, _queue, _inference = (
-    Distribution(PHASE_SECONDS.labels(phase)) for phase in ("tokenization", "queue", "inference")
-)
+# Labels for unmatched paths and unknown methods, which keep the number of series bounded.
+UNMATCHED, OTHER = "unmatched", "other"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_phases = [Distribution(PHASE_SECONDS.labels(phase)) for phase in ("tokenization", "queue", "inference")]
+_requests: dict[tuple[str, str, int], tuple[Any, Distribution]] = {}
 
 
-def record_embedding(
-    tokenization_ms: float, queue_ms: float, inference_ms: float, truncated_texts: int
-) -> None:
-    """Count an embedding request, in the process that answers it."""
-    multiprocess.add(
-        (
-            *_tokenization.amounts(tokenization_ms / 1e3),
-            *_queue.amounts(queue_ms / 1e3),
-            *_inference.amounts(inference_ms / 1e3),
-        )
+def request_series(route: str, method: str, status: int) -> tuple[Any, Distribution]:
+    """The series of these requests, at 0 if new."""
+    key = route, method, status
+    _requests[key] = (
+        REQUESTS.labels(route, method, str(status))._value,
+        Distribution(REQUEST_SECONDS.labels(route, method)),
     )
+    return _requests[key]
+
+
+def record_request(
+    key: tuple[str, str, int], seconds: float, phase_ms: Sequence[float] = (), truncated_texts: int = 0
+) -> None:
+    """Count a request by route, method and status; if it embedded texts, with the times of its phases."""
+    requests, durations = _requests.get(key) or request_series(*key)
+    amounts = [(requests, 1.0), *durations.amounts(seconds)]
+    for phase, ms in zip(_phases, phase_ms, strict=False):
+        amounts += phase.amounts(ms / 1e3)
+    multiprocess.add(amounts)
     if truncated_texts:
         TRUNCATED_TEXTS.inc(truncated_texts)
 

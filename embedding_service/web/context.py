@@ -118,7 +118,7 @@ class ServiceRequest(Request):
                 "(MAX_TEXTS_PER_REQUEST)",
                 field="texts",
             )
-        if characters:
+        if characters and len(max(texts, key=len)) > settings.max_text_characters:
             check_characters(texts, settings.max_text_characters)
         try:
             service.places.pop()
@@ -138,7 +138,8 @@ class ServiceRequest(Request):
 
     def fingerprint(self) -> str:
         """The model's fingerprint. Raises FingerprintMismatch if the caller expects another one."""
-        own, expected = self.service.require_info().fingerprint, self.environ.get(EXPECTED)
+        info = self.service.engine.status().info or self.service.require_info()
+        own, expected = info.fingerprint, self.environ.get(EXPECTED)
         if expected is not None and expected != own:
             raise FingerprintMismatch(
                 f"the caller expects vectors of a model with the fingerprint {expected[:64]!r}, but this "

@@ -10,7 +10,6 @@ from msgspec import Meta
 
 from embedding_service.engine import Embeddings, EmbedRequest, Overflow, TokenVectorsRequest, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError, TextTooLong
-from embedding_service.observability import metrics
 from embedding_service.web.context import current
 from embedding_service.web.fields import MEANINGS
 from embedding_service.web.protocol import Asked
@@ -91,10 +90,7 @@ def embed(
         if place is not None and error.index is not None:
             error.field, error.index = place(error.index)
         raise
-    request.tokens, timings = result.tokens, result.timings
-    metrics.record_embedding(
-        timings.tokenization_ms, timings.queue_ms, timings.inference_ms, len(result.truncated)
-    )
+    request.tokens = result.tokens
     return result
 
 
