@@ -22,7 +22,7 @@ from typing import IO
 
 import msgspec
 
-from embedding_service.observability import logs, metrics
+from embedding_service.observability import logs
 from embedding_service.settings.config import Config
 from embedding_service.sharing.runtime_folder import RuntimeFolder
 from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, LoadReport
@@ -127,10 +127,17 @@ class Child:
             )
         recent = sum(now - death < DEATHS_WITHIN_SECONDS for death in self._deaths)
         wait = BACKOFF_SECONDS[min(recent, len(BACKOFF_SECONDS)) - 1]
-        metrics.MODEL_RESTARTS.inc()
+        self._count_restart()
         log.error("%s ended %s; starting it again in %.1f s", process.capitalize(), how, wait)
         self._start_at = now + wait
         return None
+
+    def _count_restart(self) -> None:
+        # Half of this process's memory, and of the time before a model process starts, unless it is needed.
+        from embedding_service.observability import metrics
+
+        metrics.share(self._folder.metrics)
+        metrics.MODEL_RESTARTS.inc()
 
     def _report(self) -> LoadReport:
         """What the dead process wrote. Never blocks, even if a child of it has its standard input open."""
@@ -154,7 +161,6 @@ def main(folder: RuntimeFolder, report: socket.socket, settings: Config) -> int:
     """Supervise until the master exits or there is a reason to give up; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    metrics.share(folder.metrics)
     master = os.getppid()
     children = [Child(folder, index, settings) for index in range(len(settings.devices))]
     reason: ExitReason | None = None
