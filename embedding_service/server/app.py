@@ -4,7 +4,7 @@ import logging
 
 from flask import Flask
 
-from embedding_service.inference.local import LocalEngine
+from embedding_service.engine import Engine
 from embedding_service.observability import logs
 from embedding_service.server import preflight
 from embedding_service.settings import environment
@@ -19,7 +19,7 @@ def build() -> Flask:
     started = environment.current()
     settings = started.settings
     supervisor = supervisor_handle.inherited()
-    engine: RemoteEngine | LocalEngine
+    engine: Engine
     if supervisor is not None:
         engine = RemoteEngine(supervisor, len(settings.devices))
     else:
@@ -28,5 +28,8 @@ def build() -> Flask:
         preflight.check(started)
         if settings.is_open_at(settings.host):
             logging.getLogger(__name__).warning(OPEN_WARNING, settings.host)
+        # Web workers need none of it.
+        from embedding_service.inference.local import LocalEngine
+
         engine = LocalEngine(settings)
     return create_app(engine, settings, sends_traces=started.sends_traces)

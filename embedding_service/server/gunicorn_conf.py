@@ -1,5 +1,6 @@
 """The production server: gunicorn's settings, and the model processes that its master runs."""
 
+import importlib
 import signal
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from gunicorn import glogging, systemd
 
 from embedding_service.errors import StartupError
-from embedding_service.observability import logs
+from embedding_service.observability import collector, logs
 from embedding_service.server import preflight
 from embedding_service.settings import environment
 from embedding_service.sharing import supervisor_handle
@@ -84,6 +85,11 @@ def on_starting(server: Any) -> None:
     for address in server.cfg.address:
         if isinstance(address, tuple) and settings.is_open_at(address[0]):
             server.log.warning(OPEN_WARNING, address[0])
+    if not server.cfg.is_ssl:
+        # Meanwhile the model is loading. The workers share the memory of what is imported before the fork; a
+        # worker with TLS must patch it before anything imports it.
+        importlib.import_module("embedding_service.server.app")
+        collector.freeze()
 
 
 def _new_addresses(server: Any) -> list[tuple[str, int]]:
@@ -106,7 +112,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """In a worker with its app: connect its shutdown signal, and wait for the model's first status."""
-    from embedding_service.observability import collector, metrics  # not needed in the master
+    from embedding_service.observability import metrics  # not needed by a master with TLS
 
     metrics.share(supervisor.folder.metrics)
     context = worker.wsgi.extensions["embedding_service"]
