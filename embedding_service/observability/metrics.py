@@ -109,9 +109,8 @@ class Distribution:
         return (self._sum, value), (self._buckets[bisect_left(self._bounds, value)], 1.0)
 
 
-# Labels for unmatched paths and unknown methods, which keep the number of series bounded.
-UNMATCHED, OTHER = "unmatched", "other"
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# One label for all other methods keeps the number of series bounded.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 _phases = [Distribution(PHASE_SECONDS.labels(phase)) for phase in ("tokenization", "queue", "inference")]
 _requests: dict[tuple[str, str, int], tuple[Any, Distribution]] = {}
@@ -119,12 +118,11 @@ _requests: dict[tuple[str, str, int], tuple[Any, Distribution]] = {}
 
 def request_series(route: str, method: str, status: int) -> tuple[Any, Distribution]:
     """The series of these requests, at 0 if new."""
-    key = route, method, status
-    _requests[key] = (
-        REQUESTS.labels(route, method, str(status))._value,
-        Distribution(REQUEST_SECONDS.labels(route, method)),
-    )
-    return _requests[key]
+    labels = route, method if method in _METHODS else "other"
+    series = REQUESTS.labels(*labels, str(status))._value, Distribution(REQUEST_SECONDS.labels(*labels))
+    if method in _METHODS:
+        _requests[route, method, status] = series
+    return series
 
 
 def record_request(

@@ -33,19 +33,14 @@ def on_service_error(error: ServiceError) -> Response:
     level = logging.WARNING if error.status >= 500 else logging.INFO
     # Rejections are not logged by default, so that an overloaded service does not fill its disk.
     level = logging.DEBUG if isinstance(error, Overloaded) else level
-    protocol = current_protocol()
-    failure = protocol.failure(error, current().asked)
+    failure = current_protocol().failure(error, current().asked)
     log.log(level, "%d %s: %s", error.status, error.error_type, failure.message[:LOGGED_CHARACTERS])
-    response = answer(*protocol.render(failure))
-    add_retry_after(response, error)
-    return response
-
-
-def add_retry_after(response: Response, error: ServiceError) -> None:
-    """Retry-After in whole seconds, and retry-after-ms for clients that understand it."""
+    response = render(failure)
     if error.retry_after_seconds is not None:
+        # In whole seconds, and for clients that understand it, in milliseconds.
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_seconds))
         response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_seconds * 1000))
+    return response
 
 
 def on_http_error(error: HTTPException) -> Response:

@@ -83,7 +83,7 @@ class ServiceApp(Flask):
             response.headers.setdefault("traceparent", request.environ["HTTP_TRACEPARENT"])
         result = request.result
         metrics.record_request(
-            (rule.rule if rule is not None else metrics.UNMATCHED, request.method, response.status_code),
+            (rule.rule if rule is not None else monitoring.UNMATCHED, request.method, response.status_code),
             request.seconds,
             msgspec.structs.astuple(result.timings) if result is not None else (),
             len(result.truncated) if result is not None else 0,

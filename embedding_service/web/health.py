@@ -5,7 +5,7 @@ from typing import Any, Literal, NotRequired
 from flask import Blueprint, Response
 
 from embedding_service import __version__
-from embedding_service.engine import State, Status
+from embedding_service.engine import ModelInfo, State, Status
 from embedding_service.errors import Unavailable
 from embedding_service.web.context import current
 from embedding_service.web.operation import operation, shape
@@ -26,14 +26,13 @@ HealthAnswer = shape(
 LiveAnswer = shape("LiveAnswer", "The process is alive.", status=Literal["alive"])
 Pooling = shape("Pooling", "How token vectors are combined into one.", pooling=str)
 ModelType = shape("ModelType", "What the model is for.", embedding=Pooling)
+# What /info says of the model in the same words as the engine.
+SAME = ("model_name", "embedding_dimension", "device", "batch_size", "backend", "fingerprint", "prompts")
 InfoAnswer = shape(
     "InfoAnswer",
     "The model and the request limits.",
-    model_name=str,
-    embedding_dimension=int,
+    **{name: ModelInfo.__annotations__[name] for name in SAME},
     max_seq_length=int,
-    device=str,
-    batch_size=int,
     model_id=str,
     model_sha=str | None,
     model_dtype=str,
@@ -44,9 +43,6 @@ InfoAnswer = shape(
     max_concurrent_requests=int,
     auto_truncate=bool,
     version=str,
-    backend=str,
-    fingerprint=str,
-    prompts=dict[str, str],
     default_prompt_name=str | None,
 )
 
@@ -75,12 +71,8 @@ def info() -> Response:
     service = current().service
     model, settings = service.require_info(), service.settings
     length = service.max_tokens(model)
-    found = {
-        "model_name": model.model_name,
-        "embedding_dimension": model.embedding_dimension,
+    found = {name: getattr(model, name) for name in SAME} | {
         "max_seq_length": length,
-        "device": model.device,
-        "batch_size": model.batch_size,
         "model_id": model.model_name,
         "model_sha": model.revision,
         "model_dtype": model.dtype,
@@ -92,9 +84,6 @@ def info() -> Response:
         "max_concurrent_requests": settings.max_concurrent_requests,
         "auto_truncate": True,
         "version": __version__,
-        "backend": model.backend,
-        "fingerprint": model.fingerprint,
-        "prompts": model.prompts,
         "default_prompt_name": model.default_prompt_name,
     }
     return answer(found)

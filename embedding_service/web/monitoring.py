@@ -8,6 +8,9 @@ from embedding_service.web.operation import operation
 
 blueprint = Blueprint("monitoring", __name__)
 
+# The route of paths that have none.
+UNMATCHED = "unmatched"
+
 # Series for these are created at 0, so that rate() counts the first such response. Text Embeddings Inference
 # uses 422 and 424 for 400 and 500.
 READING = (200, 401, 500, 503)
@@ -18,7 +21,7 @@ def prepare(app: Flask) -> None:
     """Create the series of every route."""
     for method in ("GET", "POST"):
         for status in (401, 404, 405):
-            metrics.request_series(metrics.UNMATCHED, method, status)
+            metrics.request_series(UNMATCHED, method, status)
         for rule in app.url_map.iter_rules():
             if method in (rule.methods or ()):
                 for status in READING if method == "GET" else WRITING:

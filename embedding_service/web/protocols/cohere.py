@@ -6,7 +6,7 @@ import msgspec
 from flask import Response
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, ListTokensRequest
+from embedding_service.engine import ListTokensRequest
 from embedding_service.errors import InvalidRequest
 from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.context import current, current_id
@@ -104,9 +104,7 @@ _tokenize_decoder = BodyDecoder(CohereTokenizeBody)
 def embed_v2() -> Response:
     """Embed texts in one or more number formats."""
     body = parse(_decoder)
-    texts, result = _embed(body)
-    found = _answer(texts, result, _by_type(body.embedding_types or ["float"], result), "2")
-    return answer(found, headers=vector_headers())
+    return _embed(body, "2", body.embedding_types or ["float"])
 
 
 @protocol.post("/v1/embed")
@@ -119,14 +117,30 @@ def embed_v1() -> Response:
 def embed_raw(raw: bytes) -> Response:
     """The response of /v1/embed to a body that has been read."""
     body = _decoder.decode(raw)
-    texts, result = _embed(body)
-    if body.embedding_types:
-        found = _answer(texts, result, _by_type(body.embedding_types, result), "1")
-        found["response_type"] = "embeddings_by_type"
-    else:
-        found = _answer(texts, result, result.vectors, "1")
-        found["response_type"] = "embeddings_floats"
-    return answer(found, headers=vector_headers())
+    kind = "embeddings_by_type" if body.embedding_types else "embeddings_floats"
+    return _embed(body, "1", body.embedding_types or [], response_type=kind)
+
+
+def _embed(body: CohereEmbedBody, version: str, types: list[EmbeddingType], **more: str) -> Response:
+    texts = _texts(body)
+    length = current().service.require_info().max_seq_length
+    if body.max_tokens is not None and body.max_tokens < length:
+        raise InvalidRequest(
+            f"must be at least {length}, the model's maximum, or left out", field="max_tokens"
+        )
+    place = (lambda index: ("inputs", index)) if body.texts is None else None
+    result = embed(texts, body, place, advice='"truncate": "END"')
+    by_type = {
+        name: encoded(result.vectors, name, as_base64=name == "base64", field="embedding_types")
+        for name in types
+    }
+    found = {
+        "id": current_id(),
+        "embeddings": by_type or result.vectors,
+        "texts": texts,
+        "meta": {"api_version": {"version": version}, "billed_units": {"input_tokens": result.tokens}},
+    }
+    return answer(found | more, headers=vector_headers())
 
 
 @protocol.post("/v1/tokenize")
@@ -154,18 +168,6 @@ def check_key() -> Response:
     return answer({"valid": True})
 
 
-def _embed(body: CohereEmbedBody) -> tuple[list[str], Embeddings]:
-    texts = _texts(body)
-    info = current().service.require_info()
-    if body.max_tokens is not None and body.max_tokens < info.max_seq_length:
-        raise InvalidRequest(
-            f"must be at least {info.max_seq_length}, the model's maximum, or left out",
-            field="max_tokens",
-        )
-    place = (lambda index: ("inputs", index)) if body.texts is None else None
-    return texts, embed(texts, body, place, advice='"truncate": "END"')
-
-
 def _texts(body: CohereEmbedBody) -> list[str]:
     if body.images:
         raise InvalidRequest("is not supported: the model reads text", field="images")
@@ -182,19 +184,3 @@ def _texts(body: CohereEmbedBody) -> list[str]:
             raise InvalidRequest("must have one content, a text", field="inputs", index=index)
         texts.append(contents[0].text)
     return texts
-
-
-def _by_type(types: list[EmbeddingType], result: Embeddings) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in types:
-        found[name] = encoded(result.vectors, name, as_base64=name == "base64", field="embedding_types")
-    return found
-
-
-def _answer(texts: list[str], result: Embeddings, embeddings: Any, version: str) -> dict[str, Any]:
-    return {
-        "id": current_id(),
-        "embeddings": embeddings,
-        "texts": texts,
-        "meta": {"api_version": {"version": version}, "billed_units": {"input_tokens": result.tokens}},
-    }

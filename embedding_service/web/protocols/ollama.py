@@ -25,6 +25,7 @@ FOREVER = "9999-12-31T23:59:59Z"
 
 # The level of Ollama's API that is followed: some clients require one.
 API_VERSION = "0.12.0"
+QUANTIZATION_LEVELS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 # Names and tags in Ollama's library, by the last part of a model's name on the hub.
 LIBRARY_NAMES = {
@@ -182,12 +183,12 @@ def embed() -> Response:
     body = parse(_embed_decoder)
     texts = listed(body.input or [])
     _check_options(body.options, texts)
-    if not texts:
-        return answer(_answer([], 0))
-    if body.dimensions == 0:
-        body = msgspec.structs.replace(body, dimensions=None)
-    result = embed_texts(texts, body)
-    return answer(_answer(result.vectors, result.tokens), headers=vector_headers())
+    found = {"model": current().service.model_name, "embeddings": [], "load_duration": 0}
+    if texts:
+        result = embed_texts(texts, msgspec.structs.replace(body, dimensions=body.dimensions or None))
+        found["embeddings"] = result.vectors
+    durations = {"total_duration": round(current().seconds * 1e9), "prompt_eval_count": current().tokens or 0}
+    return answer(found | durations, headers=vector_headers() if texts else ())
 
 
 @protocol.post("/api/embeddings")
@@ -264,11 +265,10 @@ def pull() -> Response:
             f"{wanted[:100]!r} is not served here; the one model has these names, and SERVED_MODEL_NAME "
             f"adds more: {', '.join(names)}"
         )
-    success = {"status": "success"}
     if body.stream is False:
-        return answer(success)
-    steps = [{"status": "pulling manifest"}, success]
-    return Response(b"".join(msgspec.json.encode(step) + b"\n" for step in steps), mimetype=JSON_LINES)
+        return answer({"status": "success"})
+    steps = [{"status": "pulling manifest"}, {"status": "success"}]
+    return Response(msgspec.json.Encoder().encode_lines(steps), mimetype=JSON_LINES)
 
 
 @protocol.delete("/api/delete")
@@ -307,18 +307,15 @@ def _check_options(options: dict[str, Any] | None, texts: list[str], *, normaliz
     """Raises InvalidRequest for options that would change the vectors: a window that would cut a text."""
     check_others((), options or {}, "options.", normalizes=normalizes)
     window, info = (options or {}).get("num_ctx"), current().service.status().info
+    if info is None or not isinstance(window, int | float) or not texts:
+        return
+    length = current().service.max_tokens(info)
     # In Ollama, 0 means the default.
-    if (
-        info is None
-        or not isinstance(window, int | float)
-        or not 0 < window < current().service.max_tokens(info)
-        or not texts
-    ):
+    if not 0 < window < length:
         return
     tokenized = current().call(ListTokensRequest(texts=texts, deadline=current().deadline)).texts
-    longest = max(len(each.ids) for each in tokenized)
-    if longest > window:
-        wanted = min(longest, current().service.max_tokens(info))
+    wanted = min(length, max(len(each.ids) for each in tokenized))
+    if wanted > window:
         raise InvalidRequest(
             f"must be at least {wanted} for these texts, or left out", field="options.num_ctx"
         )
@@ -338,42 +335,17 @@ def _tagged(name: str) -> str:
 
 
 def _details(info: ModelInfo) -> dict[str, Any]:
+    units = [(unit, info.parameters / size) for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3))]
     return {
         "parent_model": "",
         "format": "safetensors",
         "family": info.architecture,
         "families": [info.architecture],
-        "parameter_size": _size(info.parameters),
-        "quantization_level": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(
-            info.dtype, info.dtype
-        ),
+        "parameter_size": next((f"{n:.3g}{unit}" for unit, n in units if n >= 1), str(info.parameters)),
+        "quantization_level": QUANTIZATION_LEVELS.get(info.dtype, info.dtype),
     }
-
-
-def _size(parameters: int) -> str:
-    """The number as Ollama shows it: 22.71M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if parameters >= size:
-            return f"{parameters / size:.3g}{unit}"
-    return str(parameters)
 
 
 def _model(info: ModelInfo, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": STARTED,
-        "size": info.size_bytes,
-        "digest": info.fingerprint,
-        "details": _details(info),
-    }
-
-
-def _answer(vectors: Any, tokens: int) -> dict[str, Any]:
-    return {
-        "model": current().service.model_name,
-        "embeddings": vectors,
-        "total_duration": round(current().seconds * 1e9),
-        "load_duration": 0,
-        "prompt_eval_count": tokens,
-    }
+    facts = {"modified_at": STARTED, "size": info.size_bytes, "digest": info.fingerprint}
+    return {"name": name, "model": name, "details": _details(info), **facts}
