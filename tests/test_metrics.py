@@ -371,7 +371,7 @@ def driver(monkeypatch):
 def test_a_gpu_is_sampled_with_the_queue(driver):
     gpu = sampling.find_gpu("cuda:1")
     assert driver.asked == ["GPU-5e1f0f0e-0000-1111-2222-333344445555"]
-    sampler = sampling.Sampler(lambda: 1234, gpu)
+    sampler = sampling.Sampler(SimpleNamespace(queued_tokens=1234, requests=(5, 6)), gpu)
     try:
 
         def value(name: str, **labels: str) -> float:
@@ -379,6 +379,7 @@ def test_a_gpu_is_sampled_with_the_queue(driver):
 
         wait_until(lambda: value("embedding_gpu_temperature_celsius", gpu="cuda:1") == 61, 5, "a sample")
         assert value("embedding_queued_tokens") == 1234
+        assert (value("embedding_requests_waiting"), value("embedding_requests_running")) == (5, 6)
         assert value("embedding_gpu_memory_used_bytes", gpu="cuda:1") == 3 << 30
         assert value("embedding_gpu_memory_total_bytes", gpu="cuda:1") == 80 << 30
         assert value("embedding_gpu_utilization_ratio", gpu="cuda:1") == 0.42

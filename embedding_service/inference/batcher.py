@@ -71,6 +71,11 @@ class Batcher:
         """Tokens accepted and not yet answered."""
         return self._scheduler.queued_tokens
 
+    @property
+    def requests(self) -> tuple[int, int]:
+        """How many requests wait for their first batch, and how many have begun."""
+        return self._scheduler.requests
+
     def submit(self, calls: Sequence[tuple[int, EmbedRequest]], receiver: Receiver) -> None:
         """Queue numbered requests that came together.
 

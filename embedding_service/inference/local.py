@@ -180,7 +180,7 @@ class LocalEngine:
                 cache_bytes=self._settings.cache_mb << 20,
                 on_device_lost=self._lost,
             )
-            self._sampler = Sampler(self._queued_tokens, find_gpu(model.info.device))
+            self._sampler = Sampler(self._batcher, find_gpu(model.info.device))
             _publish(model.info)
             if not self._closed:
                 self._set(Status(state="healthy", info=model.info))
@@ -202,9 +202,6 @@ class LocalEngine:
     def _lost(self, reason: str) -> None:
         log.critical("The device is lost: %s", reason)
         self._set(Status(state="unhealthy", reason=reason, info=self._status.info))
-
-    def _queued_tokens(self) -> int:
-        return self._batcher.queued_tokens if self._batcher else 0
 
     def _set(self, status: Status) -> None:
         self._status = status

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from embedding_service.inference.batcher import Batcher
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ def find_gpu(device: str) -> Gpu | None:
 class Sampler:
     """A thread that sets the gauges once a second until it is closed."""
 
-    def __init__(self, queued_tokens: Callable[[], int], gpu: Gpu | None) -> None:
-        self._queued_tokens = queued_tokens
+    def __init__(self, batcher: Batcher, gpu: Gpu | None) -> None:
+        self._batcher = batcher
         self._gpu = gpu
         self._closed = threading.Event()
         threading.Thread(target=self._sample_forever, name="sampler", daemon=True).start()
@@ -76,7 +77,10 @@ class Sampler:
 
     def _sample_forever(self) -> None:
         while True:
-            metrics.QUEUED_TOKENS.set(self._queued_tokens())
+            metrics.QUEUED_TOKENS.set(self._batcher.queued_tokens)
+            waiting, running = self._batcher.requests
+            metrics.REQUESTS_WAITING.set(waiting)
+            metrics.REQUESTS_RUNNING.set(running)
             if self._gpu is not None:
                 self._gpu.sample()
             if self._closed.wait(SAMPLE_SECONDS):

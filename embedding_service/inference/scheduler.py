@@ -55,6 +55,13 @@ class Scheduler:
         return self._admission.queued_tokens
 
     @property
+    def requests(self) -> tuple[int, int]:
+        """How many requests wait for their first batch, and how many have begun; callable from any thread."""
+        all_of_them = list(self._pending)
+        begun = sum(one.entry.left < one.charge for one in all_of_them)
+        return len(all_of_them) - begun, begun
+
+    @property
     def fits_one_batch(self) -> bool:
         """Whether all that waits is probably one batch."""
         return self._queue.tokens <= min(self._model.budget.tokens, self._most_tokens)

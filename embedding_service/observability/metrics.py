@@ -58,6 +58,12 @@ PADDING_TOKENS = _counter("padding_tokens", "Padding tokens in forward passes.")
 QUEUED_TOKENS = _gauge(
     "queued_tokens", "Tokens accepted and not yet answered, sampled once a second.", "livesum"
 )
+REQUESTS_WAITING = _gauge(
+    "requests_waiting", "Requests that wait for their first batch, sampled once a second.", "livesum"
+)
+REQUESTS_RUNNING = _gauge(
+    "requests_running", "Requests of which a batch has begun, sampled once a second.", "livesum"
+)
 OUT_OF_MEMORY_HALVINGS = _counter(
     "out_of_memory_halvings",
     "Forward passes that did not fit in the device's memory and halved the batch size.",

@@ -40,7 +40,9 @@ class Driven:
 def test_a_request_is_done_with_its_last_vector():
     driven = Driven(FakeRuntime(max_batch_tokens=20))
     pending = driven.add(text(10, "a"), text(10, "b"), text(10, "c"))
+    assert driven.scheduler.requests == (1, 0)
     first, second = driven.take(), driven.take()
+    assert driven.scheduler.requests == (0, 1)
     assert not driven.scheduler
     assert driven.scheduler.deliver(first, np.ones((2, 8)), np.ones((2, 8)), 0, 1) == []
     assert driven.scheduler.deliver(second, np.ones((1, 8)), np.ones((1, 8)), 0, 1) == [pending]
