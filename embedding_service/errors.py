@@ -28,6 +28,9 @@ class ServiceError(Exception):
     status = 500
     error_type = "internal"
 
+    def __init_subclass__(cls, status: int = 500, error_type: str = "internal") -> None:
+        cls.status, cls.error_type = status, error_type
+
     def __init__(
         self,
         reason: str,
@@ -51,88 +54,52 @@ class ServiceError(Exception):
         return self.message
 
 
-class InvalidRequest(ServiceError):
+class InvalidRequest(ServiceError, status=400, error_type="validation"):
     """The request is invalid."""
 
-    status = 400
-    error_type = "validation"
 
-
-class TextTooLong(ServiceError):
+class TextTooLong(ServiceError, status=400, error_type="validation"):
     """A text has more tokens than the model reads, and may not be truncated."""
 
-    status = 400
-    error_type = "validation"
 
-
-class Unauthorized(ServiceError):
+class Unauthorized(ServiceError, status=401, error_type="unauthorized"):
     """No key, or an unknown one."""
 
-    status = 401
-    error_type = "unauthorized"
 
-
-class NotFound(ServiceError):
+class NotFound(ServiceError, status=404, error_type="not_found"):
     """The resource does not exist."""
 
-    status = 404
-    error_type = "not_found"
 
-
-class SlowUpload(ServiceError):
+class SlowUpload(ServiceError, status=408, error_type="timeout"):
     """The body arrives too slowly."""
 
-    status = 408
-    error_type = "timeout"
 
-
-class FingerprintMismatch(ServiceError):
+class FingerprintMismatch(ServiceError, status=412, error_type="fingerprint_mismatch"):
     """The caller expects vectors of another model."""
 
-    status = 412
-    error_type = "fingerprint_mismatch"
 
-
-class TooLarge(ServiceError):
+class TooLarge(ServiceError, status=413, error_type="too_large"):
     """The body, the number of texts or a single text exceeds a limit."""
 
-    status = 413
-    error_type = "too_large"
 
-
-class UnsupportedMediaType(ServiceError):
+class UnsupportedMediaType(ServiceError, status=415, error_type="unsupported_media_type"):
     """The body is a form, or compressed in an unsupported way."""
 
-    status = 415
-    error_type = "unsupported_media_type"
 
-
-class Overloaded(ServiceError):
+class Overloaded(ServiceError, status=429, error_type="overloaded"):
     """The queue is full."""
-
-    status = 429
-    error_type = "overloaded"
 
 
 class ModelFailure(ServiceError):
     """The model failed on this text, and only on it."""
 
-    status = 500
-    error_type = "internal"
 
-
-class Unavailable(ServiceError):
+class Unavailable(ServiceError, status=503, error_type="unavailable"):
     """No model is available now."""
 
-    status = 503
-    error_type = "unavailable"
 
-
-class DeadlineExceeded(ServiceError):
+class DeadlineExceeded(ServiceError, status=504, error_type="timeout"):
     """The request waited longer than REQUEST_TIMEOUT_SECONDS."""
-
-    status = 504
-    error_type = "timeout"
 
 
 class StartupError(Exception):
