@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from embedding_service.bulk import outputs
 from embedding_service.bulk.embedders import Embedder, LocalEmbedder, Options, RemoteEmbedder, Stopped
-from embedding_service.bulk.part import BadRow, PartFile, RunRecord
-from embedding_service.bulk.paths import errors_path, part_path, require_room
-from embedding_service.bulk.pipeline import EmbeddedRows, Patient, run
+from embedding_service.bulk.part import BadRow, PartFile
+from embedding_service.bulk.paths import Paths, require_room
+from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
 from embedding_service.bulk.source import FORMATS, InputFile, require_texts
 from embedding_service.engine import Vectors
@@ -44,6 +44,9 @@ EXIT_CODES = """\
 exit codes: 0 every row has a vector; 3 finished, but some rows are bad: they are NaN in .npy, null with
 an error in .jsonl and .parquet, and listed with their lines in OUTPUT.errors.jsonl; 2 could not start;
 1 stopped before the end, 130 interrupted: run the same command to resume"""
+
+# Options that decide what a text's vector is, and names of the service's own fields.
+VECTOR_OPTIONS = ("input_type", "prompt_name", "prompt", "dimensions", "overflow", "chunk_overlap")
 
 PROG = "python -m embedding_service.embed_file"
 
@@ -160,37 +163,33 @@ def _prepare(arguments: argparse.Namespace) -> Work:
         raise StartupError("--chunk-overlap needs --overflow mean or --overflow chunks")
     source = InputFile(arguments.input, arguments.field, arguments.format, arguments.delimiter)
     require_room(source.stat, arguments.output, restart=arguments.restart)
-    if source.is_stream and part_path(arguments.output).exists() and not arguments.restart:
+    if source.is_stream and Paths(arguments.output).part.exists() and not arguments.restart:
         raise StartupError(f"an unfinished run cannot resume from {source.name}; --restart starts over")
     rows = require_texts(source.rows())
     size, digest = source.identify()
     total = source.count()
-    options = Options(
-        input_type=arguments.input_type,
-        prompt_name=arguments.prompt_name,
-        prompt=arguments.prompt,
-        dimensions=arguments.dimensions,
-        overflow=arguments.overflow,
-        chunk_overlap=arguments.chunk_overlap,
-        priority=arguments.priority,
+    options = {name: getattr(arguments, name) for name in VECTOR_OPTIONS}
+    given = {
+        name: value
+        for name, value in (options | {"priority": arguments.priority}).items()
+        if value is not None
+    }
+    embedder = Patient(
+        _embedder(arguments, given),
+        arguments.give_up_after,
+        lambda message: tqdm.write(message, file=sys.stderr),
     )
-    embedder = Patient(_embedder(arguments, options), arguments.give_up_after, _tell)
-    job = RunRecord(
-        input_bytes=size,
-        input_hash=digest,
-        format=source.format,
-        delimiter=source.delimiter,
-        field=arguments.field,
-        model=embedder.description.model,
-        fingerprint=embedder.description.fingerprint,
-        dimension=embedder.dimension,
-        input_type=options.input_type,
-        prompt_name=options.prompt_name,
-        prompt=options.prompt,
-        dimensions=options.dimensions,
-        overflow=options.overflow,
-        chunk_overlap=options.chunk_overlap,
-    )
+    job = {
+        "input_bytes": size,
+        "input_hash": digest,
+        "format": source.format,
+        "delimiter": source.delimiter,
+        "field": arguments.field,
+        "model": embedder.description.model_name,
+        "fingerprint": embedder.description.fingerprint,
+        "dimension": embedder.dimension,
+        **options,
+    }
     convert = _convert(arguments.precision, embedder)
     part = PartFile(arguments.output, job, restart=arguments.restart)
     rest = dropwhile(lambda row: row.number < part.texts, rows)
@@ -243,27 +242,17 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         # Ten updates a second would fill a log file.
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     ) as bar:
-
-        def on_chunk(chunk: EmbeddedRows) -> None:
-            nonlocal truncated
-            truncated += chunk.truncated
-            bar.update(chunk.texts)
-            if part.failures:
-                bar.set_postfix_str(f"{part.failures} bad", refresh=False)
-
+        most = min(arguments.batch, work.embedder.description.max_client_batch_size)
         try:
-            run(
-                work.rows,
-                work.embedder,
-                part,
-                chunk_rows=min(arguments.batch, work.embedder.description.most_texts),
-                in_flight=arguments.in_flight,
-                on_chunk=on_chunk,
-            )
+            for chunk in run(work.rows, work.embedder, part, chunk_rows=most, in_flight=arguments.in_flight):
+                truncated += chunk.truncated
+                bar.update(chunk.texts)
+                if part.failures:
+                    bar.set_postfix_str(f"{part.failures} bad", refresh=False)
         except BaseException:
             part.close()
             raise
-    if work.source.has_changed((part.job.input_bytes, part.job.input_hash)):
+    if work.source.has_changed((part.job["input_bytes"], part.job["input_hash"])):
         part.close()
         raise StartupError(f"{arguments.input} changed while it was being read; --restart starts over")
     part.seal()
@@ -291,29 +280,22 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
 
 
 def _report(output: Path, part: PartFile, truncated: int) -> int:
-    print(
-        f"Wrote {part.rows} rows{f' for {part.texts} texts' if part.has_chunks else ''} to {output}",
-        file=sys.stderr,
-    )
+    texts = f" for {part.texts} texts" if part.has_chunks else ""
+    print(f"Wrote {part.rows} rows{texts} to {output}", file=sys.stderr)
     if truncated:
         print(
-            f"{truncated} texts in this run were too long for the model and were truncated",
-            file=sys.stderr,
+            f"{truncated} texts in this run were too long for the model and were truncated", file=sys.stderr
         )
     if not part.failures:
         return DONE
-    print(f"{part.failures} rows are bad, listed in {errors_path(output)}:", file=sys.stderr)
-    with errors_path(output).open("rb") as file:
+    print(f"{part.failures} rows are bad, listed in {part.paths.errors}:", file=sys.stderr)
+    with part.paths.errors.open("rb") as file:
         for line, _ in zip(file, range(SHOWN_FAILURES), strict=False):
             failure = msgspec.json.decode(line, type=BadRow)
             print(f"  line {failure.line}: {failure.error}", file=sys.stderr)
     if part.failures > SHOWN_FAILURES:
         print("  …", file=sys.stderr)
     return SOME_BAD
-
-
-def _tell(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
 
 
 def _positive(value: str) -> int:

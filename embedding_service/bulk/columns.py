@@ -21,12 +21,12 @@ def read(file: io.BufferedReader, field: str) -> Iterator[Row]:
         number = 0
         for batch in table.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
             column = batch.column(0)
-            for name in path[1:]:
-                column = pyarrow.compute.struct_field(column, name)
-            kind = column.type
+            if path[1:]:
+                column = pyarrow.compute.struct_field(column, path[1:])
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
             # Read as bytes, so that invalid UTF-8 fails only its own row.
-            plain = column.cast(kind.value_type) if pyarrow.types.is_dictionary(kind) else column
-            for raw in plain.cast("large_binary").to_pylist():
+            for raw in column.cast("large_binary").to_pylist():
                 yield make_row(number, number + 1, _text, raw)
                 number += 1
 
@@ -76,13 +76,13 @@ def _path(schema: Any, field: str) -> list[str]:
         outer = ".".join(path[:depth])
         if not pyarrow.types.is_struct(kind):
             raise StartupError(f"the column {outer!r} holds {kind}, which has no fields")
-        names = [kind.field(index).name for index in range(kind.num_fields)]
+        names = [each.name for each in kind]
         if name not in names:
             raise StartupError(f"{outer!r} has no field {name!r}; its fields are {shown(names)}")
         kind = kind.field(name).type
     plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if pyarrow.types.is_struct(plain):
-        names = [f"{field}.{plain.field(index).name}" for index in range(plain.num_fields)]
+        names = [f"{field}.{each.name}" for each in plain]
         raise StartupError(f"the column {field!r} is a struct; choose one of its fields: {shown(names)}")
     if str(plain).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
         raise StartupError(f"the column {field!r} holds {kind}, not text")

@@ -4,93 +4,51 @@ import base64
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import groupby
-from typing import Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import msgspec
 import numpy as np
 
-from embedding_service.engine import EmbedRequest, Engine, Overflow, Vectors, check_characters
+from embedding_service.engine import EmbedRequest, Engine, Vectors, check_characters
 from embedding_service.errors import ServiceError, StartupError, Unavailable
 
 # A request may wait in the service's queue behind many others.
 REQUEST_SECONDS = 600.0
 
+# Fields of the service's own requests that apply to every text.
+Options = dict[str, Any]
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Options that apply to every text."""
 
-    input_type: Literal["query", "document"] | None = None
-    prompt_name: str | None = None
-    prompt: str | None = None
-    dimensions: int | None = None
-    overflow: Overflow | None = None
-    chunk_overlap: int | None = None
-    priority: Literal["background"] | None = None
+# The first character of a chunk and the one after its last; None for a whole text.
+Span = tuple[int | None, int | None]
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
     """The embedder's model, and how many texts it accepts at once."""
 
-    model: str
+    model_name: str
     fingerprint: str
-    most_texts: int
+    max_client_batch_size: int
 
 
-Span = tuple[int, int]
-
-
-class Embedded(msgspec.Struct, frozen=True):
-    """A vector for each text, and how many texts were truncated.
-
-    With `--overflow chunks` there is a vector for each chunk, and `chunks` holds the range of characters of
-    each text's chunks.
-    """
+class Embedding(msgspec.Struct, frozen=True):
+    """One text's vector, or the vectors of its chunks, with the range of characters of each."""
 
     vectors: Vectors
-    truncated: int
-    chunks: list[list[Span]] | None = None
-
-
-class Embedder(Protocol):
-    """Embeds texts; safe to use from several threads."""
-
-    def describe(self) -> Description:
-        """Raises a ServiceError."""
-
-    def embed(self, texts: list[str]) -> Embedded:
-        """Raises a ServiceError."""
-
-    def close(self) -> None:
-        """Release its resources."""
+    spans: Sequence[Span] = ((None, None),)
+    is_truncated: bool = False
 
 
 class Stopped(Exception):
     """The run cannot continue; the rows written so far are kept."""
 
 
-class Lost(ServiceError):
+class Lost(ServiceError, status=503, error_type="unavailable"):
     """Nothing answered at the URL, or something other than this service did."""
-
-    status = 503
-    error_type = "unavailable"
-
-
-class Answered(ServiceError):
-    """An error response from the service."""
-
-    def __init__(self, error: "_Error", status: int, retry_after_seconds: float | None) -> None:
-        about_text = error.index is not None and error.reason is not None
-        super().__init__(
-            error.reason if about_text and error.reason else error.error,
-            index=error.index if about_text else None,
-            field=error.field if about_text else None,
-            retry_after_seconds=retry_after_seconds,
-        )
-        self.status = status
 
 
 class _Error(msgspec.Struct):
@@ -98,12 +56,6 @@ class _Error(msgspec.Struct):
     field: str | None = None
     index: int | None = None
     reason: str | None = None
-
-
-class _Info(msgspec.Struct):
-    model_name: str
-    fingerprint: str
-    max_client_batch_size: int
 
 
 class _Usage(msgspec.Struct):
@@ -119,7 +71,7 @@ class _Chunk(msgspec.Struct):
 class _Answer(msgspec.Struct):
     embeddings: list[str]
     usage: _Usage
-    chunks: list[_Chunk] | None = None
+    chunks: list[_Chunk] = []
 
 
 Answer = TypeVar("Answer")
@@ -136,11 +88,14 @@ class RemoteEmbedder:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self._url = (url if "://" in url else f"http://{url}").rstrip("/") + "/"
-        self._options = {k: v for k, v in msgspec.to_builtins(options).items() if v is not None}
+        self._options = options | {"encoding_format": "base64"}
+        headers = {b"Content-Type": b"application/json"}
         try:
+            if api_key:
+                headers[b"Authorization"] = f"Bearer {api_key}".encode()
             self._client = httpx2.Client(
                 base_url=self._url,
-                headers={b"Authorization": f"Bearer {api_key}".encode()} if api_key else {},
+                headers=headers,
                 timeout=httpx2.Timeout(REQUEST_SECONDS, connect=10.0),
                 transport=transport,
             )
@@ -148,44 +103,38 @@ class RemoteEmbedder:
             raise StartupError(f"--url {url!r} or the API key cannot be used: {error}") from None
 
     def describe(self) -> Description:
-        info = self._ask("GET", "info", None, _Info)
+        found = self._ask("GET", "info", None, Description)
         # From now on another model refuses, rather than to mix its vectors with those of this one.
-        self._client.headers.setdefault("x-expect-fingerprint", info.fingerprint)
-        return Description(
-            model=info.model_name, fingerprint=info.fingerprint, most_texts=info.max_client_batch_size
-        )
+        self._client.headers.setdefault("x-expect-fingerprint", found.fingerprint)
+        return found
 
-    def embed(self, texts: list[str]) -> Embedded:
-        body = msgspec.json.encode({"texts": texts, "encoding_format": "base64"} | self._options)
-        answer = self._ask("POST", "embed", body, _Answer)
-        count, chunks = len(texts), None
+    def embed(self, texts: list[str]) -> list[Embedding]:
+        answer = self._ask("POST", "embed", msgspec.json.encode({"texts": texts} | self._options), _Answer)
+        count, spans = len(texts), None
         if self._options.get("overflow") == "chunks":
-            found = answer.chunks or []
-            own = [(text, list(group)) for text, group in groupby(found, lambda chunk: chunk.text)]
-            if [text for text, _ in own] != list(range(len(texts))):
+            count, by_text = len(answer.chunks), groupby(answer.chunks, lambda chunk: chunk.text)
+            numbered = [(text, [(chunk.start, chunk.end) for chunk in group]) for text, group in by_text]
+            if [text for text, _ in numbered] != list(range(len(texts))):
                 raise Lost(f"{self._url} answered with chunks of other texts")
-            count = len(found)
-            chunks = [[(chunk.start, chunk.end) for chunk in group] for _, group in own]
+            spans = [own for _, own in numbered]
         if len(answer.embeddings) != count:
-            what = "texts" if chunks is None else "chunks"
+            what = "texts" if spans is None else "chunks"
             raise Lost(f"{self._url} answered {count} {what} with {len(answer.embeddings)} vectors")
         raw = b"".join(base64.b64decode(vector) for vector in answer.embeddings)
-        return Embedded(np.frombuffer(raw, "<f4").reshape(count, -1), len(answer.usage.truncated), chunks)
+        return _by_text(np.frombuffer(raw, "<f4").reshape(count, -1), spans, answer.usage.truncated)
 
     def close(self) -> None:
         self._client.close()
 
     def _ask(self, method: str, path: str, body: bytes | None, kind: type[Answer]) -> Answer:
         try:
-            response = self._client.request(
-                method, path, content=body, headers={"Content-Type": "application/json"}
-            )
+            response = self._client.request(method, path, content=body)
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
             raise StartupError(f"--url {self._url!r} cannot be used: {error}") from None
         except httpx2.TransportError as error:
             raise Lost(f"{self._url} does not answer: {error or type(error).__name__}") from None
         if response.status_code != 200:
-            raise Answered(_error(response), response.status_code, retry_after_seconds(response.headers))
+            raise _refusal(response)
         try:
             return msgspec.json.decode(response.content, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -197,56 +146,72 @@ class LocalEmbedder:
 
     def __init__(self, engine: Engine, options: Options, max_text_characters: int) -> None:
         self._engine = engine
-        self._options = options
         self._max_text_characters = max_text_characters
+        overlap = {"overlap": options["chunk_overlap"]} if "chunk_overlap" in options else {}
+        fields = {name: value for name, value in options.items() if name != "chunk_overlap"}
+        self._request = EmbedRequest(texts=[], deadline=0, **fields, **overlap)
 
     def describe(self) -> Description:
         info = self._engine.status().info
         if info is None:
             raise Unavailable(self._engine.status().reason)
-        return Description(model=info.model_name, fingerprint=info.fingerprint, most_texts=sys.maxsize)
-
-    def embed(self, texts: list[str]) -> Embedded:
-        check_characters(texts, self._max_text_characters)
-        options = self._options
-        request = EmbedRequest(
-            texts=texts,
-            deadline=time.monotonic() + REQUEST_SECONDS,
-            input_type=options.input_type,
-            prompt_name=options.prompt_name,
-            prompt=options.prompt,
-            dimensions=options.dimensions,
-            overflow=options.overflow or "truncate",
-            overlap=options.chunk_overlap or 0,
+        return Description(
+            model_name=info.model_name, fingerprint=info.fingerprint, max_client_batch_size=sys.maxsize
         )
+
+    def embed(self, texts: list[str]) -> list[Embedding]:
+        check_characters(texts, self._max_text_characters)
+        deadline = time.monotonic() + REQUEST_SECONDS
         try:
-            result = self._engine.call(request)
+            result = self._engine.call(msgspec.structs.replace(self._request, texts=texts, deadline=deadline))
         except Unavailable as error:
             if self._engine.must_restart():
                 raise Stopped(f"the model is lost: {error.message}") from None
             raise
         spans = None
-        if options.overflow == "chunks" and result.chunks is not None:
+        if self._request.overflow == "chunks" and result.chunks is not None:
             spans = [[(chunk.start, chunk.stop) for chunk in chunks] for chunks in result.chunks]
-        return Embedded(result.vectors, len(result.truncated), spans)
+        return _by_text(result.vectors, spans, result.truncated)
 
     def close(self) -> None:
         self._engine.close()
 
 
+Embedder = RemoteEmbedder | LocalEmbedder
+
+
+def _by_text(
+    vectors: Vectors, spans: list[list[tuple[int, int]]] | None, truncated: list[int]
+) -> list[Embedding]:
+    """The vectors of each text: one, or one for each of its spans."""
+    if spans is None:
+        return [Embedding(vectors[i : i + 1], is_truncated=i in truncated) for i in range(len(vectors))]
+    parts = np.split(vectors, np.cumsum([len(own) for own in spans])[:-1])
+    return [Embedding(part, own) for part, own in zip(parts, spans, strict=True)]
+
+
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """The wait that the response asks for: `retry-after-ms`, else Retry-After in seconds or as a date."""
-    with contextlib.suppress(KeyError, ValueError):
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
     value = headers.get("Retry-After", "")
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(value))
-    with contextlib.suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    readers: list[Callable[[], float]] = [
+        lambda: float(headers["retry-after-ms"]) / 1000,
+        lambda: float(value),
+        lambda: parsedate_to_datetime(value).timestamp() - time.time(),
+    ]
+    for read in readers:
+        with contextlib.suppress(KeyError, ValueError):
+            return max(0.0, read())
     return None
 
 
-def _error(response: httpx2.Response) -> _Error:
+def _refusal(response: httpx2.Response) -> ServiceError:
+    error = _Error(f"HTTP {response.status_code}")
     with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
-        return msgspec.json.decode(response.content, type=_Error)
-    return _Error(f"HTTP {response.status_code}")
+        error = msgspec.json.decode(response.content, type=_Error)
+    wait = retry_after_seconds(response.headers)
+    if error.index is not None and error.reason:
+        refusal = ServiceError(error.reason, index=error.index, field=error.field, retry_after_seconds=wait)
+    else:
+        refusal = ServiceError(error.error, retry_after_seconds=wait)
+    refusal.status = response.status_code
+    return refusal

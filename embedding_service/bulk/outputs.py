@@ -1,9 +1,9 @@
 """Writes the finished output, as .npy, .jsonl or .parquet, from the part file row by row."""
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,9 +20,10 @@ BLOCK_ROWS = 4096
 
 Block = tuple[npt.NDArray[Any], list[Place], dict[int, str]]
 Convert = Callable[[Vectors], npt.NDArray[Any]]
+Line = TypeVar("Line")
 
 
-def writer(output: Path) -> Callable[[PartFile, Path, Convert | None], None]:
+def writer(output: Path) -> Callable[[PartFile, Path, Convert], None]:
     """The function that converts a part, by output suffix. Raises StartupError if it is unsupported."""
     writers = {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
     chosen = writers.get(output.suffix.lower())
@@ -38,38 +39,32 @@ def finish(part: PartFile, output: Path, convert: Convert | None = None) -> None
 
     `convert` turns float32 vectors into another number format.
     """
-    writer(output)(part, output, convert)
+    write, paths = writer(output), part.paths
+    if write is _write_npy and convert is None:
+        paths.part.replace(output)
+    else:
+        new = new_path(output)
+        write(part, new, convert or _unchanged)
+        new.replace(output)
     # The job file goes last: a part without it could not be resumed.
-    part.path.unlink(missing_ok=True)
-    if output.suffix.lower() != ".npy":
+    paths.part.unlink(missing_ok=True)
+    if write is not _write_npy:
         # The rows of these formats hold their places themselves.
-        part.chunks_path.unlink(missing_ok=True)
-    part.job_path.unlink()
+        paths.chunks.unlink(missing_ok=True)
+    paths.job.unlink()
 
 
-def _write_npy(part: PartFile, output: Path, convert: Convert | None) -> None:
-    if convert is None:
-        part.path.replace(output)
-        return
-    new = new_path(output)
-    dtype, width = _form(part, convert)
-    array = np.lib.format.open_memmap(new, "w+", dtype, (part.rows, width))
+def _write_npy(part: PartFile, new: Path, convert: Convert) -> None:
+    one = _zeros(part, convert)
+    array = np.lib.format.open_memmap(new, "w+", one.dtype, (part.rows, len(one)))
     first = 0
     for vectors, _, _ in _blocks(part, convert):
         array[first : first + len(vectors)] = vectors
         first += len(vectors)
     array.flush()
-    new.replace(output)
 
 
-def _form(part: PartFile, convert: Convert) -> tuple[np.dtype[Any], int]:
-    """The number format and length of a converted row."""
-    one = convert(np.zeros((1, _open(part).shape[1]), np.float32))
-    return one.dtype, one.shape[1]
-
-
-def _write_jsonl(part: PartFile, output: Path, convert: Convert | None) -> None:
-    new = new_path(output)
+def _write_jsonl(part: PartFile, new: Path, convert: Convert) -> None:
     with new.open("wb") as file:
         for vectors, places, errors in _blocks(part, convert):
             for vector, place in zip(vectors, places, strict=True):
@@ -79,70 +74,56 @@ def _write_jsonl(part: PartFile, output: Path, convert: Convert | None) -> None:
                     row |= {"start": place.start, "end": place.end}
                 row |= {"embedding": None if error else vector, "error": error}
                 file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
-    new.replace(output)
 
 
-def _write_parquet(part: PartFile, output: Path, convert: Convert | None) -> None:
+def _write_parquet(part: PartFile, new: Path, convert: Convert) -> None:
     pyarrow, parquet = import_pyarrow()
-    new = new_path(output)
-    dtype, width = _form(part, convert or _unchanged)
-    vector = pyarrow.list_(pyarrow.from_numpy_dtype(dtype), width)
-    spans = [("start", pyarrow.int64()), ("end", pyarrow.int64())] if part.has_chunks else []
-    schema = pyarrow.schema(
-        [("row", pyarrow.int64()), *spans, ("embedding", vector), ("error", pyarrow.string())]
-    )
+    one = _zeros(part, convert)
+    vector = pyarrow.list_(pyarrow.from_numpy_dtype(one.dtype), len(one))
+    names = ["row", "start", "end"] if part.has_chunks else ["row"]
+    numbers = [(name, pyarrow.int64()) for name in names]
+    schema = pyarrow.schema([*numbers, ("embedding", vector), ("error", pyarrow.string())])
     with parquet.ParquetWriter(new, schema) as file:
         for vectors, places, errors in _blocks(part, convert):
             mask = np.array([place.row in errors for place in places])
-            embeddings = pyarrow.FixedSizeListArray.from_arrays(
-                pyarrow.array(vectors.reshape(-1)), type=vector, mask=pyarrow.array(mask)
-            )
             columns = [
-                pyarrow.array([place.row for place in places], pyarrow.int64()),
-                *(pyarrow.array([getattr(place, name) for place in places], kind) for name, kind in spans),
-                embeddings,
+                *(pyarrow.array([getattr(place, name) for place in places], kind) for name, kind in numbers),
+                pyarrow.FixedSizeListArray.from_arrays(
+                    pyarrow.array(vectors.reshape(-1)), type=vector, mask=pyarrow.array(mask)
+                ),
                 pyarrow.array([errors.get(place.row) for place in places], pyarrow.string()),
             ]
             file.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
-    new.replace(output)
 
 
-def _open(part: PartFile) -> Vectors:
-    opened: Vectors = np.load(part.path, mmap_mode="r")
-    return opened
+def _zeros(part: PartFile, convert: Convert) -> npt.NDArray[Any]:
+    """A converted row, which shows the number format and the length of all."""
+    row: npt.NDArray[Any] = convert(np.zeros((1, part.job["dimension"]), np.float32))[0]
+    return row
 
 
 def _unchanged(vectors: Vectors) -> Vectors:
     return vectors
 
 
-def _blocks(part: PartFile, convert: Convert | None) -> Iterator[Block]:
+def _blocks(part: PartFile, convert: Convert) -> Iterator[Block]:
     """Yield blocks of vectors: the vectors, their places, and their errors by the input's row."""
-    # Map the file again for each block: the pages of a single mapping would all count as our memory.
-    errors = _errors(part.errors_path)
+    errors = _lines(part.paths.errors, BadRow)
     pending = next(errors, None)
-    every_place = _places(part)
+    every_place = _lines(part.paths.chunks, Place) if part.has_chunks else map(Place, count())
     for first in range(0, part.rows, BLOCK_ROWS):
-        vectors = np.array(_open(part)[first : first + BLOCK_ROWS])
+        # Mapped again for each block: the pages of a single mapping would all count as our memory.
+        vectors = np.array(np.load(part.paths.part, mmap_mode="r")[first : first + BLOCK_ROWS])
         places = list(islice(every_place, len(vectors)))
         found: dict[int, str] = {}
         while pending is not None and pending.row <= places[-1].row:
             found[pending.row] = pending.error
             pending = next(errors, None)
-        yield vectors if convert is None else convert(vectors), places, found
+        yield convert(vectors), places, found
 
 
-def _places(part: PartFile) -> Iterator[Place]:
-    if not part.has_chunks:
-        yield from map(Place, range(part.rows))
-        return
-    with part.chunks_path.open("rb") as file:
-        for line in file:
-            yield msgspec.json.decode(line, type=Place)
-
-
-def _errors(path: Path) -> Iterator[BadRow]:
+def _lines(path: Path, kind: type[Line]) -> Iterator[Line]:
     if path.exists():
         with path.open("rb") as file:
             for line in file:
-                yield msgspec.json.decode(line, type=BadRow)
+                yield msgspec.json.decode(line, type=kind)

@@ -6,28 +6,19 @@ from pathlib import Path
 
 from embedding_service.errors import StartupError
 
-ERRORS = ".errors.jsonl"
-CHUNKS = ".chunks.jsonl"
+ENDINGS = {".errors.jsonl": "lists of bad rows", ".chunks.jsonl": "the places of chunks"}
 
 
-def part_path(output: Path) -> Path:
-    """The vectors of an unfinished output."""
-    return output.with_name(f"{output.name}.part")
+class Paths:
+    """The files beside an output: the vectors of an unfinished one, the job that makes them, the bad rows,
+    and which text and characters each row is of; the last two have one JSON object per line.
+    """
 
-
-def job_path(output: Path) -> Path:
-    """The job of the unfinished output."""
-    return output.with_name(f"{output.name}.part.json")
-
-
-def errors_path(output: Path) -> Path:
-    """The bad rows of an output, one JSON object per line."""
-    return output.with_name(f"{output.name}{ERRORS}")
-
-
-def chunks_path(output: Path) -> Path:
-    """Which text and characters each row of an output is of, one JSON object per line."""
-    return output.with_name(f"{output.name}{CHUNKS}")
+    def __init__(self, output: Path) -> None:
+        names = (".part", ".part.json", *ENDINGS)
+        self.part, self.job, self.errors, self.chunks = (
+            output.with_name(output.name + ending) for ending in names
+        )
 
 
 def new_path(path: Path) -> Path:
@@ -41,14 +32,12 @@ def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None
         raise StartupError(f"{output.parent} is not a folder")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise StartupError(f"{output.parent} cannot be written to")
-    if output.name.endswith(ERRORS):
-        raise StartupError(f"{output}: names that end in {ERRORS} are for lists of bad rows")
-    if output.name.endswith(CHUNKS):
-        raise StartupError(f"{output}: names that end in {CHUNKS} are for the places of chunks")
-    part, job = part_path(output), job_path(output)
-    errors, chunks = errors_path(output), chunks_path(output)
+    for ending, use in ENDINGS.items():
+        if output.name.endswith(ending):
+            raise StartupError(f"{output}: names that end in {ending} are for {use}")
+    own = Paths(output)
     taken = {(source.st_dev, source.st_ino): "the input"}
-    for path in (output, part, job, errors, chunks, new_path(output), new_path(job)):
+    for path in (output, *vars(own).values(), new_path(output), new_path(own.job)):
         if path.is_symlink() and path != output:
             raise StartupError(f"{path} is a symbolic link; a run writes to a file of its own")
         try:
@@ -60,7 +49,7 @@ def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None
         other = taken.setdefault((found.st_dev, found.st_ino), str(path))
         if other != str(path):
             raise StartupError(f"{path} is the same file as {other}; choose another output")
-    if not restart and not part.exists():
-        for path in (output, errors, chunks):
+    if not restart and not own.part.exists():
+        for path in (output, own.errors, own.chunks):
             if path.exists():
                 raise StartupError(f"{path} already exists; --restart replaces it")

@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import TypeVar
@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from embedding_service.bulk.embedders import Description, Embedder, Lost, Span, Stopped
+from embedding_service.bulk.embedders import Description, Embedder, Embedding, Lost, Stopped
 from embedding_service.bulk.part import PartFile, Place
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Vectors
@@ -45,13 +45,6 @@ class EmbeddedRows(msgspec.Struct, frozen=True):
     truncated: int
 
 
-class Embedding(msgspec.Struct, frozen=True):
-    """One text's vector, or the vectors of its chunks, with the characters of each."""
-
-    vectors: Vectors
-    spans: list[Span] | None
-
-
 class Patient:
     """Retries an embedder that is busy or unreachable, and isolates the texts that it rejects."""
 
@@ -62,18 +55,15 @@ class Patient:
         self._embedder = embedder
         self._give_up_seconds = give_up_seconds
         self._tell = tell
-        self._stopping = threading.Event()
+        # Interrupts all waits once it is set.
+        self.stopping = threading.Event()
         self._last_success = time.monotonic()
         self._known: Description | None = None
         try:
             self.description = self._known = self._persist(embedder.describe)
-            self.dimension = self._persist(lambda: embedder.embed([PROBE])).vectors.shape[1]
+            self.dimension = self._persist(lambda: embedder.embed([PROBE]))[0].vectors.shape[1]
         except (Stopped, ServiceError) as error:
             raise StartupError(str(error)) from None
-
-    def stop(self) -> None:
-        """Interrupt all waits, now and later."""
-        self._stopping.set()
 
     def close(self) -> None:
         """Release the embedder's resources."""
@@ -81,72 +71,55 @@ class Patient:
 
     def embed(self, rows: list[Row]) -> EmbeddedRows:
         """Embed the rows that have a text. Raises Stopped if the embedder can no longer be used."""
-        good = [row for row in rows if not row.error]
-        outcomes, truncated = self._embed([row.text for row in good]) if good else ([], 0)
-        found = iter(outcomes)
+        texts = [row.text for row in rows if not row.error]
+        found = iter(self._embed(texts) if texts else [])
         vectors: list[Vectors] = []
         places: list[Place] = []
         bad: list[Row] = []
+        truncated = 0
         for row in rows:
             outcome = row.error or next(found)
             if isinstance(outcome, str):
                 bad.append(msgspec.structs.replace(row, error=outcome))
-                vectors.append(np.full((1, self.dimension), np.nan, np.float32))
-                places.append(Place(row.number))
-            else:
-                vectors.append(outcome.vectors)
-                if outcome.spans is None:
-                    places.append(Place(row.number))
-                else:
-                    places += [Place(row.number, *span) for span in outcome.spans]
+                outcome = Embedding(np.full((1, self.dimension), np.nan, np.float32))
+            vectors.append(outcome.vectors)
+            places += [Place(row.number, *span) for span in outcome.spans]
+            truncated += outcome.is_truncated
         return EmbeddedRows(len(rows), np.concatenate(vectors), places, bad, truncated)
 
-    def _embed(self, texts: list[str]) -> tuple[list[Embedding | str], int]:
+    def _embed(self, texts: list[str]) -> list[Embedding | str]:
         """An embedding or an error for each text; halves a rejected batch to find the bad texts."""
         try:
-            return self._vectors(texts)
+            return [*self._request(texts)]
         except ServiceError as error:
             if len(texts) == 1:
-                return self._retry_single(texts, error)
+                return [self._retry_single(texts[0], error)]
         half = len(texts) // 2
-        left, right = self._embed(texts[:half]), self._embed(texts[half:])
-        return left[0] + right[0], left[1] + right[1]
+        return self._embed(texts[:half]) + self._embed(texts[half:])
 
-    def _retry_single(self, texts: list[str], error: ServiceError) -> tuple[list[Embedding | str], int]:
+    def _retry_single(self, text: str, error: ServiceError) -> Embedding | str:
         """Retry a single failed text if the fault may be the service's; else return its error."""
         tries = 1
         for attempt in count():
             if error.status < 500 or tries == TRIES:
                 break
             self._wait(error, attempt)
-            # If the service cannot embed the probe either, this text is not to blame.
-            if self._can_embed():
-                try:
-                    return self._vectors(texts)
-                except ServiceError as again:
-                    error, tries = again, tries + 1
-        return [f"the text {error.reason}" if error.index is not None else error.message], 0
+            try:
+                self._request([PROBE])
+            except ServiceError:
+                continue  # the text is not to blame
+            try:
+                return self._request([text])[0]
+            except ServiceError as again:
+                error, tries = again, tries + 1
+        return f"the text {error.reason}" if error.index is not None else error.message
 
-    def _vectors(self, texts: list[str]) -> tuple[list[Embedding | str], int]:
+    def _request(self, texts: list[str]) -> list[Embedding]:
         found = self._persist(lambda: self._embedder.embed(texts))
-        vectors = found.vectors
-        if vectors.shape[1] != self.dimension:
-            raise Stopped(f"the vectors now have {vectors.shape[1]} dimensions instead of {self.dimension}")
-        every: Sequence[list[Span] | None] = found.chunks or [None] * len(texts)
-        embeddings: list[Embedding | str] = []
-        first = 0
-        for spans in every:
-            last = first + (1 if spans is None else len(spans))
-            embeddings.append(Embedding(vectors[first:last], spans))
-            first = last
-        return embeddings, found.truncated
-
-    def _can_embed(self) -> bool:
-        try:
-            self._persist(lambda: self._embedder.embed([PROBE]))
-        except ServiceError:
-            return False
-        return True
+        dimension = found[0].vectors.shape[1]
+        if dimension != self.dimension:
+            raise Stopped(f"the vectors now have {dimension} dimensions instead of {self.dimension}")
+        return found
 
     def _persist(self, ask: Callable[[], Result]) -> Result:
         """Ask until there is an answer. Raises ServiceErrors that the texts may have caused."""
@@ -154,7 +127,11 @@ class Patient:
         for attempt in count():
             try:
                 if was_away:
-                    self._require_same_model()
+                    found = self._embedder.describe()
+                    # The vectors of another model must not be mixed in.
+                    if self._known and found.fingerprint != self._known.fingerprint:
+                        names = f"{found.model_name} instead of {self._known.model_name}"
+                        raise Stopped(f"the service now runs another model: {names}")
                 result = ask()
             except ServiceError as error:
                 if error.status in FATAL:
@@ -168,12 +145,6 @@ class Patient:
                 return result
         raise AssertionError("unreachable")
 
-    def _require_same_model(self) -> None:
-        """Raise Stopped if a restarted service runs another model, whose vectors must not be mixed in."""
-        found = self._embedder.describe()
-        if self._known and found.fingerprint != self._known.fingerprint:
-            raise Stopped(f"the service now runs another model: {found.model} instead of {self._known.model}")
-
     def _wait(self, error: ServiceError, attempt: int) -> None:
         if isinstance(error, Lost) and self._known is None:
             raise Stopped(error.message)
@@ -185,38 +156,35 @@ class Patient:
             raise Stopped(f"nothing was embedded in {self._give_up_seconds:.0f} s: {error.message}")
         if seconds > 5:
             self._tell(f"waiting {seconds:.0f} s: {error.message}")
-        if self._stopping.wait(seconds):
+        if self.stopping.wait(seconds):
             raise Stopped("interrupted")
 
 
 def run(
-    rows: Iterable[Row],
-    embedder: Patient,
-    part: PartFile,
-    *,
-    chunk_rows: int,
-    in_flight: int,
-    on_chunk: Callable[[EmbeddedRows], None],
-) -> None:
-    """Embed the rows and append them to the part in order, holding only a few chunks in memory."""
+    rows: Iterable[Row], embedder: Patient, part: PartFile, *, chunk_rows: int, in_flight: int
+) -> Iterator[EmbeddedRows]:
+    """Embed the rows and append them to the part in order, holding only a few chunks in memory.
+
+    Yields each chunk once it is written.
+    """
     pool = ThreadPoolExecutor(in_flight, thread_name_prefix="embed")
     pending: deque[Future[EmbeddedRows]] = deque()
 
-    def write_oldest() -> None:
+    def write_oldest() -> EmbeddedRows:
         chunk = pending.popleft().result()
         part.append(chunk.vectors, chunk.bad, chunk.places)
-        on_chunk(chunk)
+        return chunk
 
     try:
         for chunk in chunks(rows, chunk_rows):
             pending.append(pool.submit(embedder.embed, chunk))
             # Keep twice as many pending, so that a slow chunk does not leave the other threads idle.
             if len(pending) >= 2 * in_flight:
-                write_oldest()
+                yield write_oldest()
         while pending:
-            write_oldest()
+            yield write_oldest()
     finally:
-        embedder.stop()
+        embedder.stopping.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -29,12 +29,6 @@ class BadRow(ValueError):
     """The row has no usable text; the message says why."""
 
 
-class _Wanted(msgspec.Struct):
-    """Decodes only an object's text field and skips the others."""
-
-    value: Any = UNSET
-
-
 def make_row(number: int, line: int, parse: Callable[[Any], str], raw: Any) -> Row:
     """The row whose text `parse` extracts from the raw value."""
     try:
@@ -77,7 +71,8 @@ def encodable(text: str) -> str:
 
 def json_text(field: str) -> Callable[[bytes], str]:
     """A parser that extracts the text from a JSON string or a field of a JSON object. It raises BadRow."""
-    wanted = msgspec.defstruct("Wanted", [("value", Any, UNSET)], bases=(_Wanted,), rename={"value": field})
+    # Decodes only the text and skips the other fields.
+    wanted = msgspec.defstruct("Wanted", [("value", Any, UNSET)], rename={"value": field})
     decoder = msgspec.json.Decoder(wanted | str)
 
     def parse(raw: bytes) -> str:
@@ -86,9 +81,13 @@ def json_text(field: str) -> Callable[[bytes], str]:
         try:
             value: Any = decoder.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            value = _leniently(raw, error)
-        if isinstance(value, _Wanted):
-            value = {} if value.value is UNSET else {field: value.value}
+            try:
+                # What Python's json module writes beyond JSON: NaN, Infinity and lone surrogates.
+                value = json.loads(raw.decode())
+            except (ValueError, RecursionError):
+                raise BadRow(f"not valid JSON: {error}") from None
+        if isinstance(value, wanted):
+            value = {} if value.value is UNSET else {field: value.value}  # type: ignore[attr-defined]
         if isinstance(value, dict):
             if field not in value:
                 raise BadRow(f"the object has no field {field!r}; its fields: {_names(raw)}")
@@ -98,14 +97,6 @@ def json_text(field: str) -> Callable[[bytes], str]:
         return encodable(value)
 
     return parse
-
-
-def _leniently(raw: bytes, error: Exception) -> Any:
-    """Parse what Python's json module writes beyond JSON: NaN, Infinity and lone surrogates."""
-    try:
-        return json.loads(raw.decode())
-    except (ValueError, RecursionError):
-        raise BadRow(f"not valid JSON: {error}") from None
 
 
 def _names(raw: bytes) -> str:

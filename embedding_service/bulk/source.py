@@ -95,14 +95,6 @@ class InputFile:
         self.stat = self._stat()
         return self.identify() != identity
 
-    def _looks_like_utf16(self, file: io.BufferedReader) -> bool:
-        """Whether most bytes at even or else odd places are zero, as in UTF-16 without a byte order mark."""
-        head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
-        if self.format == "parquet" or len(head) < 2:
-            return False
-        even, odd = (2 * head[first::2].count(0) > len(head[first::2]) for first in (0, 1))
-        return even != odd
-
     def _looks_changed(self) -> bool:
         now, then = self._stat(), self.stat
         return (now.st_ino, now.st_size, now.st_mtime_ns) != (then.st_ino, then.st_size, then.st_mtime_ns)
@@ -133,10 +125,8 @@ class InputFile:
         with open(0, "rb", closefd=False) if self._path == Path("-") else self._path.open("rb") as raw:
             try:
                 file = compression.decompressed(raw)
-                head = file.peek(3)
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or self._looks_like_utf16(
-                    file
-                ):
+                head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+                if self.format != "parquet" and _is_utf16(head):
                     raise StartupError("it is UTF-16; only UTF-8 is supported")
                 if head.startswith(codecs.BOM_UTF8):
                     file.read(len(codecs.BOM_UTF8))
@@ -161,6 +151,12 @@ def require_texts(rows: Iterator[Row]) -> Iterator[Row]:
             where = f"none of the first {len(head)} rows has a text (--field, --format)"
             raise StartupError(f"{where}; line {head[0].line}: {first}")
     return chain(head, rows)
+
+
+def _is_utf16(head: bytes) -> bool:
+    """Whether there is a byte order mark, or most bytes at even or else odd places are zero."""
+    even, odd = (2 * head[first::2].count(0) > len(head[first::2]) for first in (0, 1))
+    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (even != odd and len(head) > 1)
 
 
 def _delimiter(given: str) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -38,7 +37,7 @@ def execute(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     # Imported here, so that --help is fast.
     from embedding_service.verify.oracle import Oracle
-    from embedding_service.verify.probes import Result, Verifier
+    from embedding_service.verify.probes import Verifier
     from embedding_service.verify.server import Server
 
     try:
@@ -48,45 +47,37 @@ def execute(arguments: Sequence[str]) -> int:
     except StartupError as error:
         print(error, file=sys.stderr)
         return CANNOT
-    results: list[Result] = []
-    if not given.json:
-        print(
-            f"{given.url} ({server.api.title}, /{server.api.path}) and SentenceTransformer({given.model!r})"
-        )
-        print(f"\n{'probe':<22}{'texts':>6}{'largest difference':>21}{'lowest cosine':>16}")
+    api, results = server.api, []
+
+    def say(line: str) -> None:
+        if not given.json:
+            print(line, flush=True)
+
+    say(f"{given.url} ({api.title}, /{api.path}) and SentenceTransformer({given.model!r})")
+    say(f"\n{'probe':<22}{'texts':>6}{'largest difference':>21}{'lowest cosine':>16}")
     for result in Verifier(server, oracle, given.tolerance).run():
         results.append(result)
-        if not given.json:
-            print(_line(result), flush=True)
+        say(str(result))
     server.close()
-    findings = [finding for finding, _ in Counter(r.finding for r in results if r.finding).most_common()]
+    found = [result.finding for result in results if result.finding]
+    findings = sorted(dict.fromkeys(found), key=found.count, reverse=True)
     compared = any(result.refused is None for result in results)
-    report = {
-        "url": given.url,
-        "api": server.api.title,
-        "model": given.model,
-        "tolerance": given.tolerance,
-        "same": compared and not findings,
-        "findings": findings,
-        "probes": results,
-    }
     if given.json:
+        report = {
+            "url": given.url,
+            "api": api.title,
+            "model": given.model,
+            "tolerance": given.tolerance,
+            "same": compared and not findings,
+            "findings": findings,
+            "probes": results,
+        }
         print(msgspec.json.format(msgspec.json.encode(report), indent=1).decode())
-    elif findings:
-        print("\nThe vectors differ: " + "; ".join(findings))
-    else:
-        print(
-            f"\nNo vector differs by more than {given.tolerance:g}."
-            if compared
-            else "\nEverything was refused."
-        )
-    return CANNOT if not compared else DIFFERS if findings else 0
-
-
-def _line(result: "msgspec.Struct") -> str:
-    facts = msgspec.structs.asdict(result)
-    head = f"{facts['name']:<22}{facts['texts']:>6}"
-    if facts["refused"]:
-        return f"{head}  not compared: {facts['refused'][:90]}"
-    numbers = f"{facts['largest_difference']:>21.1e}{facts['lowest_cosine']:>16.7f}"
-    return f"{head}{numbers}  {facts['finding'] or ''}".rstrip()
+    if not compared:
+        say("\nEverything was refused.")
+        return CANNOT
+    if findings:
+        say("\nThe vectors differ: " + "; ".join(findings))
+        return DIFFERS
+    say(f"\nNo vector differs by more than {given.tolerance:g}.")
+    return 0

@@ -1,6 +1,7 @@
 """The right vectors, and those of the usual mistakes, from sentence-transformers."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,16 @@ class Oracle:
 
     def mistakes(self, texts: list[str]) -> Iterator[tuple[str, Vectors]]:
         """The vectors that a mistake would give, after the mistake in words."""
-        yield from self._cut(texts)
+        own, tokenizer = self._model.max_seq_length, self._model.tokenizer
+        longest = max(map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"]))
+        config = getattr(getattr(self._model[0], "auto_model", None), "config", None)
+        most = getattr(config, "max_position_embeddings", 8192)
+        for cut in CUTS:
+            if cut != own and cut < longest and cut <= most:
+                found = self._changed(texts, self._model, "max_seq_length", cut)
+                yield f"texts are cut at {cut} tokens, not at {own}", found
+        other = "left" if tokenizer.truncation_side == "right" else "right"
+        yield "texts are cut at their other end", self._changed(texts, tokenizer, "truncation_side", other)
         for name, prompt in self.prompts.items():
             yield f"the prompt {name!r} is put in front of the texts", self.encode(texts, prompt)
         yield "upper and lower case are not told apart", self.encode([text.lower() for text in texts])
@@ -53,24 +63,14 @@ class Oracle:
                 if all(changed):
                     yield words, self._forward(changed)
 
-    def _cut(self, texts: list[str]) -> Iterator[tuple[str, Vectors]]:
-        own = self._model.max_seq_length
-        longest = max(map(len, self._model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]))
-        config = getattr(self._model[0], "auto_model", None)
-        most = getattr(getattr(config, "config", None), "max_position_embeddings", 8192)
-        limits = [cut for cut in CUTS if cut != own and cut < longest and cut <= most]
+    def _changed(self, texts: list[str], target: Any, name: str, value: Any) -> Vectors:
+        """The vectors with another value of an attribute."""
+        before = getattr(target, name)
+        setattr(target, name, value)
         try:
-            for cut in limits:
-                self._model.max_seq_length = cut
-                yield f"texts are cut at {cut} tokens, not at {own}", self.encode(texts)
+            return self.encode(texts)
         finally:
-            self._model.max_seq_length = own
-        side = self._model.tokenizer.truncation_side
-        try:
-            self._model.tokenizer.truncation_side = "left" if side == "right" else "right"
-            yield "texts are cut at their other end", self.encode(texts)
-        finally:
-            self._model.tokenizer.truncation_side = side
+            setattr(target, name, before)
 
     def _ids(self, texts: list[str]) -> tuple[list[list[int]], bool]:
         """The tokens of each text, and whether the first and the last of all are special."""

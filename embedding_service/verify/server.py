@@ -1,7 +1,6 @@
 """A server that is verified: finds out which API it has, and asks it for vectors."""
 
 import contextlib
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,14 +36,17 @@ def _data(answer: Any) -> Any:
     return [item["embedding"] for item in sorted(answer["data"], key=lambda item: item["index"])]
 
 
-COHERE = {"input_type": "search_document", "embedding_types": ["float"]}
+OPENAI = {"model": "", "encoding_format": "float"}
+COHERE = {"model": "", "input_type": "search_document", "embedding_types": ["float"]}
 # In the order in which a server is asked: those that say most about themselves first.
 APIS = [
     Api("the native API", "embed", "texts", lambda answer: answer["embeddings"], {}, "prompt", "dimensions"),
     Api("Text Embeddings Inference", "embed", "inputs", lambda answer: answer, {"truncate": True}),
-    Api("OpenAI", "v1/embeddings", "input", _data, {"encoding_format": "float"}, None, "dimensions"),
-    Api("OpenAI", "embeddings", "input", _data, {"encoding_format": "float"}, None, "dimensions"),
-    Api("Ollama", "api/embed", "input", lambda answer: answer["embeddings"], {}, None, "dimensions"),
+    Api("OpenAI", "v1/embeddings", "input", _data, OPENAI, None, "dimensions"),
+    Api("OpenAI", "embeddings", "input", _data, OPENAI, None, "dimensions"),
+    Api(
+        "Ollama", "api/embed", "input", lambda answer: answer["embeddings"], {"model": ""}, None, "dimensions"
+    ),
     Api("Cohere", "v2/embed", "texts", lambda answer: answer["embeddings"]["float"], COHERE),
 ]
 # Where a server lists its models, and how the name of the first is found.
@@ -96,14 +98,11 @@ class Server:
         raise StartupError("no known API of embeddings answers: " + "; ".join(said))
 
     def _ask(self, api: Api, texts: list[str], fields: dict[str, Any]) -> Vectors:
-        body = {api.texts: texts, "model": self._model, **api.others, **fields}
-        if api.texts == "texts" and api.path == "embed":
-            del body["model"]
-        content = json.dumps(body).encode()
+        body = {api.texts: texts, **api.others, **fields}
+        if "model" in body:
+            body["model"] = self._model
         try:
-            answer = self._client.post(
-                api.path, content=content, headers={"Content-Type": "application/json"}
-            )
+            answer = self._client.post(api.path, json=body)
         except httpx2.HTTPError as error:
             raise Refused(f"no answer: {error or type(error).__name__}") from None
         if answer.status_code != 200:

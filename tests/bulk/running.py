@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 from typing import IO
 
-import msgspec
 import numpy as np
 import psutil
 import pyarrow
 from pyarrow import parquet
 
 from embedding_service import embed_file
-from embedding_service.bulk import paths
-from embedding_service.bulk.part import RunRecord
+from embedding_service.bulk.paths import Paths
 from embedding_service.engine import Embeddings, EmbedRequest, Timings
 from tests.fakes import FakeEngine
 from tests.service import ROOT, RUN_FOLDER, wait_until
@@ -84,7 +82,7 @@ def write_corpus(path: Path, count: int) -> list[str]:
 
 def rows_in(output: Path, dimension: int = DIMENSION) -> int:
     """The number of rows in an unfinished output."""
-    path = paths.part_path(output)
+    path = Paths(output).part
     return (path.stat().st_size - HEADER_BYTES) // (4 * dimension) if path.exists() else 0
 
 
@@ -125,21 +123,19 @@ def written(kind: str) -> bytes:
     return "".join(json.dumps(each) + "\n" for each in objects).encode()
 
 
-JOB = RunRecord(
-    input_bytes=1,
-    input_hash="h",
-    format="jsonl",
-    delimiter="",
-    field="text",
-    model="m",
-    fingerprint="f",
-    dimension=2,
-    input_type=None,
-    dimensions=None,
-)
+JOB = {
+    "input_bytes": 1,
+    "input_hash": "h",
+    "format": "jsonl",
+    "delimiter": "",
+    "field": "text",
+    "model": "m",
+    "fingerprint": "f",
+    "dimension": 2,
+}
 
 
-CHUNKED = msgspec.structs.replace(JOB, overflow="chunks")
+CHUNKED = JOB | {"overflow": "chunks"}
 
 
 def read_lines(output: Path) -> list[dict]:

@@ -10,12 +10,9 @@ import pytest
 import requests
 from pyarrow import parquet
 
-from embedding_service.bulk import paths
-from embedding_service.bulk.embedders import (
-    Description,
-    Embedded,
-)
+from embedding_service.bulk.embedders import Description, Embedding
 from embedding_service.bulk.part import PartFile
+from embedding_service.bulk.paths import Paths
 from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Chunk, Embeddings, EmbedRequest
@@ -60,7 +57,7 @@ def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
     finally:
         served.stop()
     assert f"Wrote {len(expected)} rows for 20000 texts" in finished.said
-    places = read_lines(paths.chunks_path(output))
+    places = read_lines(Paths(output).chunks)
     digits = np.load(output)[:, 0].astype(int).tolist()
     found = [(place["row"], place["start"], digit) for place, digit in zip(places, digits, strict=True)]
     assert found == expected
@@ -81,7 +78,7 @@ def test_over_long_texts_become_a_row_for_each_chunk(service, tmp_path, here, en
     options = ["--overflow", "chunks", "--chunk-overlap", 20, "--batch", 2]
     run = Run(tmp_path / "corpus.jsonl", "-o", output, *options, *where)
     assert run.wait() == 3, run.said
-    assert [failure["row"] for failure in read_lines(paths.errors_path(output))] == [1]
+    assert [failure["row"] for failure in read_lines(Paths(output).errors)] == [1]
 
     body = {"texts": [long, "short", long, ""], "overflow": "chunks", "chunk_overlap": 20}
     answer = requests.post(f"{service.url}/embed", json=body, timeout=60).json()
@@ -89,11 +86,11 @@ def test_over_long_texts_become_a_row_for_each_chunk(service, tmp_path, here, en
     bad = expected.index(next(place for place in expected if place[0] == 2))
     expected.insert(bad, (1, None, None))
     if ending == "npy":
-        table, vectors = read_lines(paths.chunks_path(output)), np.load(output)
+        table, vectors = read_lines(Paths(output).chunks), np.load(output)
         assert np.isnan(vectors[bad]).all()
         vectors = np.delete(vectors, bad, axis=0)
     else:
-        assert not paths.chunks_path(output).exists()
+        assert not Paths(output).chunks.exists()
         table = read_lines(output) if ending == "jsonl" else parquet.read_table(output).to_pylist()
         assert [row["error"] is not None for row in table] == [place[0] == 1 for place in expected]
         vectors = np.array([row["embedding"] for row in table if row["embedding"] is not None])
@@ -121,22 +118,22 @@ def test_a_run_without_chunks_removes_the_list_of_an_earlier_one(tmp_path, monke
     served = Served(InChunks())
     try:
         assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--overflow", "chunks") == 0
-        assert len(read_lines(paths.chunks_path(output))) == len(np.load(output)) == 3
+        assert len(read_lines(Paths(output).chunks)) == len(np.load(output)) == 3
         assert main(monkeypatch, corpus, "-o", output, "--url", served.url, "--restart") == 0
     finally:
         served.stop()
     assert len(np.load(output)) == 2
-    assert not paths.chunks_path(output).exists()
+    assert not Paths(output).chunks.exists()
 
 
 class Instant:
     """Embeds without taking any time."""
 
     def describe(self) -> Description:
-        return Description(model="m", fingerprint="f", most_texts=256)
+        return Description(model_name="m", fingerprint="f", max_client_batch_size=256)
 
-    def embed(self, texts: list[str]) -> Embedded:
-        return Embedded(np.ones((len(texts), 2), np.float32), 0)
+    def embed(self, texts: list[str]) -> list[Embedding]:
+        return [Embedding(np.ones((1, 2), np.float32))] * len(texts)
 
     def close(self) -> None:
         pass
@@ -145,9 +142,8 @@ class Instant:
 class InstantChunks(Instant):
     """Makes three chunks of each text."""
 
-    def embed(self, texts: list[str]) -> Embedded:
-        chunks = [[(0, 1), (1, 2), (2, 3)]] * len(texts)
-        return Embedded(np.ones((3 * len(texts), 2), np.float32), 0, chunks)
+    def embed(self, texts: list[str]) -> list[Embedding]:
+        return [Embedding(np.ones((3, 2), np.float32), [(0, 1), (1, 2), (2, 3)])] * len(texts)
 
 
 @pytest.mark.slow
@@ -160,7 +156,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, embedder, job):
     many = (Row(number, number + 1, f"{number:{characters}}") for number in range(count))
     patient = Patient(embedder, 10)
     tracemalloc.start()
-    run(many, patient, part, chunk_rows=256, in_flight=4, on_chunk=lambda _chunk: None)
+    assert sum(chunk.texts for chunk in run(many, patient, part, chunk_rows=256, in_flight=4)) == count
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert part.texts == count

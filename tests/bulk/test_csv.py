@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from embedding_service.bulk import paths
+from embedding_service.bulk.paths import Paths
 from embedding_service.bulk.rows import Row
 from embedding_service.bulk.source import InputFile
 from tests.bulk.running import Numbers, Run, rows_in
@@ -161,7 +161,7 @@ def test_a_run_over_damaged_csv_resumes_exactly_where_it_stopped(tmp_path):
         served.stop()
     expected = [float(text) if text.isdigit() else np.nan for text in texts]
     assert np.array_equal(np.load(output)[:, 0], expected, equal_nan=True)
-    listed = [json.loads(line) for line in paths.errors_path(output).read_text().splitlines()]
+    listed = [json.loads(line) for line in Paths(output).errors.read_text().splitlines()]
     assert [failure["line"] for failure in listed] == [
         i + 2 for i, text in enumerate(texts) if not text.isdigit()
     ]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from embedding_service.bulk.embedders import (
-    Options,
     RemoteEmbedder,
     Stopped,
     retry_after_seconds,
@@ -28,7 +27,7 @@ class Scripted:
         self.requests: list[httpx2.Request] = []
 
     def embedder(self) -> RemoteEmbedder:
-        return RemoteEmbedder("http://service", "clé", Options(), httpx2.MockTransport(self._handle))
+        return RemoteEmbedder("http://service", "clé", {}, httpx2.MockTransport(self._handle))
 
     def _handle(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)

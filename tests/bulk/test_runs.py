@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from embedding_service.bulk import paths
+from embedding_service.bulk.paths import Paths
 from tests.bulk.running import DIMENSION, Numbers, Run, rows_in, write_corpus
 from tests.fakes import Served
 from tests.service import wait_until
@@ -110,7 +110,7 @@ def test_bad_rows_are_reported_with_their_lines_and_the_rest_are_embedded(servic
     assert finished.wait() == 3, finished.said
     for offset, error in enumerate(BAD_LINES.values()):
         assert f"  line {2 * offset + 2}: {error}" in finished.said
-    listed = [json.loads(line) for line in paths.errors_path(output).read_text().splitlines()]
+    listed = [json.loads(line) for line in Paths(output).errors.read_text().splitlines()]
     assert [failure["line"] for failure in listed] == list(range(2, 2 * len(BAD_LINES) + 1, 2))
 
     vectors, errors = read_output(output)

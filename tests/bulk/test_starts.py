@@ -5,13 +5,13 @@ import re
 import sys
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
 from embedding_service import embed_file
 from embedding_service.bulk import paths
 from embedding_service.bulk.part import PartFile, Place
+from embedding_service.bulk.paths import Paths
 from embedding_service.engine import Embeddings, EmbedRequest
 from embedding_service.errors import StartupError
 from tests.bulk.running import JOB, Numbers, main
@@ -144,11 +144,11 @@ def test_a_file_that_is_not_ours_is_not_replaced_without_restart(tmp_path, suffi
 def test_a_run_does_not_start_if_two_of_its_files_are_the_same(tmp_path, monkeypatch, capsys, kind):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "v.npy"
     corpus.write_text('"text"\n')
-    paths.errors_path(output).write_text("")
+    Paths(output).errors.write_text("")
     if kind == "symlink":
-        paths.part_path(output).symlink_to(paths.errors_path(output))
+        Paths(output).part.symlink_to(Paths(output).errors)
     else:
-        paths.part_path(output).hardlink_to(paths.errors_path(output))
+        Paths(output).part.hardlink_to(Paths(output).errors)
     assert main(monkeypatch, corpus, "-o", output) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -156,7 +156,7 @@ def test_a_run_does_not_start_if_two_of_its_files_are_the_same(tmp_path, monkeyp
 def test_restart_spares_hard_links_to_its_part_and_a_run_in_progress(tmp_path):
     output, kept = tmp_path / "v.npy", tmp_path / "kept"
     kept.write_bytes(b"x" * 1000)
-    paths.part_path(output).hardlink_to(kept)
+    Paths(output).part.hardlink_to(kept)
     first = PartFile(output, JOB, restart=True)
     assert kept.read_bytes() == b"x" * 1000
     first.append(np.ones((1, 2), np.float32), [], [Place(0)])
@@ -164,7 +164,7 @@ def test_restart_spares_hard_links_to_its_part_and_a_run_in_progress(tmp_path):
         PartFile(output, JOB, restart=True)
     first.append(np.zeros((1, 2), np.float32), [], [Place(1)])
     first.seal()
-    assert np.load(first.path).tolist() == [[1, 1], [0, 0]]
+    assert np.load(first.paths.part).tolist() == [[1, 1], [0, 0]]
 
 
 def test_an_unwritable_folder_stops_the_run_at_the_start(tmp_path, monkeypatch, capsys):
@@ -225,7 +225,7 @@ def test_another_job_is_refused_with_the_old_and_the_new_value(tmp_path, change,
     output = tmp_path / "v.npy"
     PartFile(output, JOB).close()
     with pytest.raises(StartupError, match=re.escape(words)):
-        PartFile(output, msgspec.structs.replace(JOB, **change))
+        PartFile(output, JOB | change)
 
 
 def test_an_input_that_changes_during_the_run_gives_no_output(tmp_path, monkeypatch, capsys):
