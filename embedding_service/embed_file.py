@@ -211,7 +211,7 @@ def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
                 f"--precision {precision} needs the setting INT8_RANGES: a file that "
                 "`embedding-service calibrate` writes"
             )
-        ranges = read_ranges(Path(path).expanduser())
+        ranges = read_ranges(path)
         # The second fingerprint is that of a service with these ranges.
         own = (ranges.fingerprint, with_ranges(ranges.fingerprint, ranges))
         if embedder.description.fingerprint not in own:

@@ -32,12 +32,6 @@ def quantize(
         return np.packbits(vectors > 0, axis=-1)
     if precision == "binary":
         return (np.packbits(vectors > 0, axis=-1) - 128).astype(np.int8)
-    return _to_8_bits(vectors, precision, ranges, field)
-
-
-def _to_8_bits(
-    vectors: Vectors, precision: Precision, ranges: Int8Ranges | None, field: str
-) -> npt.NDArray[Any]:
     if ranges is None:
         raise InvalidRequest(
             f"is {precision}, which needs calibrated ranges: set INT8_RANGES to a file that "
@@ -65,24 +59,20 @@ def find_ranges(vectors: Vectors, fingerprint: str) -> Int8Ranges:
     )
 
 
-def read_ranges(path: Path) -> Int8Ranges:
-    """The ranges in a file. Raises StartupError if it holds none."""
+def read_ranges(given: str | Path, fingerprint: str | None = None) -> Int8Ranges:
+    """The ranges in a file. Raises StartupError if it holds none, or those of another model."""
+    path = Path(given).expanduser()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Int8Ranges)
+        ranges = msgspec.json.decode(path.read_bytes(), type=Int8Ranges)
     except OSError as error:
         raise StartupError(f"INT8_RANGES={str(path)!r} cannot be read: {error.strerror}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StartupError(
             f"INT8_RANGES={str(path)!r} was not written by `embedding-service calibrate`: {error}"
         ) from None
-
-
-def read_ranges_of(path: Path, fingerprint: str) -> Int8Ranges:
-    """As `read_ranges`. Also raises StartupError if the ranges are for a model with another fingerprint."""
-    found = read_ranges(path)
-    if found.fingerprint != fingerprint:
+    if fingerprint not in (None, ranges.fingerprint):
         raise StartupError(
             f"INT8_RANGES={str(path)!r} was calibrated with another model or other model settings; "
             "run `embedding-service calibrate` again"
         )
-    return found
+    return ranges

@@ -13,7 +13,7 @@ import requests
 from sentence_transformers.util import quantize_embeddings
 
 from embedding_service.errors import InvalidRequest, StartupError
-from embedding_service.quantization import find_ranges, quantize, read_ranges_of
+from embedding_service.quantization import find_ranges, quantize, read_ranges
 from tests.service import ROOT
 
 TEXTS = ["How do I reset my password?", "Forgot login", "A third sentence", "and one more, a bit longer"]
@@ -67,7 +67,7 @@ def test_an_unusable_file_of_ranges_stops_the_start(tmp_path, content, reason):
     if content is not None:
         path.write_text(content)
     with pytest.raises(StartupError, match=reason):
-        read_ranges_of(path, "f")
+        read_ranges(path, "f")
 
 
 def ask(service, **fields):

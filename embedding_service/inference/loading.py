@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,7 +28,7 @@ from embedding_service.inference.prepared import TOLERANCE, Prepared, Reference
 from embedding_service.inference.preprocessing import RustTokenizer
 from embedding_service.inference.source import resolve
 from embedding_service.inference.warm_up import batch_of, forward_at_once, short_and_long
-from embedding_service.quantization import read_ranges_of
+from embedding_service.quantization import read_ranges
 from embedding_service.settings.config import Config
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def _load_fully(settings: Config, threads: int) -> Model:
 def _add_ranges(model: Model, settings: Config) -> None:
     if settings.int8_ranges:
         fingerprint = model.info.fingerprint
-        ranges = read_ranges_of(Path(settings.int8_ranges).expanduser(), fingerprint)
+        ranges = read_ranges(settings.int8_ranges, fingerprint)
         model.info = msgspec.structs.replace(
             model.info, fingerprint=with_ranges(fingerprint, ranges), int8_ranges=ranges
         )

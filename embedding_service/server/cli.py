@@ -39,15 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from embedding_service import embed_file
 
         embed_file.execute(given[1:], prog="embedding-service embed")
-    if command == "download":
-        return download(given[1:])
-    if command == "calibrate":
-        return calibrate(given[1:])
     if command == "verify":
         from embedding_service.verify import command as verify
 
         return verify.execute(given[1:])
-    return serve(given[1:], prog="embedding-service serve")
+    if command == "serve":
+        return serve(given[1:], prog="embedding-service serve")
+    try:
+        (download if command == "download" else calibrate)(given[1:])
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return EX_CONFIG
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
+    return 0
 
 
 def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
@@ -73,8 +79,8 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
     return 0
 
 
-def download(arguments: Sequence[str]) -> int:
-    """Fetch a model into the cache and check its files; returns the exit code."""
+def download(arguments: Sequence[str]) -> None:
+    """Fetch a model into the cache and check its files. Raises StartupError."""
     parser = _parser(
         "embedding-service download",
         "Fetch a model into the cache (HF_HOME), compare its files with the hub's hashes, prepare it in "
@@ -87,22 +93,15 @@ def download(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     from embedding_service.inference import loading, source
 
-    try:
-        settings = environment.start().settings
-        found = source.resolve(given.model, given.revision)
-        files = source.checked(found.folder)
-        if damaged := [name for name, whole in files.items() if whole is False]:
-            raise StartupError(
-                f"{', '.join(damaged)} in {found.folder}: damaged; delete the folder and download again"
-            )
-        settings = msgspec.structs.replace(
-            settings,
-            embedding_model=given.model,
-            model_revision=given.revision,
+    settings = msgspec.structs.replace(
+        environment.start().settings, embedding_model=given.model, model_revision=given.revision
+    )
+    found = source.resolve(given.model, given.revision)
+    files = source.checked(found.folder)
+    if damaged := [name for name, whole in files.items() if whole is False]:
+        raise StartupError(
+            f"{', '.join(damaged)} in {found.folder}: damaged; delete the folder and download again"
         )
-    except StartupError as error:
-        print(error, file=sys.stderr)
-        return EX_CONFIG
     print(f"{given.model} is in {found.folder} ({found.origin})")
     if found.revision is None:
         print("Nothing was downloaded.")
@@ -114,11 +113,10 @@ def download(arguments: Sequence[str]) -> int:
             print(f"It is prepared in {settings.cache_folder}")
     except StartupError as error:
         print(f"It could not be prepared, and will not start: {error}", file=sys.stderr)
-    return 0
 
 
-def calibrate(arguments: Sequence[str]) -> int:
-    """Find and write the ranges for int8 and uint8; returns the exit code."""
+def calibrate(arguments: Sequence[str]) -> None:
+    """Find and write the ranges for int8 and uint8. Raises OSError or StartupError."""
     parser = _parser(
         "embedding-service calibrate",
         "Embed the lines of a text file with the configured model, and write the smallest and largest "
@@ -133,18 +131,10 @@ def calibrate(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     from embedding_service import calibration
 
-    try:
-        texts = calibration.read_texts(given.texts)
-        ranges = calibration.ranges_of(texts, environment.start().settings)
-        given.output.write_bytes(msgspec.json.encode(ranges))
-    except OSError as error:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-        return EX_CONFIG
-    except StartupError as error:
-        print(error, file=sys.stderr)
-        return EX_CONFIG
+    texts = calibration.read_texts(given.texts)
+    ranges = calibration.ranges_of(texts, environment.start().settings)
+    given.output.write_bytes(msgspec.json.encode(ranges))
     print(f"Wrote the ranges of {len(texts)} texts to {given.output}. Set INT8_RANGES={given.output}")
-    return 0
 
 
 def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:

@@ -22,14 +22,19 @@ log = logging.getLogger(__name__)
 def check_model(settings: Config) -> None:
     """Raises StartupError if the model, the device or the number format is certain to fail."""
     source.check(settings.embedding_model)
-    if settings.dtype == "int8" and importlib.util.find_spec("nncf") is None:
+    is_int8 = settings.dtype == "int8"
+    if is_int8 and importlib.util.find_spec("nncf") is None:
         raise StartupError("DTYPE=int8 needs nncf: pip install nncf")
-    for package, needs in (("openvino", settings.backend == "openvino" or settings.dtype == "int8"),):
-        if needs and importlib.util.find_spec(package) is None:
-            raise StartupError(f"BACKEND=openvino and DTYPE=int8 need {package}, which is for x86 CPUs")
+    if (is_int8 or settings.backend == "openvino") and importlib.util.find_spec("openvino") is None:
+        raise StartupError("BACKEND=openvino and DTYPE=int8 need openvino, which is for x86 CPUs")
     if settings.int8_ranges:
-        read_ranges(Path(settings.int8_ranges).expanduser())
-    _check_default_prompt(settings)
+        read_ranges(settings.int8_ranges)
+    name, folder = settings.default_prompt_name, Path(settings.embedding_model).expanduser()
+    if name and name not in settings.prompts and folder.is_dir():
+        known, _ = effective_prompts(Listing.of(folder), settings.prompts, name)
+        if name not in known:
+            there = ", ".join(sorted(known)) or "none"
+            raise StartupError(f"DEFAULT_PROMPT_NAME={name!r} is not a prompt; there are: {there}")
     if not settings.cpu_fallback and any(device.startswith("cuda") for device in settings.devices):
         reason = no_cuda()
         if reason is not None:
@@ -48,18 +53,6 @@ def check(started: Environment) -> None:
     check_model(settings)
     if started.sends_traces:
         check_traces(started.traces_protocol)
-
-
-def _check_default_prompt(settings: Config) -> None:
-    """Raises StartupError if the prompt is in neither the settings nor the model, if that is in a folder."""
-    name, folder = settings.default_prompt_name, Path(settings.embedding_model).expanduser()
-    if name is None or name in settings.prompts or not folder.is_dir():
-        return
-    known, _ = effective_prompts(Listing.of(folder), settings.prompts, name)
-    if name not in known:
-        raise StartupError(
-            f"DEFAULT_PROMPT_NAME={name!r} is not a prompt; there are: {', '.join(sorted(known)) or 'none'}"
-        )
 
 
 def check_traces(protocol: str) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any
 
 import gevent
@@ -55,24 +55,15 @@ ORIGIN = re.compile(rb"\r\norigin:[ \t]*([^\r\n]+?)[ \t]*\r\n", re.IGNORECASE)
 
 # Responses to requests that never reach Flask, by gunicorn's error class; the first match counts.
 REFUSALS = [
-    (
-        (errors.LimitRequestHeaders, errors.LimitRequestLine),
-        431,
-        "Request Header Fields Too Large",
-        "too_large",
-    ),
-    ((errors.ExpectationFailed,), 417, "Expectation Failed", "validation"),
-    ((errors.ForbiddenProxyRequest,), 403, "Forbidden", "validation"),
-    (
-        (errors.InvalidResponseHeader, errors.InvalidResponseHeaderName),
-        500,
-        "Internal Server Error",
-        "internal",
-    ),
+    ((errors.LimitRequestHeaders, errors.LimitRequestLine), 431, "too_large"),
+    ((errors.ExpectationFailed,), 417, "validation"),
+    ((errors.ForbiddenProxyRequest,), 403, "validation"),
+    ((errors.InvalidResponseHeader, errors.InvalidResponseHeaderName), 500, "internal"),
     # A path that is not below the environment's SCRIPT_NAME.
-    ((errors.ConfigurationProblem,), 404, "Not Found", "not_found"),
-    ((errors.ParseException,), 400, "Bad Request", "validation"),
-    ((TimeoutError,), 408, "Request Timeout", "timeout"),
+    ((errors.ConfigurationProblem,), 404, "not_found"),
+    ((errors.ParseException,), 400, "validation"),
+    ((TimeoutError,), 408, "timeout"),
+    ((Exception,), 500, "internal"),
 ]
 
 
@@ -355,8 +346,17 @@ class Worker(GeventWorker):  # type: ignore[misc]
         keep = True
         try:
             while keep:
-                request = self._next_request(parser, client)
-                keep = self._answer(request, client, address)
+                self._idle[client] = None
+                try:
+                    request = next(parser)
+                finally:
+                    self._idle.pop(client, None)
+                body = request.body.reader
+                is_small = getattr(body, "length", LARGE_BODY_BYTES) < LARGE_BODY_BYTES
+                # A small compressed body may be large once it is decompressed.
+                is_plain = not any(name == "CONTENT-ENCODING" for name, _ in request.headers)
+                with contextlib.nullcontext() if is_small and is_plain else self._large_bodies:
+                    keep = self._answer(request, client, address)
                 client.expect(self.cfg.keepalive if self.alive else LINGER_SECONDS)
         except StopIteration:
             return
@@ -371,24 +371,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
         except Exception as error:
             self.handle_error(request, client, address, error)
 
-    def _next_request(self, parser: Any, client: PatientSocket) -> Any:
-        self._idle[client] = None
-        try:
-            return next(parser)
-        finally:
-            self._idle.pop(client, None)
-
     def _answer(self, request: Any, client: PatientSocket, address: Any) -> bool:
         """Answer a request; returns whether the connection stays open."""
-        body = request.body.reader
-        # A small compressed body may be large once it is decompressed.
-        is_small = getattr(body, "length", LARGE_BODY_BYTES) < LARGE_BODY_BYTES
-        if is_small and not any(name == "CONTENT-ENCODING" for name, _ in request.headers):
-            return self._call_app(request, client, address)
-        with self._large_bodies:
-            return self._call_app(request, client, address)
-
-    def _call_app(self, request: Any, client: PatientSocket, address: Any) -> bool:
         began = time.monotonic()
         answer, environ = wsgi.create(
             request, client, address, client.listener, self.cfg, response_class=ServiceResponse
@@ -423,9 +407,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Respond to a request that never reached Flask, in the native protocol's format."""
-        status, reason, kind = next(
-            (refusal for kinds, *refusal in REFUSALS if isinstance(exc, kinds)),
-            (500, "Internal Server Error", "internal"),
+        from embedding_service.web import cors  # not needed in the master
+
+        status, kind = next(
+            (HTTPStatus(status), kind) for kinds, status, kind in REFUSALS if isinstance(exc, kinds)
         )
         if status == 500:
             self.log.error("A request failed outside the application", exc_info=exc)
@@ -438,19 +423,15 @@ class Worker(GeventWorker):  # type: ignore[misc]
         request_id = uuid.uuid4().hex
         body = orjson.dumps({"error": message, "error_type": kind, "request_id": request_id})
         head = (
-            f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            f"HTTP/1.1 {status} {status.phrase}\r\nConnection: close\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
         )
-        head += "".join(f"{name}: {value}\r\n" for name, value in self._permissions(client))
+        # A page may read this response if its origin is among what arrived first.
+        origin = ORIGIN.search(getattr(client, "first", b""))
+        permissions = cors.permissions(self.wsgi, origin[1].decode("latin-1") if origin else "")
+        head += "".join(f"{name}: {value}\r\n" for name, value in permissions)
         with contextlib.suppress(OSError):
             client.sendall(head.encode() + b"\r\n" + body)
-
-    def _permissions(self, client: Any) -> Iterable[tuple[str, str]]:
-        """The headers that let a page read this response, if its origin is among what arrived first."""
-        from embedding_service.web import cors  # not needed in the master
-
-        origin = ORIGIN.search(getattr(client, "first", b""))
-        return cors.permissions(self.wsgi, origin[1].decode("latin-1") if origin else "")
 
 
 def _end(client: PatientSocket) -> None:

@@ -10,7 +10,6 @@ from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
 from embedding_service.errors import ConfigError
-from embedding_service.words import nearest
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
@@ -41,12 +40,6 @@ def read(file: Path, environ: Mapping[str, str]) -> dict[str, str]:
             raise ConfigError(f"{where}: {binding.key} has no value; write {binding.key}=value")
         values[binding.key] = _expanded(binding.value, values | dict(environ), f"{where}: {binding.key}")
     return values
-
-
-def misspelt(names: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """Probable misspellings of known names, each with the nearest match."""
-    others = {name: nearest(name, tuple(known)) for name in names if name not in known}
-    return {name: meant for name, meant in others.items() if meant is not None}
 
 
 def _text(file: Path) -> str:

@@ -7,13 +7,14 @@ from pathlib import Path
 import msgspec
 
 from embedding_service.settings import config, env_file, tei_names
+from embedding_service.words import nearest
 
 # The folder of app.py, in a checkout.
 PROJECT = Path(__file__).parent.parent.parent
 
 
-# Other software's variables, and embed_file's, whose names are only similar.
-NOT_MISSPELT = ("API_KEY", "PROMPT", *(old for old in config.OLD_NAMES.values()))
+# The settings, and names of other software and of embed_file that are only similar.
+KNOWN = {*config.NAMES, *config.OLD_NAMES.values(), "API_KEY", "PROMPT"}
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -62,13 +63,11 @@ def read(environ: Mapping[str, str], **arguments: str) -> Environment:
     variables = written | dict(environ) | arguments
     translated, lines = tei_names.translate(variables, arguments)
     variables |= translated
-    places_of = dict.fromkeys(environ.keys() - written.keys(), "the environment") | dict.fromkeys(
-        written, file
-    )
     warnings = [
-        f"{places_of[name]}: {name} is not a setting of this service and has no effect; did you mean {meant}?"
-        for name, meant in env_file.misspelt(places_of, config.NAMES).items()
-        if name not in NOT_MISSPELT
+        f"{file if name in written else 'the environment'}: {name} is not a setting of this service and has "
+        f"no effect; did you mean {meant}?"
+        for name in (*(environ.keys() - written.keys()), *written)
+        if name not in KNOWN and (meant := nearest(name, tuple(config.NAMES)))
     ]
     warnings += lines
     if "API_KEY" in written and not (variables.get("API_KEYS") or variables.get("API_KEYS_FILE")):

@@ -138,8 +138,8 @@ def test_a_default_prompt_that_the_models_folder_does_not_have(tmp_path):
     (tmp_path / "modules.json").write_text("[]")
     (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
     for name, prompts in (("query", {}), ("mine", {"mine": "m: "}), (None, {})):
-        preflight._check_default_prompt(
+        preflight.check_model(
             Config(embedding_model=str(tmp_path), default_prompt_name=name, prompts=prompts)
         )
     with pytest.raises(StartupError, match="DEFAULT_PROMPT_NAME='passage' is not a prompt; there are: query"):
-        preflight._check_default_prompt(Config(embedding_model=str(tmp_path), default_prompt_name="passage"))
+        preflight.check_model(Config(embedding_model=str(tmp_path), default_prompt_name="passage"))
