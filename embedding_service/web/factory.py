@@ -15,7 +15,6 @@ from embedding_service.web import (
     access_log,
     auth,
     cors,
-    docs,
     error_handlers,
     health,
     monitoring,
@@ -102,7 +101,7 @@ def create_app(engine: Engine, settings: Config, *, sends_traces: bool = False) 
         cors.register(app)
     auth.register(app, settings)
     error_handlers.register(app)
-    for blueprint in (page.blueprint, health.blueprint, monitoring.blueprint, docs.blueprint):
+    for blueprint in (page.blueprint, health.blueprint, monitoring.blueprint):
         app.register_blueprint(blueprint)
     for module in (native, openai, tei, ollama, weaviate, cohere, clouds):
         app.register_blueprint(module.protocol)
