@@ -1,9 +1,9 @@
 """Finds the ranges for int8 and uint8 by embedding texts with the configured model."""
 
+import dataclasses
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from embedding_service.engine import EmbedRequest, Int8Ranges
@@ -32,7 +32,7 @@ def read_texts(path: Path) -> list[str]:
 
 def ranges_of(texts: list[str], settings: Config) -> Int8Ranges:
     """The ranges of the texts' normalised vectors. Raises StartupError if the model cannot be loaded."""
-    engine = LocalEngine(msgspec.structs.replace(settings, int8_ranges=None))
+    engine = LocalEngine(dataclasses.replace(settings, int8_ranges=None))
     engine.loaded.wait()
     if engine.startup_error is not None:
         raise engine.startup_error

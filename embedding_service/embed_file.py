@@ -1,6 +1,7 @@
 """`python -m embedding_service.embed_file corpus.jsonl -o vectors.npy`: embed a file, row by row."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -272,7 +273,7 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
     settings = environment.current().settings
     logs.check(settings)
     logs.setup(settings)
-    engine = LocalEngine(msgspec.structs.replace(settings, device=settings.devices[0]))
+    engine = LocalEngine(dataclasses.replace(settings, device=settings.devices[0]))
     engine.loaded.wait()
     if engine.startup_error is not None:
         raise engine.startup_error

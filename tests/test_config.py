@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -15,17 +14,14 @@ FIELDS = config.FIELDS
 
 
 def _documented_default(field) -> str:
-    if field.default is msgspec.NODEFAULT:
-        return str(field.default_factory())
-    value = field.default
+    value = config.default_of(field)
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _description(field) -> str:
-    found: Any = msgspec.inspect.type_info(field.type)
-    return found.extra_json_schema["description"]
+    return field.metadata["description"]
 
 
 def test_defaults_are_the_users():
@@ -253,8 +249,7 @@ def test_env_example_has_every_setting_with_default_and_description():
 
 def _values(field) -> str:
     """What the setting may be; nothing if any text will do."""
-    kind: Any = msgspec.inspect.type_info(field.type)
-    words = (kind.extra or {}).get("allowed") or allowed(kind)
+    words = field.metadata["allowed"] or allowed(msgspec.inspect.type_info(config.type_of(field)))
     return "" if words == "a string" else words
 
 

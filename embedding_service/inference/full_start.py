@@ -1,10 +1,9 @@
 """A full start: read the model with torch, convert and check it, and prepare it for the next starts."""
 
+import dataclasses
 import logging
 import threading
 from dataclasses import replace
-
-import msgspec
 
 from embedding_service.engine import ModelInfo
 from embedding_service.errors import ModelFailure
@@ -80,7 +79,7 @@ def read_in_torch(settings: Config, source: Source, keys: Keys, threads: int) ->
     """The model of a prepared start in torch, on the CPU. Raises StartupError or ModelFailure."""
     if model_digest(source.folder) != keys.digest:
         raise ModelFailure("the model's files have changed since the service started")
-    checkpoint = read_checkpoint(msgspec.structs.replace(settings, device="cpu"), source, keys.digest)
+    checkpoint = read_checkpoint(dataclasses.replace(settings, device="cpu"), source, keys.digest)
     prepare_libraries("cpu", threads)
     return checkpoint
 

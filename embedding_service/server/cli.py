@@ -1,6 +1,7 @@
 """The command line: `embedding-service serve`, `embed` and others; `python app.py` is `serve`."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def download(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     from embedding_service.inference import loading, source
 
-    settings = msgspec.structs.replace(
+    settings = dataclasses.replace(
         environment.start().settings, embedding_model=given.model, model_revision=given.revision
     )
     found = source.resolve(given.model, given.revision)

@@ -1,12 +1,13 @@
 """Every setting, with type, default, bounds and description; environment.py reads them."""
 
+import dataclasses
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
-from msgspec import Meta
 
 from embedding_service.errors import ConfigError
 from embedding_service.words import allowed
@@ -32,232 +33,152 @@ ORIGINS_PATTERN = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
 
 ROUTE_PATTERN = r"^/[^\s<>?#]+$"
 
+Value = TypeVar("Value")
 
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+
+def setting(
+    default: Value, description: str, *, allowed: str = "", secret: bool = False, **bounds: Any
+) -> Value:
+    """A setting. `allowed` says what it may be, if its type and `bounds`, those of msgspec, do not say it."""
+    facts = {"description": description, "allowed": allowed, "secret": secret, "bounds": bounds}
+    if isinstance(default, dict):
+        return cast(Value, dataclasses.field(default_factory=dict, metadata=facts))
+    return dataclasses.field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
     """The settings; each is read from the environment variable with its name in capitals."""
 
-    embedding_model: Annotated[
-        str,
-        Meta(min_length=1, description="Model to serve: a Hugging Face name or the path of a folder."),
-    ] = "sentence-transformers/all-MiniLM-L6-v2"
-    model_revision: Annotated[
-        str | None, Meta(description="Branch, tag or commit of a model on the Hugging Face hub.")
-    ] = None
-    device: Annotated[
-        str,
-        Meta(
-            pattern=DEVICE_PATTERN,
-            extra={"allowed": "auto, cpu, mps, cuda, cuda:N, or a list such as cuda:0,cuda:1"},
-            description=(
-                "Where the model runs: auto (CUDA if there is one, else the CPU), cpu, mps, cuda, "
-                "cuda:N, or a comma-separated list with one model process for each device."
-            ),
-        ),
-    ] = "auto"
-    cpu_fallback: Annotated[
-        bool,
-        Meta(description="If the CUDA device is missing, log a warning and run on the CPU."),
-    ] = True
-    dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16", "int8"],
-        Meta(
-            description=(
-                "Number format of the weights; auto is float16 on CUDA and float32 elsewhere. On x86 CPUs, "
-                "int8 is faster but slightly less accurate (it needs the package nncf), and bfloat16 "
-                "may be faster; the log says if it is."
-            )
-        ),
-    ] = "auto"
-    backend: Annotated[
-        Literal["auto", "torch", "openvino"],
-        Meta(description="Runtime for the transformer; auto is OpenVINO on x86 CPUs and torch elsewhere."),
-    ] = "auto"
-    cache_folder: Annotated[
-        str,
-        Meta(
-            min_length=1,
-            description="Folder for prepared models and measured costs, which make the next start fast.",
-        ),
-    ] = "~/.cache/embedding-service"
-    attn_implementation: Annotated[
-        str | None,
-        Meta(description="Attention implementation, such as sdpa or flash_attention_2."),
-    ] = None
-    batch_size: Annotated[
-        int,
-        Meta(ge=1, le=4096, description="Maximum number of full-length texts in one forward pass."),
-    ] = 32
-    max_seq_length: Annotated[
-        int,
-        Meta(
-            ge=4,
-            le=131072,
-            description=(
-                "Texts are truncated to this many tokens, or to the model's own maximum if that is lower."
-            ),
-        ),
-    ] = 256
-    host: Annotated[
-        str, Meta(pattern=HOST_PATTERN, extra={"allowed": HOST_ALLOWED}, description="Address to listen on.")
-    ] = "0.0.0.0"  # noqa: S104
-    port: Annotated[int, Meta(ge=1, le=65535, description="Port to listen on.")] = 8001
-    aip_health_route: Annotated[
-        str,
-        Meta(
-            pattern=ROUTE_PATTERN,
-            extra={"allowed": "a path such as /health"},
-            description="Additional path for the health check; Vertex AI sets it.",
-        ),
-    ] = ""
-    aip_predict_route: Annotated[
-        str,
-        Meta(
-            pattern=ROUTE_PATTERN,
-            extra={"allowed": "a path such as /predict"},
-            description="Additional path for /predict; Vertex AI sets it.",
-        ),
-    ] = ""
-    web_concurrency: Annotated[
-        int, Meta(ge=1, le=64, description="Number of web worker processes; they share one model.")
-    ] = 1
-    max_concurrent_requests: Annotated[
-        int,
-        Meta(
-            ge=1,
-            le=65536,
-            description="Maximum number of requests in flight per web worker; further requests get 429.",
-        ),
-    ] = 512
-    max_texts_per_request: Annotated[
-        int, Meta(ge=1, le=1_000_000, description="Maximum number of texts in a request.")
-    ] = 4096
-    max_text_characters: Annotated[
-        int, Meta(ge=1, le=100_000_000, description="Maximum number of characters in a text.")
-    ] = 100_000
-    prompts: Annotated[
-        dict[str, str],
-        Meta(
-            extra={"allowed": 'a JSON object of names and texts, such as {"query": "query: "}'},
-            description="Prompts by name, as a JSON object; they are added to the model's own.",
-        ),
-    ] = {}
-    default_prompt_name: Annotated[
-        str | None, Meta(description="Name of the prompt to use if a request does not name one.")
-    ] = None
-    served_model_name: Annotated[
-        str | None,
-        Meta(description="Comma-separated names of the model in the API; responses show the first."),
-    ] = None
-    token_ids: Annotated[
-        Literal["cl100k_base", "o200k_base"] | None,
-        Meta(
-            description=(
-                "Decode token ids on /v1/embeddings with this vocabulary, for LangChain's defaults; "
-                "needs the package bpe-openai."
-            )
-        ),
-    ] = None
-    cors_origins: Annotated[
-        str,
-        Meta(
-            pattern=ORIGINS_PATTERN,
-            extra={
-                "allowed": (
-                    "*, or origins such as https://example.com, https://*.example.com, http://localhost:*, "
-                    "chrome-extension://… and null, without a path, names in ASCII (xn--…)"
-                )
-            },
-            description=(
-                "Comma-separated origins, such as https://example.com, https://*.example.com or "
-                "http://localhost:*, whose pages may call the service from a browser; * allows all."
-            ),
-        ),
-    ] = ""
-    default_overflow: Annotated[
-        Literal["truncate", "error", "mean"],
-        Meta(
-            description=(
-                "How to handle texts that are too long for the model, if a request does not say: truncate, "
-                "error, or mean (of their pieces)."
-            )
-        ),
-    ] = "truncate"
-    max_body_bytes: Annotated[
-        int, Meta(ge=1024, le=1 << 31, description="Maximum size of a request body in bytes.")
-    ] = 32 << 20
-    max_queued_tokens: Annotated[
-        int,
-        Meta(
-            ge=1024,
-            description=(
-                "Maximum number of tokens that wait for the model; further requests get 429. When a request "
-                "arrives, each waiting request counts for at most as many tokens as the new one, so a large "
-                "request cannot block small ones."
-            ),
-        ),
-    ] = 2_000_000
-    cache_mb: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=1_048_576,
-            description="Vector cache of each model process, in MiB; 0 disables it.",
-        ),
-    ] = 0
-    int8_ranges: Annotated[
-        str | None,
-        Meta(
-            description=(
-                "File with the ranges for int8 and uint8 vectors, written by `embedding-service calibrate`."
-            )
-        ),
-    ] = None
-    request_timeout_seconds: Annotated[
-        float,
-        Meta(gt=0, le=3600, description="Time limit of a request, in seconds; slower requests get 504."),
-    ] = 60.0
-    keep_alive_seconds: Annotated[
-        int,
-        Meta(
-            ge=1,
-            le=3600,
-            description=(
-                "How long an idle connection stays open, in seconds. Set it higher than the idle timeout of "
-                "the proxy or load balancer in front."
-            ),
-        ),
-    ] = 75
-    graceful_timeout_seconds: Annotated[
-        int, Meta(ge=1, le=3600, description="Seconds that requests in flight get to finish on shutdown.")
-    ] = 30
-    api_keys: Annotated[
-        str | None,
-        Meta(
-            extra={"secret": True},
-            description="Comma-separated API keys; every caller must send one of them.",
-        ),
-    ] = None
-    api_keys_file: Annotated[
-        str | None,
-        Meta(description="File with one API key per line, reread when it changes."),
-    ] = None
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="Minimum log level.")
-    ] = "info"
-    log_format: Annotated[Literal["text", "json"], Meta(description="Format of log lines.")] = "text"
-    access_log: Annotated[bool, Meta(description="Log a line for each request.")] = False
-    slow_request_seconds: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=3600,
-            description="Log a warning for each request that takes longer than this; 0 turns it off.",
-        ),
-    ] = 0.0
-    log_file: Annotated[
-        str | None,
-        Meta(description="File to log to instead of standard error; reopened after log rotation."),
-    ] = None
+    embedding_model: str = setting(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "Model to serve: a Hugging Face name or the path of a folder.",
+        min_length=1,
+    )
+    model_revision: str | None = setting(None, "Branch, tag or commit of a model on the Hugging Face hub.")
+    device: str = setting(
+        "auto",
+        "Where the model runs: auto (CUDA if there is one, else the CPU), cpu, mps, cuda, cuda:N, or a "
+        "comma-separated list with one model process for each device.",
+        allowed="auto, cpu, mps, cuda, cuda:N, or a list such as cuda:0,cuda:1",
+        pattern=DEVICE_PATTERN,
+    )
+    cpu_fallback: bool = setting(True, "If the CUDA device is missing, log a warning and run on the CPU.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = setting(
+        "auto",
+        "Number format of the weights; auto is float16 on CUDA and float32 elsewhere. On x86 CPUs, int8 "
+        "is faster but slightly less accurate (it needs the package nncf), and bfloat16 may be faster; "
+        "the log says if it is.",
+    )
+    backend: Literal["auto", "torch", "openvino"] = setting(
+        "auto", "Runtime for the transformer; auto is OpenVINO on x86 CPUs and torch elsewhere."
+    )
+    cache_folder: str = setting(
+        "~/.cache/embedding-service",
+        "Folder for prepared models and measured costs, which make the next start fast.",
+        min_length=1,
+    )
+    attn_implementation: str | None = setting(
+        None, "Attention implementation, such as sdpa or flash_attention_2."
+    )
+    batch_size: int = setting(32, "Maximum number of full-length texts in one forward pass.", ge=1, le=4096)
+    max_seq_length: int = setting(
+        256,
+        "Texts are truncated to this many tokens, or to the model's own maximum if that is lower.",
+        ge=4,
+        le=131072,
+    )
+    host: str = setting("0.0.0.0", "Address to listen on.", allowed=HOST_ALLOWED, pattern=HOST_PATTERN)  # noqa: S104
+    port: int = setting(8001, "Port to listen on.", ge=1, le=65535)
+    aip_health_route: str = setting(
+        "",
+        "Additional path for the health check; Vertex AI sets it.",
+        allowed="a path such as /health",
+        pattern=ROUTE_PATTERN,
+    )
+    aip_predict_route: str = setting(
+        "",
+        "Additional path for /predict; Vertex AI sets it.",
+        allowed="a path such as /predict",
+        pattern=ROUTE_PATTERN,
+    )
+    web_concurrency: int = setting(1, "Number of web worker processes; they share one model.", ge=1, le=64)
+    max_concurrent_requests: int = setting(
+        512, "Maximum number of requests in flight per web worker; further requests get 429.", ge=1, le=65536
+    )
+    max_texts_per_request: int = setting(4096, "Maximum number of texts in a request.", ge=1, le=1_000_000)
+    max_text_characters: int = setting(
+        100_000, "Maximum number of characters in a text.", ge=1, le=100_000_000
+    )
+    prompts: dict[str, str] = setting(  # noqa: RUF009
+        {},
+        "Prompts by name, as a JSON object; they are added to the model's own.",
+        allowed='a JSON object of names and texts, such as {"query": "query: "}',
+    )
+    default_prompt_name: str | None = setting(
+        None, "Name of the prompt to use if a request does not name one."
+    )
+    served_model_name: str | None = setting(
+        None, "Comma-separated names of the model in the API; responses show the first."
+    )
+    token_ids: Literal["cl100k_base", "o200k_base"] | None = setting(
+        None,
+        "Decode token ids on /v1/embeddings with this vocabulary, for LangChain's defaults; needs the "
+        "package bpe-openai.",
+    )
+    cors_origins: str = setting(
+        "",
+        "Comma-separated origins, such as https://example.com, https://*.example.com or "
+        "http://localhost:*, whose pages may call the service from a browser; * allows all.",
+        allowed="*, or origins such as https://example.com, https://*.example.com, http://localhost:*, "
+        "chrome-extension://… and null, without a path, names in ASCII (xn--…)",
+        pattern=ORIGINS_PATTERN,
+    )
+    default_overflow: Literal["truncate", "error", "mean"] = setting(
+        "truncate",
+        "How to handle texts that are too long for the model, if a request does not say: truncate, "
+        "error, or mean (of their pieces).",
+    )
+    max_body_bytes: int = setting(32 << 20, "Maximum size of a request body in bytes.", ge=1024, le=1 << 31)
+    max_queued_tokens: int = setting(
+        2_000_000,
+        "Maximum number of tokens that wait for the model; further requests get 429. When a request "
+        "arrives, each waiting request counts for at most as many tokens as the new one, so a large "
+        "request cannot block small ones.",
+        ge=1024,
+    )
+    cache_mb: int = setting(
+        0, "Vector cache of each model process, in MiB; 0 disables it.", ge=0, le=1_048_576
+    )
+    int8_ranges: str | None = setting(
+        None, "File with the ranges for int8 and uint8 vectors, written by `embedding-service calibrate`."
+    )
+    request_timeout_seconds: float = setting(
+        60.0, "Time limit of a request, in seconds; slower requests get 504.", gt=0, le=3600
+    )
+    keep_alive_seconds: int = setting(
+        75,
+        "How long an idle connection stays open, in seconds. Set it higher than the idle timeout of the "
+        "proxy or load balancer in front.",
+        ge=1,
+        le=3600,
+    )
+    graceful_timeout_seconds: int = setting(
+        30, "Seconds that requests in flight get to finish on shutdown.", ge=1, le=3600
+    )
+    api_keys: str | None = setting(
+        None, "Comma-separated API keys; every caller must send one of them.", secret=True
+    )
+    api_keys_file: str | None = setting(None, "File with one API key per line, reread when it changes.")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Minimum log level.")
+    log_format: Literal["text", "json"] = setting("text", "Format of log lines.")
+    access_log: bool = setting(False, "Log a line for each request.")
+    slow_request_seconds: float = setting(
+        0.0, "Log a warning for each request that takes longer than this; 0 turns it off.", ge=0, le=3600
+    )
+    log_file: str | None = setting(
+        None, "File to log to instead of standard error; reopened after log rotation."
+    )
     # Not read, but known to a model process: how many there are, and how many on its device.
     model_processes: int = 1
     device_processes: int = 1
@@ -276,7 +197,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The settings of the model process for one of the devices."""
         # The first CUDA device has two names.
         ordinals = [device.removesuffix(":0") for device in self.devices]
-        return msgspec.structs.replace(
+        return dataclasses.replace(
             self,
             device=self.devices[index],
             model_processes=len(ordinals),
@@ -295,12 +216,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def descriptions() -> dict[str, str]:
     """The description and default of each setting."""
-    described: dict[str, str] = {}
-    for field in FIELDS:
-        value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-        default = "" if value is None else f" ({value})"
-        described[field.name.upper()] = _split(field.type)[1].get("description", "") + default
-    return described
+    shown = {field.name: "" if (value := default_of(field)) is None else f" ({value})" for field in FIELDS}
+    return {field.name.upper(): field.metadata["description"] + shown[field.name] for field in FIELDS}
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value of a setting that is not given."""
+    return {} if field.default is dataclasses.MISSING else field.default
 
 
 def load(variables: Mapping[str, str]) -> Config:
@@ -312,7 +234,7 @@ def load(variables: Mapping[str, str]) -> Config:
     for field in FIELDS:
         name, raw = _given(field.name.upper(), variables)
         if raw:
-            values[field.name] = _convert(name, raw, field.type)
+            values[field.name] = _convert(name, raw, field)
     return Config(**values)
 
 
@@ -335,15 +257,7 @@ def _given(name: str, variables: Mapping[str, str]) -> tuple[str, str]:
     return (old, raw) if raw else (name, "")
 
 
-def _split(wanted: Any) -> tuple[msgspec.inspect.Type, dict[str, Any]]:
-    """The type of a setting, and its Meta as a dictionary."""
-    kind = msgspec.inspect.type_info(wanted)
-    if not isinstance(kind, msgspec.inspect.Metadata):
-        return kind, {}
-    return kind.type, (kind.extra_json_schema or {}) | (kind.extra or {})
-
-
-FIELDS = [field for field in msgspec.structs.fields(Config) if _split(field.type)[1]]
+FIELDS = [field for field in dataclasses.fields(Config) if field.metadata]
 NAMES = [field.name.upper() for field in FIELDS]
 
 # Former names of settings.
@@ -370,10 +284,14 @@ ALIASES = {
 }
 
 
-def _convert(name: str, raw: str, wanted: Any) -> Any:
-    kind, extra = _split(wanted)
-    shown = "…" if extra.get("secret") else repr(raw)
-    description = extra.get("description", "")
+def type_of(field: dataclasses.Field[Any]) -> Any:
+    """The type of a setting, with its bounds."""
+    return Annotated[field.type, msgspec.Meta(**field.metadata["bounds"])]
+
+
+def _convert(name: str, raw: str, field: dataclasses.Field[Any]) -> Any:
+    kind = msgspec.inspect.type_info(type_of(field))
+    shown = "…" if field.metadata["secret"] else repr(raw)
     if not raw.isprintable():
         raise ConfigError(f"{name}={shown} is not allowed: it has line breaks or bytes that are not UTF-8")
     if isinstance(kind, msgspec.inspect.BoolType):
@@ -385,11 +303,11 @@ def _convert(name: str, raw: str, wanted: Any) -> Any:
     try:
         if isinstance(kind, msgspec.inspect.DictType):
             return msgspec.json.decode(raw, type=dict[str, str])
-        return msgspec.convert(raw, wanted, strict=False)
+        return msgspec.convert(raw, type_of(field), strict=False)
     except msgspec.MsgspecError:
-        wanted_value = extra.get("allowed") or allowed(kind)
+        wanted = field.metadata["allowed"] or allowed(kind)
         raise ConfigError(
-            f"{name}={shown} is not allowed: it must be {wanted_value}. {description}"
+            f"{name}={shown} is not allowed: it must be {wanted}. {field.metadata['description']}"
         ) from None
 
 

@@ -7,6 +7,7 @@ the supervisor has the exit code of a model process and the report that it wrote
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import select
@@ -117,7 +118,7 @@ class Child:
             return ExitReason(EX_CONFIG, report.failure)
         if report.device:
             # From now on, only the same device will do: never fall back to the CPU silently.
-            self._settings = msgspec.structs.replace(self._settings, device=report.device, cpu_fallback=False)
+            self._settings = dataclasses.replace(self._settings, device=report.device, cpu_fallback=False)
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         process = f"the model process ({self._settings.device})"
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_SECONDS:

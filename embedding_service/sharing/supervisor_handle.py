@@ -6,6 +6,7 @@ the supervisor. A message in the report is the reason why the service must end.
 Process ids are not used: gunicorn's master reaps every child itself.
 """
 
+import dataclasses
 import os
 import signal
 import socket
@@ -37,7 +38,7 @@ class SupervisorHandle:
         self.folder.check(len(settings.devices))
         report = self._report_end.fileno()
         # `ps` shows arguments.
-        without_keys = msgspec.structs.replace(settings, api_keys=None)
+        without_keys = dataclasses.replace(settings, api_keys=None)
         self._process = subprocess.Popen(
             [
                 sys.executable,

@@ -7,6 +7,7 @@ import pytest
 
 import config
 from embedding_service import __version__
+from embedding_service.settings import config as settings
 from tests.deploy.load import Load
 from tests.deploy.rollout import Pod, find, render
 from tests.service import wait_until
@@ -50,7 +51,7 @@ def test_everything_selects_the_pods_and_nothing_else(overlay: str) -> None:
 @overlays
 def test_the_configmap_has_only_known_settings(overlay: str) -> None:
     data = find(render(overlay), "ConfigMap")["data"]
-    known = {field.upper() for field in config.Config.__struct_fields__}
+    known = set(settings.NAMES)
     assert set(data) <= known
     config.load(data)
     assert data["DEVICE"] == {"cpu": "cpu", "gpu": "cuda"}[overlay]

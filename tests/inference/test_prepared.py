@@ -109,8 +109,8 @@ def test_without_torch_a_prepared_model_serves_and_the_rest_is_refused_in_a_line
         "print(model.info.backend)\n"
         "try: model.exact.embed_tokens(['fox'], None)\n"
         "except Exception as error: print(type(error).__name__, error)\n"
-        "import msgspec\n"
-        "try: load(msgspec.structs.replace(settings, max_seq_length=7))\n"
+        "import dataclasses\n"
+        "try: load(dataclasses.replace(settings, max_seq_length=7))\n"
         "except Exception as error: print(type(error).__name__, error)\n",
         tiny("bert"),
         tmp_path,
