@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from embedding_service.engine import EmbedRequest, Outcome, Receiver, Vectors
@@ -84,7 +85,6 @@ class Batcher:
         now = time.monotonic()
         small: dict[Hashable, list[PendingRequest]] = {}
         ready: list[PendingRequest] = []
-        to_cut: list[PendingRequest] = []
         done: list[PendingRequest] = []
         outcomes: list[tuple[int, Outcome]] = []
         with self._reading:
@@ -94,12 +94,10 @@ class Batcher:
                 except Exception as error:
                     outcomes.append((number, _reported(error)))
                     continue
-                if pending.chunks is not None:
-                    to_cut.append(pending)
+                if pending.chunks is not None or (pending.missing and is_large(pending)):
+                    ready.append(pending)
                 elif not pending.missing:
                     done.append(pending)
-                elif is_large(pending):
-                    ready.append(pending)
                 else:
                     small.setdefault(pending.context, []).append(pending)
         for together in small.values():
@@ -108,9 +106,9 @@ class Batcher:
             for pending in fine:
                 (ready if pending.missing else done).append(pending)
             outcomes += [(one.number, error) for one, error in failed]
-        if ready or to_cut:
+        if ready:
             with self._lock:
-                outcomes += [(one.number, error) for one, error in self._accept(ready, to_cut, now)]
+                outcomes += [(one.number, error) for one, error in self._accept(ready, now)]
         outcomes += [(one.number, self._outcome(one)) for one in done]
         if outcomes:
             _hand_over(receiver, outcomes)
@@ -152,28 +150,25 @@ class Batcher:
                     outcomes.append((pending.number, error))
         return worth
 
-    def _accept(self, ready: list[PendingRequest], to_cut: list[PendingRequest], now: float) -> list[Failure]:
+    def _accept(self, ready: list[PendingRequest], now: float) -> list[Failure]:
         """Queue requests, or let them be cut; returns those that are refused. Needs the lock."""
         refused: list[Failure] = []
-        for pending in (*ready, *to_cut):
+        for pending in ready:
             try:
-                self._accept_one(pending, now)
+                if self._closed is not None:
+                    raise Unavailable(self._closed, retry_after_seconds=1)
+                if not pending.missing:
+                    self._scheduler.hold(pending)
+                    self._to_cut.put(pending)
+                    continue
+                self._scheduler.accept(pending, now)
+                if pending.tokenized is None:
+                    self._large.put(pending)
             except Exception as error:
                 self._scheduler.end(pending)
                 refused.append((pending, _reported(error)))
         self._wake()
         return refused
-
-    def _accept_one(self, pending: PendingRequest, now: float) -> None:
-        if self._closed is not None:
-            raise Unavailable(self._closed, retry_after_seconds=1)
-        if not pending.missing:
-            self._scheduler.hold(pending)
-            self._to_cut.put(pending)
-            return
-        self._scheduler.accept(pending, now)
-        if pending.tokenized is None:
-            self._large.put(pending)
 
     def _step_forever(
         self, waiting: queue.SimpleQueue[PendingRequest | None], step: Callable[[PendingRequest], bool]
@@ -193,11 +188,14 @@ class Batcher:
         pieces = cut_next(self._model, pending)
         if pieces is None:
             return True
+        refused: list[Failure] = []
         with self._lock:
             if not pending.finished:
                 self._scheduler.look_up(pending, pieces)
                 if pending.missing:
-                    self._accept_one(pending, time.monotonic())
+                    refused = self._accept([pending], time.monotonic())
+        for _, error in refused:
+            _hand_over(pending.receiver, [(pending.number, error)])
         self._finish(pending)
         return False
 
@@ -241,7 +239,7 @@ class Batcher:
         if self._closed is not None:
             return None
         turn: Turn | None = None
-        if self._scheduler and self._suits(stream):
+        if self._scheduler.queue and self._suits(stream):
             now = time.monotonic()
             turn = self._scheduler.take(now)
             self._running[stream] = now
@@ -256,7 +254,7 @@ class Batcher:
 
     def _wake(self) -> None:
         """Wake a stream if texts wait: of those that suit, the one that ran last. Needs the lock."""
-        if not self._sleeping or not self._scheduler:
+        if not self._sleeping or not self._scheduler.queue:
             return
         all_cores = self._model.whole
         if all_cores in self._sleeping and self._suits(all_cores):
@@ -276,10 +274,6 @@ class Batcher:
         woken: threading.Lock,
     ) -> Turn | None:
         """Embed a batch and take the next one. Raises DeviceLost; another fault of ours fails the batch."""
-
-        def started(began: float) -> None:
-            self._running[stream] = began
-
         if late:
             too_late = DeadlineExceeded("the deadline passed in the queue")
             self._fail((pending, too_late) for pending in late)
@@ -287,6 +281,7 @@ class Batcher:
         computed: list[Computed] = []
         fault: Exception | None = None
         try:
+            started = partial(self._running.__setitem__, stream)
             computed = execute(shares, self._model, stream, on_start=started, on_out_of_memory=self._lower)
             units = [one.vectors if self._model.normalized else normalize(one.vectors) for one in computed]
         except DeviceLost:

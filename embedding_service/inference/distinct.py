@@ -1,16 +1,15 @@
 """Which texts of a request must be computed: each distinct one that the cache does not know."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from embedding_service.inference.tokenized import IntArray
 from embedding_service.inference.vector_cache import Cached, VectorCache
 
 
-@dataclass(slots=True, eq=False)
-class Distinct:
+class Distinct(msgspec.Struct, eq=False, frozen=True):
     """The distinct texts of a request, and for each of its texts which one it is, as np.unique returns them.
 
     `inverse` counts the `texts` to compute first and the `cached` ones after them; it is None if each text
@@ -18,7 +17,7 @@ class Distinct:
     """
 
     texts: list[str]
-    cached: list[Cached] = field(default_factory=list)
+    cached: list[Cached] = []
     inverse: IntArray | None = None
 
     def indices_of(self, row: int) -> list[int]:

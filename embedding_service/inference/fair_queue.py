@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, count
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -37,8 +38,7 @@ MAX_ENDS = 32
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class QueueEntry:
+class QueueEntry(msgspec.Struct, eq=False, kw_only=True):
     """The place of a request in the queue: those of its texts that wait, in the order of their length.
 
     `rows` are the texts as their owner numbers them; `tokens` is the sum of `lengths`. `left` counts the
@@ -53,8 +53,8 @@ class QueueEntry:
     left: int = 0
     tag: float = 0.0
     group: Hashable = None
-    lengths: IntArray = field(default_factory=lambda: NO_ROWS)
-    rows: IntArray = field(default_factory=lambda: NO_ROWS)
+    lengths: IntArray = NO_ROWS
+    rows: IntArray = NO_ROWS
     tokens: int = 0
     queued: bool = False
 
@@ -109,50 +109,60 @@ class FairQueue:
 
     def __init__(self, *, on_cpu: bool) -> None:
         self._on_cpu = on_cpu
-        self._normal, self._background = _Class(), _Class()
+        self._normal, self._background = self._classes = _Class(), _Class()
         self._sequence = count()
         self._small_until = 0.0
         # Tokens that normal requests may still have before the background's turn.
         self._ahead = 0
         # Tokens that wait for a batch.
         self.tokens = 0
+        # Accepted bulk requests that are not in the background.
+        self.bulk = 0
 
     def __bool__(self) -> bool:
         return bool(self._normal.heap or self._background.heap)
 
     def virtual_time(self, *, background: bool) -> float:
         """The tag of a request that arrives now."""
-        return (self._background if background else self._normal).virtual_time
+        return self._classes[background].virtual_time
 
     def add(self, entry: QueueEntry, now: float) -> None:
         """Register an accepted request, whose share of the model starts now."""
-        own = self._class_of(entry)
+        own = self._classes[entry.background]
         own.entries += 1
         entry.tag = own.virtual_time
-        if not (entry.bulk or entry.background):
-            self._small_until = now + SMALL_AGO_SECONDS
+        if not entry.background:
+            if entry.bulk:
+                self.bulk += 1
+            else:
+                self._small_until = now + SMALL_AGO_SECONDS
 
     def remove(self, entry: QueueEntry) -> None:
         """Forget a request that is done or dropped, and any of its texts that wait."""
-        self._class_of(entry).entries -= 1
+        self._classes[entry.background].entries -= 1
+        if entry.bulk and not entry.background:
+            self.bulk -= 1
         self.tokens -= entry.tokens
         entry.rows = entry.lengths = NO_ROWS
         entry.tokens = entry.left = 0
 
     def push(self, entry: QueueEntry, lengths: IntArray, rows: IntArray, group: Hashable) -> None:
         """Queue these texts of a request, with their lengths in tokens."""
-        if len(entry.rows):
-            lengths = np.concatenate((entry.lengths, lengths))
-            rows = np.concatenate((entry.rows, rows))
-        if len(lengths) > 1:
+        if len(rows) == 1:
+            tokens = int(lengths[0])
+        else:
             order = lengths.argsort(kind="stable")
             lengths, rows = lengths[order], rows[order]
-        self.tokens -= entry.tokens
-        entry.tokens = sum(lengths.tolist())
-        self.tokens += entry.tokens
+            tokens = int(lengths.sum())
+        if len(entry.rows):
+            lengths = np.concatenate((entry.lengths, lengths))
+            order = lengths.argsort(kind="stable")
+            lengths, rows = lengths[order], np.concatenate((entry.rows, rows))[order]
+        entry.tokens += tokens
+        self.tokens += tokens
         entry.lengths, entry.rows, entry.group = lengths, rows, group
         if not entry.queued:
-            own = self._class_of(entry)
+            own = self._classes[entry.background]
             entry.queued = True
             entry.tag = max(entry.tag, own.virtual_time)
             heapq.heappush(own.heap, (entry.tag, entry.bulk, next(self._sequence), entry))
@@ -198,9 +208,6 @@ class FairQueue:
         if self._on_cpu:
             fellows = [entry for entry in fellows if entry.bulk == head.bulk]
         return fellows, self._on_cpu and head.bulk
-
-    def _class_of(self, entry: QueueEntry) -> _Class:
-        return self._background if entry.background else self._normal
 
 
 def _look(heap: list[_Waiting], budget: int, now: float, late: list[QueueEntry]) -> list[_Waiting]:

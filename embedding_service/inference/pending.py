@@ -1,8 +1,8 @@
 """A request in progress: what it asks for, its place in the queue, and the vectors received so far."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from embedding_service.engine import Chunk, Embeddings, EmbedRequest, Receiver, TextError, Timings, Vectors
@@ -14,9 +14,11 @@ from embedding_service.inference.tokenized import NO_FLAGS, NO_ROWS, BoolArray, 
 from embedding_service.inference.vector_cache import vectors_of
 from embedding_service.observability import metrics
 
+# What is to be computed for a request before its texts are cut.
+NONE = Distinct([])
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class PendingRequest:
+
+class PendingRequest(msgspec.Struct, eq=False, kw_only=True):
     """One request, from its arrival to its answer.
 
     `texts` are those of the request, with an empty one in place of each that is bad; `errors` says why, by
@@ -34,10 +36,12 @@ class PendingRequest:
     context: Hashable
     entry: QueueEntry
     caches: bool
+    # Whether it needs the model's own vectors, to shorten them or because they stay unnormalised.
+    raw: bool
     texts: list[str]
-    errors: dict[int, ServiceError] = field(default_factory=dict)
+    errors: dict[int, ServiceError] = {}
     chunks: list[list[Chunk]] | None = None
-    distinct: Distinct
+    distinct: Distinct = NONE
     characters: int = 0
     missing: int = 0
     tokenized: TokenizedTexts | None = None
@@ -54,11 +58,6 @@ class PendingRequest:
     started: float = 0.0
     inference_seconds: float = 0.0
     inferred_until: float = 0.0
-
-    @property
-    def raw(self) -> bool:
-        """Whether it needs the model's own vectors, to truncate them or because they stay unnormalised."""
-        return self.request.dimensions is not None or not self.request.normalize
 
     @property
     def lengths(self) -> IntArray:
@@ -156,7 +155,9 @@ class PendingRequest:
             errors=[
                 TextError(index, error.error_type, error.reason)
                 for index, error in sorted(self.errors.items())
-            ],
+            ]
+            if self.errors
+            else [],
         )
 
     def _assembled(self, model: Model) -> tuple[Vectors, int, list[int], list[list[Chunk]] | None]:

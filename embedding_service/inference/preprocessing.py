@@ -117,7 +117,11 @@ class RustTokenizer:
             prompt_length = self._prompt_length(prompt) if self._prompt_left_out else None
             texts = [prompt + text for text in texts]
         try:
-            encodings = self._encode(texts, self._cutting(side), parallel)
+            tokenizer = self._by_side.get(side) or self._cutting(side)
+            if parallel and self._threads > 1:
+                encodings = self._encode_in_threads(texts, tokenizer)
+            else:
+                encodings = tokenizer.encode_batch_fast(texts)
         except TypeError:
             check_unicode(texts)
             raise
@@ -143,17 +147,14 @@ class RustTokenizer:
         return without_limits(self._by_side[None])
 
     def _cutting(self, side: Side | None) -> Tokenizer:
-        """The tokenizer that truncates at this side; most requests use the model's own side."""
-        if side not in self._by_side:
-            other = Tokenizer.from_str(self._by_side[None].to_str())
-            other.enable_truncation(self._max_length, direction=side)
-            self._by_side[side] = other
-        return self._by_side[side]
+        """A tokenizer that truncates at the other side than the model's own, made when first needed."""
+        other = Tokenizer.from_str(self._by_side[None].to_str())
+        other.enable_truncation(self._max_length, direction=side)
+        self._by_side[side] = other
+        return other
 
-    def _encode(self, texts: Sequence[str], tokenizer: Tokenizer, parallel: bool) -> list[Encoding]:
-        shares = min(self._threads, len(texts) // TEXTS_WORTH_A_THREAD) if parallel else 1
-        if shares <= 1:
-            return tokenizer.encode_batch_fast(texts)
+    def _encode_in_threads(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[Encoding]:
+        shares = max(1, min(self._threads, len(texts) // TEXTS_WORTH_A_THREAD))
         bounds = [len(texts) * share // shares for share in range(shares + 1)]
         pieces = [texts[first:last] for first, last in pairwise(bounds)]
         return list(chain.from_iterable(self._pool.map(tokenizer.encode_batch_fast, pieces)))

@@ -5,11 +5,11 @@ import numpy as np
 from embedding_service.engine import EmbedRequest, Receiver, Vectors, check_characters
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.inference.admission import Admission
-from embedding_service.inference.distinct import Distinct, distinct
+from embedding_service.inference.distinct import distinct
 from embedding_service.inference.fair_queue import SMALL_REQUEST_TEXTS, FairQueue, QueueEntry
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest, Share
-from embedding_service.inference.tokenized import IntArray, TokenizedTexts
+from embedding_service.inference.tokenized import FIRST_ROWS, IntArray, TokenizedTexts
 from embedding_service.inference.vector_cache import VectorCache
 from embedding_service.observability import metrics
 
@@ -30,10 +30,10 @@ class Scheduler:
 
     def __init__(self, model: Model, *, max_queued_tokens: int, cache_bytes: int) -> None:
         self._model = model
-        self._queue = FairQueue(on_cpu=model.on_cpu)
+        self.queue = FairQueue(on_cpu=model.on_cpu)
         self._cache = VectorCache(cache_bytes) if cache_bytes else None
         self._admission = Admission(
-            self._queue,
+            self.queue,
             model.budget,
             # Batches of several streams of an accelerator share it.
             streams=len(model.lanes) if model.on_cpu else 1,
@@ -44,10 +44,6 @@ class Scheduler:
         self._most_tokens = model.info.max_batch_tokens
         self._lowered_until = 0.0
         self._last_ended = 0.0
-
-    def __bool__(self) -> bool:
-        """Whether texts wait for a batch."""
-        return bool(self._queue)
 
     @property
     def queued_tokens(self) -> int:
@@ -64,7 +60,7 @@ class Scheduler:
     @property
     def fits_one_batch(self) -> bool:
         """Whether all that waits is probably one batch."""
-        return self._queue.tokens <= min(self._model.budget.tokens, self._most_tokens)
+        return self.queue.tokens <= min(self._model.budget.tokens, self._most_tokens)
 
     def pending(self, receiver: Receiver | None = None) -> list[PendingRequest]:
         """The requests of one receiver, or of all."""
@@ -91,9 +87,9 @@ class Scheduler:
                 owner=None, deadline=request.deadline, background=request.priority == "background"
             ),
             caches=self._cache is not None,
+            raw=wanted is not None or not request.normalize,
             # A copy where bad texts are replaced.
             texts=texts if request.on_error == "fail" else list(texts),
-            distinct=Distinct([]),
         )
         pending.entry.owner = pending
         if request.on_error == "null" and request.max_characters is not None:
@@ -139,7 +135,7 @@ class Scheduler:
         pending.charge = pending.entry.left = pending.tokens or self._estimate(pending)
         self._admission.admit(pending.entry, now)
         self._pending.add(pending)
-        self._queue.add(pending.entry, now)
+        self.queue.add(pending.entry, now)
         pending.admitted = True
         if pending.arrived:
             self._arrived(pending, 0)
@@ -153,20 +149,23 @@ class Scheduler:
         self._arrived(pending, before)
 
     def _arrived(self, pending: PendingRequest, before: int) -> None:
-        entry, tokenized, first = pending.entry, pending.tokenized, pending.first
+        entry, tokenized = pending.entry, pending.tokenized
         assert tokenized is not None
-        rows = np.arange(first + before, first + pending.arrived, dtype=np.int32)
-        lengths = tokenized.lengths[first + before : first + pending.arrived]
+        first, last = pending.first + before, pending.first + pending.arrived
+        rows = FIRST_ROWS[first:last] if last <= len(FIRST_ROWS) else np.arange(first, last, dtype=np.int32)
         if pending.errors and pending.request.overflow == "error":
-            kept = ~tokenized.truncated[first + before : first + pending.arrived]
-            rows, lengths = rows[kept], lengths[kept]
+            rows = rows[~tokenized.truncated[first:last]]
         if len(rows):
-            self._queue.push(entry, lengths, rows, tokenized.group)
+            self.queue.push(
+                entry,
+                tokenized.lengths[first:last] if len(rows) == last - first else tokenized.lengths[rows],
+                rows,
+                tokenized.group,
+            )
         entry.left = max(entry.left, entry.tokens)
         if pending.arrived == len(pending.distinct.texts):
-            self._seen_tokens = (
-                KEPT_SHARE * self._seen_tokens + pending.tokens - SPECIAL_TOKENS * pending.arrived
-            )
+            seen = pending.tokens - SPECIAL_TOKENS * pending.arrived
+            self._seen_tokens = KEPT_SHARE * self._seen_tokens + seen
             self._seen_characters = KEPT_SHARE * self._seen_characters + pending.characters
             self._admission.queued_tokens += pending.tokens - pending.charge
             pending.charge = pending.tokens
@@ -184,10 +183,10 @@ class Scheduler:
             self._most_tokens = self._model.info.max_batch_tokens
         budget = self._model.budget
         most = min(budget.tokens, self._most_tokens)
-        for_bulk = self._queue.bulk_limit(most, budget.overhead_tokens, now)
-        if for_bulk < most and not self._admission.finish_in_time(for_bulk, now):
+        for_bulk = self.queue.bulk_limit(most, budget.overhead_tokens, now)
+        if for_bulk < most and self.queue.bulk and not self._admission.finish_in_time(for_bulk, now):
             for_bulk = most
-        taken, tokens, late = self._queue.take(most, for_bulk, budget.overhead_tokens, now)
+        taken, tokens, late = self.queue.take(most, for_bulk, budget.overhead_tokens, now)
         self._admission.running_tokens += tokens
         self._admission.changed()
         return [(entry.owner, rows) for entry, rows in taken], tokens, [entry.owner for entry in late]
@@ -237,7 +236,7 @@ class Scheduler:
         pending.finished = True
         self._pending.discard(pending)
         if pending.admitted:
-            self._queue.remove(pending.entry)
+            self.queue.remove(pending.entry)
             self._admission.queued_tokens -= pending.charge
             self._admission.leave(pending.entry)
         return True

@@ -5,8 +5,7 @@ No threads, no locks.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, ServiceError, TooLarge
 from embedding_service.inference.model import Model
@@ -27,8 +26,6 @@ PARTS_FOR_ACCELERATOR = 8
 # From this many texts on, the tokenizer's own threads save more than they cost.
 PARALLEL_TEXTS = 16
 
-Result = TypeVar("Result")
-
 
 def is_large(pending: PendingRequest) -> bool:
     """Whether a request must not be tokenized by the thread that brings it."""
@@ -40,22 +37,16 @@ def tokenize_together(
 ) -> tuple[Sequence[PendingRequest], list[tuple[PendingRequest, ServiceError]]]:
     """Tokenize whole requests of one context; returns those that are ready, and the errors of the others."""
     began = time.monotonic()
-    first_request = together[0]
+    lead = together[0]
     try:
-        for pending in together:
-            _check_deadline(pending, began)
-        if len(together) == 1:
-            tokenized = _prepare(model, first_request, first_request.distinct.texts, not model.on_cpu)
-        else:
-            texts = [text for pending in together for text in pending.distinct.texts]
-            request = first_request.request
-            tokenized = model.preprocessor.prepare(
-                texts,
-                first_request.prompt,
-                request.input_type,
-                request.truncation_side,
-                parallel=not model.on_cpu and len(texts) >= PARALLEL_TEXTS,
-            )
+        if began > min([pending.request.deadline for pending in together]):
+            raise DeadlineExceeded("the deadline passed in the queue")
+        texts = (
+            lead.distinct.texts
+            if len(together) == 1
+            else [text for pending in together for text in pending.distinct.texts]
+        )
+        tokenized = _tokenize(model, lead, texts, parallel=not model.on_cpu, alone=len(together) == 1)
         lengths = tokenized.lengths.tolist()
         truncated = tokenized.truncated.tolist() if tokenized.truncated.any() else []
         seconds = time.monotonic() - began
@@ -70,7 +61,7 @@ def tokenize_together(
         return together, []
     except BaseException as error:  # a panic of the Rust tokenizer is not an Exception
         if len(together) == 1:
-            return [], [(first_request, failure(error))]
+            return [], [(lead, failure(error))]
     each = [tokenize_together(model, [pending]) for pending in together]
     return [one for ready, _ in each for one in ready], [one for _, failed in each for one in failed]
 
@@ -79,10 +70,11 @@ def tokenize_part(model: Model, pending: PendingRequest, *, idle: bool) -> Token
     """The next texts of a large request; `idle` if the model is. Raises a ServiceError."""
     try:
         began = time.monotonic()
-        _check_deadline(pending, began)
+        if began > pending.request.deadline:
+            raise DeadlineExceeded("the deadline passed in the queue")
         parts = 1 if model.on_cpu else PARTS_FOR_ACCELERATOR
         texts = _part(pending.distinct.texts, pending.arrived, parts * PART_TEXTS, parts * PART_CHARACTERS)
-        tokenized = _prepare(model, pending, texts, idle or not model.on_cpu)
+        tokenized = _tokenize(model, pending, texts, parallel=idle or not model.on_cpu)
         pending.tokenization_seconds += time.monotonic() - began
         return tokenized
     except BaseException as error:
@@ -93,18 +85,20 @@ def cut_next(model: Model, pending: PendingRequest) -> list[str] | None:
     """Cut the next texts of a request; all of its pieces with the last, else None. Raises a ServiceError."""
     try:
         began = time.monotonic()
-        _check_deadline(pending, began)
+        if began > pending.request.deadline:
+            raise DeadlineExceeded("the deadline passed in the queue")
         chunks = pending.chunks
         assert chunks is not None
         first = len(chunks)
-
-        def refuse(index: int, error: ServiceError) -> None:
-            pending.refuse(first + index, error)
-
-        def split(texts: list[str]) -> None:
-            chunks.extend(model.splitter.split(texts, pending.prompt, pending.request.overlap))
-
-        _without_bad(_part(pending.texts, first, SMALL_TEXTS, SMALL_CHARACTERS), split, refuse)
+        last = first + len(_part(pending.texts, first, SMALL_TEXTS, SMALL_CHARACTERS))
+        while len(chunks) < last:
+            try:
+                texts = pending.texts[first:last]
+                chunks += model.splitter.split(texts, pending.prompt, pending.request.overlap)
+            except InvalidRequest as error:
+                if error.index is None:
+                    raise
+                pending.refuse(first + error.index, error)
         pending.tokenization_seconds += time.monotonic() - began
         if len(chunks) < len(pending.texts):
             return None
@@ -131,44 +125,27 @@ def failure(error: BaseException, reason: str = "the request could not be tokeni
     return error
 
 
-def _prepare(model: Model, pending: PendingRequest, texts: list[str], parallel: bool) -> TokenizedTexts:
-    """Tokenize the texts that have not arrived yet of a request, or some of them."""
+def _tokenize(
+    model: Model, pending: PendingRequest, texts: list[str], *, parallel: bool, alone: bool = True
+) -> TokenizedTexts:
+    """Tokenize texts of a request that have not arrived yet, or if it is not `alone` of several like it."""
     request, first = pending.request, pending.arrived
-
-    def refuse(index: int, error: ServiceError) -> None:
-        pending.refuse_row(first + index, error)
-        pending.distinct.texts[first + index] = ""
-
-    def prepare(texts: list[str]) -> TokenizedTexts:
-        return model.preprocessor.prepare(
-            texts,
-            pending.prompt,
-            request.input_type,
-            request.truncation_side,
-            parallel=parallel and len(texts) >= PARALLEL_TEXTS,
-        )
-
-    return _without_bad(texts, prepare, refuse)
-
-
-def _without_bad(
-    texts: list[str], read: Callable[[list[str]], Result], refuse: Callable[[int, ServiceError], None]
-) -> Result:
-    """Read the texts, with an empty one in place of each that is bad, unless its error fails the request."""
     while True:
         try:
-            return read(texts)
+            return model.preprocessor.prepare(
+                texts,
+                pending.prompt,
+                request.input_type,
+                request.truncation_side,
+                parallel=parallel and len(texts) >= PARALLEL_TEXTS,
+            )
         except InvalidRequest as error:
-            if error.index is None:
-                raise
             index = error.index
-            refuse(index, error)
+            if index is None or not alone:
+                raise
+            pending.refuse_row(first + index, error)
+            pending.distinct.texts[first + index] = ""
             texts = [*texts[:index], "", *texts[index + 1 :]]
-
-
-def _check_deadline(pending: PendingRequest, now: float) -> None:
-    if now > pending.request.deadline:
-        raise DeadlineExceeded("the deadline passed in the queue")
 
 
 def _part(texts: list[str], first: int, most_texts: int, most_characters: int) -> list[str]:

@@ -10,6 +10,8 @@ IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
 NO_ROWS: IntArray = np.empty(0, np.int32)
+# The rows of small requests are slices of it.
+FIRST_ROWS: IntArray = np.arange(4096, dtype=np.int32)
 NO_FLAGS: BoolArray = np.empty(0, np.bool_)
 
 
@@ -54,7 +56,7 @@ class TokenizedTexts:
         self.lengths = np.concatenate((self.lengths, more.lengths))
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Rows:
     """Rows of tokenized texts, as part of a batch."""
 

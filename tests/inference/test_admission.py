@@ -89,7 +89,7 @@ class Engine:
         return bool(self._running)
 
     def _start(self) -> None:
-        while self._idle and self.scheduler:
+        while self._idle and self.scheduler.queue:
             shares, tokens, late = self.scheduler.take(self.now)
             self.late += late
             for pending in late:

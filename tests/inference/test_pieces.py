@@ -209,6 +209,14 @@ def test_a_bad_text_is_left_out_and_the_others_are_computed_once(build, bad, err
     assert batcher.queued_tokens == 0
 
 
+def test_a_text_that_is_no_text_is_named_wherever_it_is(build):
+    batcher = build(cutting(FakeRuntime()))
+    texts = [text(5, number) for number in range(300)]
+    assert submit(batcher, [*texts, texts[0], "5 \0"]).wait().index == 301
+    assert submit(batcher, [texts[0], texts[0], "5 \0"]).wait().index == 2
+    assert submit(batcher, ["5 a|6 b", "5 a|5 \0"], overflow="mean").wait().index == 1
+
+
 def test_a_text_with_too_many_characters_is_left_out(build):
     batcher = build(FakeRuntime())
     outcome = submit(

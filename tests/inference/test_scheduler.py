@@ -43,7 +43,7 @@ def test_a_request_is_done_with_its_last_vector():
     assert driven.scheduler.requests == (1, 0)
     first, second = driven.take(), driven.take()
     assert driven.scheduler.requests == (0, 1)
-    assert not driven.scheduler
+    assert not driven.scheduler.queue
     assert driven.scheduler.deliver(first, np.ones((2, 8)), np.ones((2, 8)), 0, 1) == []
     assert driven.scheduler.deliver(second, np.ones((1, 8)), np.ones((1, 8)), 0, 1) == [pending]
     assert driven.scheduler.queued_tokens == 0
@@ -77,7 +77,7 @@ def test_a_request_in_parts_is_queued_part_by_part_and_answered_in_order():
             pending, tokenize_part(model, pending, idle=False)
         )
         finish(driven, in_flight)
-    while driven.scheduler:
+    while driven.scheduler.queue:
         finish(driven, driven.take())
     answer = pending.outcome(model)
     assert np.array_equal(answer.vectors, np.stack([vector_of(one) for one in texts]))
