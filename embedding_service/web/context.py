@@ -98,7 +98,8 @@ class ServiceRequest(Request):
         if "//" in environ["PATH_INFO"]:
             # The client's base URL ended in a slash. A redirect would turn a POST into a GET in some clients.
             environ["PATH_INFO"] = SLASHES.sub("/", environ["PATH_INFO"])
-        super().__init__(environ)
+        # Unpopulated, since a reference from `environ` to the request would be left for the collector.
+        super().__init__(environ, populate_request=False)
 
     def call(self, asked: engine.Request[AnswerT], *, characters: bool = True) -> AnswerT:
         """The engine's answer.

@@ -4,8 +4,10 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from flask import Flask, Request, Response
-from flask.sessions import NullSession, SessionInterface, SessionMixin
+from flask import Flask, Request
+from flask.ctx import RequestContext
+from flask.globals import _cv_app, _cv_request
+from flask.sessions import NullSession
 from werkzeug.routing import MapAdapter, Rule
 
 from embedding_service.engine import Engine
@@ -24,26 +26,19 @@ from embedding_service.web import (
 from embedding_service.web.context import (
     ServiceContext,
     ServiceRequest,
-    current,
     current_id,
     current_trace_id,
 )
 from embedding_service.web.protocols import clouds, cohere, native, ollama, openai, tei, weaviate
 
-
-class NoSessions(SessionInterface):
-    """No request has a session."""
-
-    null = NullSession()
-
-    def open_session(self, app: Flask, request: Request) -> SessionMixin:
-        return self.null
+NO_SESSION = NullSession()
 
 
 class ServiceApp(Flask):
-    """Flask without coroutines, sessions and signals, and with any host: these cost as much as a view."""
+    """Flask without coroutines, sessions, signals and teardown functions, and with any host.
 
-    session_interface = NoSessions()
+    These cost as much as a view. The contexts are those of Flask 3.1; a later one has others.
+    """
 
     def __init__(self, service: ServiceContext) -> None:
         super().__init__("embedding_service", static_folder=None)
@@ -52,6 +47,7 @@ class ServiceApp(Flask):
         self.extensions["embedding_service"] = service
         # The routes without arguments, by method and path.
         self.plain_routes: dict[tuple[str, str], Rule] = {}
+        self._own_context = self.app_context()
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Match the path alone, whatever the host; a plain route needs no matching."""
@@ -63,31 +59,38 @@ class ServiceApp(Flask):
             return None
         return self.url_map.bind("", request.root_path, "", "http", request.method, request.path)
 
-    def full_dispatch_request(self, *context: Any) -> Response:
-        """Answer the current request with its id, and count it. Every view returns a Response."""
-        request = current()
-        rule = request.url_rule
+    def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """Answer a request with its id, and count it. Every view returns a Response."""
+        context = RequestContext(self, environ, session=NO_SESSION)
+        request: Any = context.request
+        before = _cv_app.set(self._own_context), _cv_request.set(context)
         try:
-            response: Any = self.preprocess_request(*context) if self.before_request_funcs else None
-            if response is None and rule is not None and request.method != "OPTIONS":
-                response = self.view_functions[rule.endpoint](**request.view_args or {})
-            elif response is None:
-                response = self.dispatch_request(*context)
-        except Exception as error:
-            response = self.make_response(self.handle_user_exception(*context, error))  # type: ignore[call-arg]
-        for end in reversed(self.after_request_funcs.get(None, ())):
-            response = end(response)
-        response.headers.add("X-Request-ID", request.id)
-        if "HTTP_TRACEPARENT" in request.environ and request.callers_trace_id is not None:
-            response.headers.setdefault("traceparent", request.environ["HTTP_TRACEPARENT"])
-        result = request.result
-        metrics.record_request(
-            (rule.rule if rule is not None else monitoring.UNMATCHED, request.method, response.status_code),
-            request.seconds,
-            msgspec.structs.astuple(result.timings) if result is not None else (),
-            len(result.truncated) if result is not None else 0,
-        )
-        return response  # type: ignore[no-any-return]
+            try:
+                if context.url_adapter is not None:
+                    context.match_request()
+                response: Any = self.preprocess_request() if self.before_request_funcs else None
+                if response is None and request.url_rule is not None and request.method != "OPTIONS":
+                    response = self.view_functions[request.url_rule.endpoint](**request.view_args)
+                elif response is None:
+                    response = self.dispatch_request()
+            except Exception as error:
+                response = self.make_response(self.handle_user_exception(error))
+            for end in reversed(self.after_request_funcs.get(None, ())):
+                response = end(response)
+            response.headers.add("X-Request-ID", request.id)
+            if "HTTP_TRACEPARENT" in environ and request.callers_trace_id is not None:
+                response.headers.setdefault("traceparent", environ["HTTP_TRACEPARENT"])
+            route = monitoring.UNMATCHED if request.url_rule is None else request.url_rule.rule
+            metrics.record_request(
+                (route, request.method, response.status_code),
+                request.seconds,
+                () if request.result is None else msgspec.structs.astuple(request.result.timings),
+                0 if request.result is None else len(request.result.truncated),
+            )
+            return response(environ, start_response)
+        finally:
+            _cv_app.reset(before[0])
+            _cv_request.reset(before[1])
 
 
 def create_app(engine: Engine, settings: Config, *, sends_traces: bool = False) -> Flask:

@@ -1,12 +1,14 @@
 """POST /embed: requests, responses and errors."""
 
 import base64
+import gc
 import gzip
 import tracemalloc
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from werkzeug.test import EnvironBuilder
 
 from embedding_service.errors import DeadlineExceeded, ModelFailure, Overloaded, Unavailable
 from embedding_service.settings.config import Config
@@ -241,3 +243,35 @@ def test_half_of_a_surrogate_pair_is_not_called_a_truncated_body(client, end):
     answer = client.post("/embed", data='{"texts": ' + "[" * ("]" in end) + '"\\ud800' + end)
     assert answer.status_code == 400
     assert "surrogate pair" in answer.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/embed", {"texts": "a"}),
+        ("POST", "/v1/embeddings", {"input": ["a"]}),
+        ("GET", "/info", None),
+    ],
+)
+def test_a_request_leaves_nothing_for_the_collector(app, method, path, body):
+    environs = [EnvironBuilder(method=method, path=path, json=body).get_environ() for _ in range(6)]
+    b"".join(app(environs.pop(), lambda *_: None))
+    gc.collect()
+    gc.disable()
+    try:
+        while environs:
+            b"".join(app(environs.pop(), lambda *_: None))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_routes_without_arguments_are_matched_like_the_others(app, client):
+    """They are looked up by their path; what only matching can tell stays as it is."""
+    assert ("POST", "/embed") in app.plain_routes
+    assert client.post("/embed/", json={"texts": "a"}).status_code == 200
+    assert client.post("/v1//embeddings", json={"input": "a"}).status_code == 200
+    refused = client.delete("/embed")
+    assert (refused.status_code, refused.json["error_type"]) == (405, "method_not_allowed")
+    assert "POST" in refused.headers["Allow"]
+    assert set(client.options("/").headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
