@@ -8,7 +8,7 @@ from flask import Flask, Response, current_app, request
 from embedding_service.errors import Unauthorized
 from embedding_service.settings.config import Config
 from embedding_service.web import keys
-from embedding_service.web.operation import operation_of
+from embedding_service.web.route_spec import spec_of
 
 CHALLENGE = 'Bearer realm="embedding-service"'
 
@@ -35,7 +35,7 @@ def _is_public() -> bool:
     """Whether the view is public, as pages are: a browser that opens one sends no key."""
     if request.method not in ("GET", "HEAD") or request.endpoint is None:
         return False
-    found = operation_of(current_app.view_functions[request.endpoint])
+    found = spec_of(current_app.view_functions[request.endpoint])
     return found is not None and found.public
 
 

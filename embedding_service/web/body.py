@@ -12,8 +12,8 @@ from werkzeug.wsgi import get_content_length
 
 from embedding_service.errors import InvalidRequest, ServiceError, SlowUpload, TooLarge, UnsupportedMediaType
 from embedding_service.web.context import current
-from embedding_service.web.explain import explain
-from embedding_service.web.fields import check_others
+from embedding_service.web.unknown_fields import check_others
+from embedding_service.web.validation_errors import explain
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Decoded = TypeVar("Decoded")

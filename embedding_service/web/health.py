@@ -8,8 +8,8 @@ from embedding_service import __version__
 from embedding_service.engine import ModelInfo, State, Status
 from embedding_service.errors import Unavailable
 from embedding_service.web.context import current
-from embedding_service.web.operation import operation, shape
 from embedding_service.web.responses import answer
+from embedding_service.web.route_spec import RouteSpec, shape
 
 blueprint = Blueprint("health", __name__)
 
@@ -49,14 +49,14 @@ InfoAnswer = shape(
 
 @blueprint.get("/health")
 @blueprint.get("/health/ready")
-@operation({200: HealthAnswer, 503: HealthAnswer}, public=True)
+@RouteSpec({200: HealthAnswer, 503: HealthAnswer}, public=True)
 def health() -> Response:
     """200 only if the service can serve requests."""
     return _report(current().service.status())
 
 
 @blueprint.get("/health/live")
-@operation({200: LiveAnswer, 503: HealthAnswer}, public=True)
+@RouteSpec({200: LiveAnswer, 503: HealthAnswer}, public=True)
 def live() -> Response:
     """503 only if nothing but a restart helps."""
     if current().service.engine.must_restart():
@@ -65,7 +65,7 @@ def live() -> Response:
 
 
 @blueprint.get("/info")
-@operation({200: InfoAnswer}, raises=(Unavailable,))
+@RouteSpec({200: InfoAnswer}, raises=(Unavailable,))
 def info() -> Response:
     """The model and the limits, under our names and those of Text Embeddings Inference."""
     service = current().service

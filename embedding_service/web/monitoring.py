@@ -4,7 +4,7 @@ from flask import Blueprint, Flask, Response, request
 
 from embedding_service.errors import ServiceError
 from embedding_service.observability import metrics
-from embedding_service.web.operation import operation
+from embedding_service.web.route_spec import RouteSpec
 
 blueprint = Blueprint("monitoring", __name__)
 
@@ -29,7 +29,7 @@ def prepare(app: Flask) -> None:
 
 
 @blueprint.get("/metrics")
-@operation({200: str}, media=("text/plain", "application/openmetrics-text"))
+@RouteSpec({200: str}, media=("text/plain", "application/openmetrics-text"))
 def scrape() -> Response:
     """All metrics of all processes, in the format that the scraper asks for."""
     body, content_type = metrics.exposition(request.headers.get("Accept", ""))

@@ -14,10 +14,10 @@ from embedding_service import __version__
 from embedding_service.errors import InvalidRequest, Unauthorized
 from embedding_service.web.context import EMPTY
 from embedding_service.web.descriptions import EXAMPLES, FIELDS, HEADERS, TAGS
-from embedding_service.web.operation import operation, operation_of
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import native
 from embedding_service.web.responses import JSON, NPY
+from embedding_service.web.route_spec import RouteSpec, spec_of
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -36,11 +36,11 @@ Outcomes = dict[int, list[Any]]
 
 
 class Route(NamedTuple):
-    """A rule with its view, and the operations behind it: the view's own, and another protocol's, if any."""
+    """A rule with its view, and the specs behind it: the view's own, and another protocol's, if any."""
 
     rule: Rule
     view: Any
-    parts: list[tuple[ApiProtocol, operation]]
+    parts: list[tuple[ApiProtocol, RouteSpec]]
 
     @property
     def bodies(self) -> list[Any]:
@@ -66,7 +66,7 @@ class Route(NamedTuple):
 
 
 def document(app: Flask) -> dict[str, Any]:
-    """The OpenAPI document, covering every route that has an operation."""
+    """The OpenAPI document, covering every route that has a spec."""
     # The service's own route comes first, since readers start there.
     routes = sorted(_routes(app), key=lambda route: route.rule.rule != "/embed")
     schemas = Schemas(
@@ -112,12 +112,12 @@ def _routes(app: Flask) -> Iterable[Route]:
     }
     for rule in app.url_map.iter_rules():
         view: Any = app.view_functions[rule.endpoint]
-        own = operation_of(view)
+        own = spec_of(view)
         if own is not None and own.described:
             views = [view] if own.variant is None else [view, own.variant]
             owners = [protocols[each] for each in views]
             parts = [
-                (owner if isinstance(owner, ApiProtocol) else native.protocol, each.operation)
+                (owner if isinstance(owner, ApiProtocol) else native.protocol, each.spec)
                 for owner, each in zip(owners, views, strict=True)
             ]
             yield Route(rule, view, parts)
@@ -186,7 +186,7 @@ def _operation(route: Route, schemas: Schemas) -> dict[str, Any]:
     return described
 
 
-def _responses(own: operation, outcomes: Outcomes, schemas: Schemas) -> dict[str, dict[str, Any]]:
+def _responses(own: RouteSpec, outcomes: Outcomes, schemas: Schemas) -> dict[str, dict[str, Any]]:
     responses = {}
     for status, types in sorted(outcomes.items()):
         names = ON_EVERY + (ON_WAIT if status in (429, 503) else ())

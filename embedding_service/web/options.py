@@ -11,8 +11,8 @@ from msgspec import Meta
 from embedding_service.engine import Embeddings, EmbedRequest, Overflow, TokenVectorsRequest, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError, TextTooLong
 from embedding_service.web.context import current
-from embedding_service.web.fields import MEANINGS
 from embedding_service.web.protocol import Asked
+from embedding_service.web.unknown_fields import MEANINGS
 
 Dimensions = Annotated[int, Meta(ge=1, le=65_536)]
 # Limited because a copy of the prompt is put in front of each text, and a request may hold many short texts.

@@ -10,7 +10,7 @@ import orjson
 from flask import Blueprint, Flask, Response, current_app, render_template, request, send_from_directory
 
 from embedding_service.web.openapi import document
-from embedding_service.web.operation import operation
+from embedding_service.web.route_spec import RouteSpec
 
 STATIC = Path(__file__).with_name("static")
 # The package that bundles Swagger UI's files; its code is not imported.
@@ -39,7 +39,7 @@ blueprint = Blueprint("page", __name__, template_folder="templates")
 
 
 @blueprint.get("/")
-@operation({200: str}, media=("text/html",), public=True)
+@RouteSpec({200: str}, media=("text/html",), public=True)
 def page() -> Response:
     """The page; all that it shows comes from /health, /info and POST /embed."""
     html = render_template("page.html", version=VERSION)
@@ -47,7 +47,7 @@ def page() -> Response:
 
 
 @blueprint.get("/static/<version>/<path:name>")
-@operation({}, public=True, described=False)
+@RouteSpec({}, public=True, described=False)
 def static_file(version: str, name: str) -> Response:
     """One of the page's files. The URL of another version returns the current file, and is not cached."""
     response = send_from_directory(STATIC, name)
@@ -59,7 +59,7 @@ def static_file(version: str, name: str) -> Response:
 
 @blueprint.get("/openapi.json")
 @blueprint.get("/api-doc/openapi.json")
-@operation({200: dict[str, Any]})
+@RouteSpec({200: dict[str, Any]})
 def openapi() -> Response:
     """This document: OpenAPI 3.1."""
     return Response(_document(current_app._get_current_object()), mimetype="application/json")  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def _document(app: Flask) -> bytes:
 
 
 @blueprint.get("/docs")
-@operation({200: str}, media=("text/html",), public=True)
+@RouteSpec({200: str}, media=("text/html",), public=True)
 def docs() -> Response:
     """This document for people, rendered by Swagger UI from files that this service hosts."""
     # Relative to our root, since a proxy may serve us under a prefix that we do not know.
@@ -81,7 +81,7 @@ def docs() -> Response:
 
 
 @blueprint.get("/docs/<name>")
-@operation({}, public=True, described=False)
+@RouteSpec({}, public=True, described=False)
 def docs_file(name: str) -> Response:
     """One of Swagger UI's files."""
     package = importlib.util.find_spec(UI_PACKAGE)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from embedding_service.engine import Status
-from embedding_service.web.operation import operation_of
+from embedding_service.web.route_spec import spec_of
 from tests.fakes import INFO
 
 BODIES = {
@@ -164,7 +164,7 @@ def test_v1_accepts_inputs_and_names_them_in_errors(client):
 
 def optional_fields(app):
     for rule in app.url_map.iter_rules():
-        found = operation_of(app.view_functions[rule.endpoint])
+        found = spec_of(app.view_functions[rule.endpoint])
         if rule.rule in BODIES and found is not None and found.body is not None:
             for field in msgspec.structs.fields(found.body.type):
                 if not field.required and field.name not in BODIES[rule.rule]:

@@ -11,11 +11,11 @@ from embedding_service.settings.config import Config
 from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.context import EMPTY
 from embedding_service.web.health import HealthAnswer, health
-from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import embed
 from embedding_service.web.protocol import ApiProtocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.responses import Matrix, answer, vector_headers
+from embedding_service.web.route_spec import RouteSpec, shape
 
 protocol = ApiProtocol(
     "clouds",
@@ -61,14 +61,14 @@ def serve_vertex_routes(app: Flask, settings: Config) -> None:
 
 
 @protocol.get("/ping")
-@operation({200: HealthAnswer, 503: HealthAnswer}, public=True)
+@RouteSpec({200: HealthAnswer, 503: HealthAnswer}, public=True)
 def ping() -> Response:
     """SageMaker's health check: 200 only if the service can serve requests."""
     return health()
 
 
 @protocol.post("/invocations")
-@operation({200: Matrix}, body=tei.embed_decoder, embeds=True)
+@RouteSpec({200: Matrix}, body=tei.embed_decoder, embeds=True)
 def invocations() -> Response:
     """SageMaker: embed one or more texts; the response is the bare vectors, as in TEI."""
     return tei.embed_raw(read())
@@ -76,7 +76,7 @@ def invocations() -> Response:
 
 @protocol.post("/predict")
 @protocol.post("/vertex")
-@operation({200: VertexAnswer}, body=_decoder, embeds=True)
+@RouteSpec({200: VertexAnswer}, body=_decoder, embeds=True)
 def predict() -> Response:
     """Vertex AI: embed the text of each instance."""
     body = parse(_decoder)

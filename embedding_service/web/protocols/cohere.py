@@ -10,10 +10,10 @@ from embedding_service.engine import ListTokensRequest
 from embedding_service.errors import InvalidRequest
 from embedding_service.web.body import BodyDecoder, parse, read
 from embedding_service.web.context import current, current_id
-from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Dimensions, Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.responses import answer, encoded, vector_headers
+from embedding_service.web.route_spec import RouteSpec, shape
 
 CohereErrorAnswer = shape("CohereErrorAnswer", "An error in Cohere's format.", id=str | None, message=str)
 
@@ -100,7 +100,7 @@ _tokenize_decoder = BodyDecoder(CohereTokenizeBody)
 
 
 @protocol.post("/v2/embed")
-@operation({200: CohereEmbedAnswer}, body=_decoder, embeds=True)
+@RouteSpec({200: CohereEmbedAnswer}, body=_decoder, embeds=True)
 def embed_v2() -> Response:
     """Embed texts in one or more number formats."""
     body = parse(_decoder)
@@ -108,7 +108,7 @@ def embed_v2() -> Response:
 
 
 @protocol.post("/v1/embed")
-@operation({200: CohereEmbedAnswer}, body=_decoder, embeds=True)
+@RouteSpec({200: CohereEmbedAnswer}, body=_decoder, embeds=True)
 def embed_v1() -> Response:
     """Embed texts; without `embedding_types` the response has a bare list of vectors."""
     return embed_raw(read())
@@ -144,7 +144,7 @@ def _embed(body: CohereEmbedBody, version: str, types: list[EmbeddingType], **mo
 
 
 @protocol.post("/v1/tokenize")
-@operation({200: CohereTokens}, body=_tokenize_decoder)
+@RouteSpec({200: CohereTokens}, body=_tokenize_decoder)
 def tokenize() -> Response:
     """List the tokens of a text, by the model's own tokenizer."""
     texts = [parse(_tokenize_decoder).text]
@@ -162,7 +162,7 @@ def tokenize() -> Response:
 
 
 @protocol.post("/v1/check-api-key")
-@operation({200: CohereKeyCheck})
+@RouteSpec({200: CohereKeyCheck})
 def check_key() -> Response:
     """Confirm the key, which has been checked as that of every request."""
     return answer({"valid": True})

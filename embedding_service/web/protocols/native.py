@@ -11,7 +11,6 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.quantization import Precision
 from embedding_service.web.body import BodyDecoder, read, texts_and_inputs
 from embedding_service.web.context import current, current_id
-from embedding_service.web.operation import operation
 from embedding_service.web.options import Options, Prompt, embed_tokens, understand
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
@@ -28,6 +27,7 @@ from embedding_service.web.responses import (
     vector_headers,
     wants_npy,
 )
+from embedding_service.web.route_spec import RouteSpec
 
 
 class ErrorAnswer(TypedDict):
@@ -111,7 +111,7 @@ _decoder = BodyDecoder(EmbedBody, near=True)
 
 
 @protocol.post("/embed")
-@operation({200: EmbedAnswer}, media=(JSON, NPY), body=_decoder, embeds=True, variant=tei.embed)
+@RouteSpec({200: EmbedAnswer}, media=(JSON, NPY), body=_decoder, embeds=True, variant=tei.embed)
 def embed() -> Response:
     """Embed one or more texts. A body for Text Embeddings Inference gets bare vectors, as there."""
     request, raw = current(), read()

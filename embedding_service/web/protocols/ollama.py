@@ -12,12 +12,12 @@ from embedding_service.errors import InvalidRequest, NotFound, Unavailable
 from embedding_service.web.body import BodyDecoder, parse
 from embedding_service.web.context import current
 from embedding_service.web.elsewhere import instead
-from embedding_service.web.fields import check_others
-from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Options
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.responses import JSON, Matrix, Texts, Vector, answer, listed, vector_headers
+from embedding_service.web.route_spec import RouteSpec, shape
+from embedding_service.web.unknown_fields import check_others
 
 JSON_LINES = "application/x-ndjson"
 STARTED = datetime.now(UTC).isoformat()
@@ -177,7 +177,7 @@ _embeddings_decoder = BodyDecoder(OllamaEmbeddingsBody, normalizes=False)
 
 
 @protocol.post("/api/embed")
-@operation({200: OllamaEmbedAnswer}, body=_embed_decoder, embeds=True)
+@RouteSpec({200: OllamaEmbedAnswer}, body=_embed_decoder, embeds=True)
 def embed() -> Response:
     """Embed one or more texts, as vectors of length 1."""
     body = parse(_embed_decoder)
@@ -192,7 +192,7 @@ def embed() -> Response:
 
 
 @protocol.post("/api/embeddings")
-@operation({200: OllamaEmbeddingsAnswer}, body=_embeddings_decoder, embeds=True)
+@RouteSpec({200: OllamaEmbeddingsAnswer}, body=_embeddings_decoder, embeds=True)
 def embeddings() -> Response:
     """Embed one text, in the older form: the vector is scaled to length 1 only if `normalize` is true."""
     body = parse(_embeddings_decoder)
@@ -206,7 +206,7 @@ def embeddings() -> Response:
 
 
 @protocol.get("/api/tags")
-@operation({200: OllamaTags}, raises=(Unavailable,))
+@RouteSpec({200: OllamaTags}, raises=(Unavailable,))
 def tags() -> Response:
     """List the model under all its names, its own first."""
     info = current().service.require_info()
@@ -214,7 +214,7 @@ def tags() -> Response:
 
 
 @protocol.get("/api/ps")
-@operation({200: OllamaRunning}, raises=(Unavailable,))
+@RouteSpec({200: OllamaRunning}, raises=(Unavailable,))
 def running() -> Response:
     """List the model, which is always loaded."""
     info = current().service.require_info()
@@ -228,7 +228,7 @@ def running() -> Response:
 
 
 @protocol.post("/api/show")
-@operation({200: OllamaShow}, body=_name_decoder)
+@RouteSpec({200: OllamaShow}, body=_name_decoder)
 def show() -> Response:
     """Describe the model, whatever name is sent."""
     parse(_name_decoder)
@@ -254,7 +254,7 @@ def show() -> Response:
 
 
 @protocol.post("/api/pull")
-@operation({200: OllamaPull}, media=(JSON_LINES, JSON), body=_name_decoder, raises=(NotFound,))
+@RouteSpec({200: OllamaPull}, media=(JSON_LINES, JSON), body=_name_decoder, raises=(NotFound,))
 def pull() -> Response:
     """Succeed at once for a name of the model; another one would not be listed afterwards."""
     body = parse(_name_decoder)
@@ -272,7 +272,7 @@ def pull() -> Response:
 
 
 @protocol.delete("/api/delete")
-@operation({200: None}, body=_name_decoder)
+@RouteSpec({200: None}, body=_name_decoder)
 def delete() -> Response:
     """Succeed without effect: the model stays."""
     parse(_name_decoder)
@@ -280,7 +280,7 @@ def delete() -> Response:
 
 
 @protocol.post("/api/generate")
-@operation({200: OllamaGenerated}, body=_generate_decoder, raises=(NotFound,))
+@RouteSpec({200: OllamaGenerated}, body=_generate_decoder, raises=(NotFound,))
 def generate() -> Response:
     """Succeed without effect if the model is only to be loaded or unloaded; no texts are generated."""
     body = parse(_generate_decoder)
@@ -297,7 +297,7 @@ def generate() -> Response:
 
 
 @protocol.get("/api/version")
-@operation({200: OllamaVersion})
+@RouteSpec({200: OllamaVersion})
 def version() -> Response:
     """The level of Ollama's API that is followed."""
     return answer({"version": API_VERSION})

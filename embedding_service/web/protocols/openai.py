@@ -10,7 +10,6 @@ from msgspec import Meta
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, read, try_decode
 from embedding_service.web.context import current
-from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Dimensions, Options, Prompt, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.responses import (
@@ -20,6 +19,7 @@ from embedding_service.web.responses import (
     encoded,
     vector_headers,
 )
+from embedding_service.web.route_spec import RouteSpec, shape
 
 STARTED = int(time.time())
 
@@ -161,7 +161,7 @@ _token_ids_decoder = msgspec.json.Decoder(TokenIdsBody)
 @protocol.post("/embeddings")
 @protocol.post("/openai/deployments/<path:name>/embeddings")
 @protocol.post("/openai/v1/embeddings")
-@operation({200: OpenAIEmbedAnswer}, body=_decoder, embeds=True)
+@RouteSpec({200: OpenAIEmbedAnswer}, body=_decoder, embeds=True)
 def embeddings(name: str = "") -> Response:
     """Embed one or more texts, as vectors of length 1. Azure's clients name the model in the path."""
     body = _parse()
@@ -190,7 +190,7 @@ def embeddings(name: str = "") -> Response:
 @protocol.get("/models")
 @protocol.get("/v1")
 @protocol.get("/openai/v1/models")
-@operation({200: OpenAIModels}, raises=(Unavailable,))
+@RouteSpec({200: OpenAIModels}, raises=(Unavailable,))
 def models() -> Response:
     """List the model."""
     one = _model()
@@ -204,21 +204,21 @@ def models() -> Response:
 
 @protocol.get("/v1/models/<path:name>")
 @protocol.get("/models/<path:name>")
-@operation({200: OpenAIModel}, raises=(Unavailable,))
+@RouteSpec({200: OpenAIModel}, raises=(Unavailable,))
 def model(name: str) -> Response:
     """Describe the model, which serves every name; the response has its own."""
     return answer(_model())
 
 
 @protocol.get("/api/v0/models")
-@operation({200: LMStudioModels}, raises=(Unavailable,))
+@RouteSpec({200: LMStudioModels}, raises=(Unavailable,))
 def lm_studio_models() -> Response:
     """List the model, in LM Studio's form."""
     return answer({"object": "list", "data": [_lm_studio_model()]})
 
 
 @protocol.get("/api/v0/models/<path:name>")
-@operation({200: LMStudioModel}, raises=(Unavailable,))
+@RouteSpec({200: LMStudioModel}, raises=(Unavailable,))
 def lm_studio_model(name: str) -> Response:
     """Describe the model, in LM Studio's form."""
     return answer(_lm_studio_model())

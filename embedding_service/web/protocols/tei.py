@@ -9,12 +9,12 @@ from embedding_service.engine import ListTokensRequest, TokenizedText, TokenVect
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, parse, read, texts_and_inputs
 from embedding_service.web.context import EMPTY, current
-from embedding_service.web.operation import operation
 from embedding_service.web.options import Options, Prompt, embed_tokens
 from embedding_service.web.options import embed as embed_texts
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.protocols import cohere
 from embedding_service.web.responses import Matrices, Matrix, Texts, Vector, answer, listed, vector_headers
+from embedding_service.web.route_spec import RouteSpec
 
 # A token takes about sixty bytes of JSON, so /tokenize accepts fewer characters than /embed.
 MAX_TOKENIZE_CHARACTERS = 1_000_000
@@ -116,7 +116,7 @@ _similarity_decoder = BodyDecoder(SimilarityBody)
 
 
 @protocol.post("/similarity")
-@operation({200: Vector}, body=_similarity_decoder, embeds=True)
+@RouteSpec({200: Vector}, body=_similarity_decoder, embeds=True)
 def similarity() -> Response:
     """Compare a sentence with others; returns cosine similarities, in the order of the sentences."""
     return _compare(parse(_similarity_decoder))
@@ -138,7 +138,7 @@ def _compare(body: SimilarityBody) -> Response:
 @protocol.post("/models/<path:name>")
 @protocol.post("/pipeline/feature-extraction/<path:name>")
 @protocol.post("/pipeline/sentence-similarity/<path:name>")
-@operation({200: Matrix}, body=embed_decoder, embeds=True, variant=similarity)
+@RouteSpec({200: Matrix}, body=embed_decoder, embeds=True, variant=similarity)
 def embed(name: str = "") -> Response:
     """Embed one or more texts, or compare sentences as /similarity does; returns bare numbers."""
     raw = read()
@@ -168,7 +168,7 @@ def embed_raw(raw: bytes) -> Response:
 
 
 @protocol.post("/embed_all")
-@operation({200: Matrices}, body=embed_all_decoder, reads_tokens=True)
+@RouteSpec({200: Matrices}, body=embed_all_decoder, reads_tokens=True)
 def embed_all() -> Response:
     """Embed each token; returns a list of vectors for each text, including those of special tokens."""
     body = parse(embed_all_decoder)
@@ -182,7 +182,7 @@ def embed_all() -> Response:
 
 
 @protocol.post("/tokenize")
-@operation({200: list[list[Token]]}, body=_tokenize_decoder)
+@RouteSpec({200: list[list[Token]]}, body=_tokenize_decoder)
 def tokenize() -> Response:
     """List the tokens of texts of any length, with the characters that each token covers."""
     body = parse(_tokenize_decoder)

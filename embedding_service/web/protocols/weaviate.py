@@ -8,10 +8,10 @@ from flask import Response
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, parse
 from embedding_service.web.context import current
-from embedding_service.web.operation import operation, shape
 from embedding_service.web.options import Options, embed
 from embedding_service.web.protocol import ApiProtocol, Failure
 from embedding_service.web.responses import Matrix, Vector, answer, vector_headers
+from embedding_service.web.route_spec import RouteSpec, shape
 
 WeaviateErrorAnswer = shape("WeaviateErrorAnswer", "An error in the format that Weaviate reads.", error=str)
 
@@ -66,7 +66,7 @@ _decoder = BodyDecoder(WeaviateBody)
 
 
 @protocol.post("/vectors")
-@operation({200: (WeaviateAnswer, WeaviateBatchAnswer)}, body=_decoder, embeds=True)
+@RouteSpec({200: (WeaviateAnswer, WeaviateBatchAnswer)}, body=_decoder, embeds=True)
 def vectors() -> Response:
     """Embed one or more texts, as vectors of length 1."""
     body = parse(_decoder)
@@ -102,7 +102,7 @@ def _place_of_one(_index: int) -> tuple[str, None]:
 
 
 @protocol.get("/meta")
-@operation({200: WeaviateMeta}, raises=(Unavailable,))
+@RouteSpec({200: WeaviateMeta}, raises=(Unavailable,))
 def meta() -> Response:
     """Describe the model."""
     info = current().service.require_info()
@@ -116,7 +116,7 @@ def meta() -> Response:
 
 
 @protocol.get("/.well-known/ready")
-@operation({204: None}, raises=(Unavailable,), public=True)
+@RouteSpec({204: None}, raises=(Unavailable,), public=True)
 def ready() -> Response:
     """204 only if the service can serve requests."""
     status = current().service.status()
@@ -126,7 +126,7 @@ def ready() -> Response:
 
 
 @protocol.get("/.well-known/live")
-@operation({204: None}, raises=(Unavailable,), public=True)
+@RouteSpec({204: None}, raises=(Unavailable,), public=True)
 def live() -> Response:
     """503 only if nothing but a restart helps."""
     if current().service.engine.must_restart():

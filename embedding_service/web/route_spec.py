@@ -26,7 +26,7 @@ READING = (InvalidRequest, SlowUpload, TooLarge, UnsupportedMediaType)
 ON_BODY = (*READING, Overloaded, ModelFailure, Unavailable, DeadlineExceeded)
 
 
-class operation(msgspec.Struct, frozen=True):
+class RouteSpec(msgspec.Struct, frozen=True):
     """Describes the decorated view.
 
     `answers` maps each status to its body's type: a tuple for alternatives, None for no body. `media` lists
@@ -47,7 +47,7 @@ class operation(msgspec.Struct, frozen=True):
     variant: Callable[..., Any] | None = None
 
     def __call__(self, view: View) -> View:
-        view.operation = self  # type: ignore[attr-defined]
+        view.spec = self  # type: ignore[attr-defined]
         return view
 
     def errors(self) -> tuple[type[ServiceError], ...]:
@@ -56,9 +56,9 @@ class operation(msgspec.Struct, frozen=True):
         return self.raises + (ON_BODY if self.body else ()) + on_vectors
 
 
-def operation_of(view: Callable[..., Any]) -> operation | None:
+def spec_of(view: Callable[..., Any]) -> RouteSpec | None:
     """What describes the view, if anything does."""
-    return getattr(view, "operation", None)
+    return getattr(view, "spec", None)
 
 
 def shape(name: str, meaning: str, /, **fields: Any) -> Any:
