@@ -6,6 +6,7 @@ The tests are in two rings. `make test` runs those that need no process of their
 its file.
 """
 
+import fcntl
 import functools
 import os
 import shutil
@@ -39,6 +40,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.process)
         if any(map(item.get_closest_marker, ("long", "deploy", "nightly"))):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test marked `alone` waits for those that other workers run, and these workers wait for it."""
+    folder = Path(os.environ[RUN_FOLDER])
+    with (folder / "turn").open("w") as turn, (folder / "running").open("w") as running:
+        # Whoever waits holds the turn, so that the others cannot pass it.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(running, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def main(folder: str) -> None:
     for master in masters:
         with contextlib.suppress(psutil.Error):
             master.terminate()
-    psutil.wait_procs(masters, timeout=40)
+    psutil.wait_procs(masters, timeout=60)
     for process in processes_of(folder):
         with contextlib.suppress(psutil.Error):
             process.kill()

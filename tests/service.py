@@ -29,7 +29,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until(condition, seconds: float = 60.0, what: str = "the condition") -> Any:
+def wait_until(condition, what: str = "the condition", seconds: float = 120.0) -> Any:
     """Call the condition until its result is truthy, and return that."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -84,7 +84,7 @@ class Service:
     def health(self) -> tuple[int, dict[str, Any]] | None:
         """Status and body of GET /health, or None if there is no response."""
         try:
-            response = requests.get(f"{self.url}/health", timeout=30)
+            response = requests.get(f"{self.url}/health", timeout=60)
         except requests.RequestException:
             return None
         return response.status_code, response.json()
@@ -99,7 +99,7 @@ class Service:
             return health is not None and health[0] == 200
 
         try:
-            wait_until(ready, seconds, "a healthy service")
+            wait_until(ready, "a healthy service", seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log()}") from None
         return self

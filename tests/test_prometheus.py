@@ -214,7 +214,7 @@ class Prometheus:
         self._process.wait(20)
 
     def _get(self, path: str, **parameters: str) -> dict:
-        return requests.get(f"{self._url}/{path}", params=parameters, timeout=10).json()
+        return requests.get(f"{self._url}/{path}", params=parameters, timeout=60).json()
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def scraped(own_process, tmp_path_factory):
     try:
         prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), service)
         service.wait_ready()
-        wait_until(prometheus.is_up, 30, "a first scrape")
+        wait_until(prometheus.is_up, "a first scrape")
         yield service, prometheus
     finally:
         if prometheus is not None:
@@ -259,7 +259,7 @@ def test_every_query_of_the_dashboard_returns_finite_series(scraped):
         return not missing
 
     try:
-        wait_until(all_there, 60, "a series for every query")
+        wait_until(all_there, "a series for every query")
     except AssertionError as error:
         raise AssertionError(f"{error}; without: {missing}") from None
 
@@ -278,7 +278,7 @@ def test_prometheus_evaluates_every_alert_and_none_fires(scraped):
     def evaluated():
         return all(rule["health"] == "ok" for rule in prometheus.rules())
 
-    wait_until(evaluated, 20, "an evaluation of every rule")
+    wait_until(evaluated, "an evaluation of every rule")
     rules = prometheus.rules()
     assert {rule["name"] for rule in rules} == {rule["alert"] for rule in alerts()}
     assert {rule["state"] for rule in rules if rule["duration"] == 0} == {"inactive"}

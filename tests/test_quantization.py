@@ -157,7 +157,7 @@ def test_calibrate_and_serve_in_8_bits(tmp_path, start):
         found = np.array(ask(service, precision=precision).json()["embeddings"])
         expected = quantize_embeddings(floats(service), precision=precision, ranges=ranges)
         assert np.array_equal(found, expected)
-    info = requests.get(f"{service.url}/info", timeout=10).json()
+    info = requests.get(f"{service.url}/info", timeout=60).json()
     assert info["fingerprint"] != kept["fingerprint"]
 
 

@@ -38,7 +38,7 @@ def write(page: Page, name: str) -> None:
 
 def compare(page: Page, device: str) -> None:
     """The Compare tab with its example."""
-    wait_until(page["map-card"].is_displayed, 60, "the example")
+    wait_until(page["map-card"].is_displayed, "the example")
     write(page, f"compare-{device}")
 
 
@@ -47,7 +47,7 @@ def search(page: Page, device: str) -> None:
     page["tab-search"].click()
     page["documents"].send_keys(DOCUMENTS)
     page["query"].send_keys(QUESTION)
-    wait_until(lambda: page.count("#results li") > 4, 60, "results")
+    wait_until(lambda: page.count("#results li") > 4, "results")
     write(page, f"search-{device}")
 
 

@@ -38,6 +38,7 @@ class Run:
             for name, value in os.environ.items()
             if name in ("PATH", "HOME", "LANG", RUN_FOLDER) or name.startswith(("HF_", "COVERAGE_"))
         }
+        kept["CACHE_FOLDER"] = str(Path(os.environ[RUN_FOLDER], "cache"))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "embedding_service.embed_file", *map(str, arguments)],
             cwd=ROOT,
@@ -64,7 +65,7 @@ class Run:
     def wait(self, seconds: float = 300.0) -> int:
         """Wait for the exit code; its output is then in `said`."""
         try:
-            wait_until(self.is_over, seconds, "the end of embed_file")
+            wait_until(self.is_over, "the end of embed_file", seconds)
         finally:
             if self.process.poll() is None:
                 self.process.kill()

@@ -48,7 +48,7 @@ def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
     try:
         for done in (20_000, 60_000):
             killed = Run(*command)
-            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), 300, "some rows")  # noqa: B023
+            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), "some rows", 300)  # noqa: B023
             killed.process.kill()
             assert killed.wait() == -signal.SIGKILL, killed.said
             assert done <= rows_in(output, 3) < len(expected)

@@ -152,7 +152,7 @@ def test_a_run_over_damaged_csv_resumes_exactly_where_it_stopped(tmp_path):
     served = Served(Numbers())
     try:
         killed = Run(corpus, "-o", output, "--url", served.url)
-        wait_until(lambda: rows_in(output, 3) >= 5000 or killed.is_over(), 300, "some rows")
+        wait_until(lambda: rows_in(output, 3) >= 5000 or killed.is_over(), "some rows", 300)
         killed.process.kill()
         assert killed.wait() == -signal.SIGKILL, killed.said
         finished = Run(corpus, "-o", output, "--url", served.url)

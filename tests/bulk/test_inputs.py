@@ -200,7 +200,7 @@ def test_only_a_part_of_the_file_is_in_memory(tmp_path, kind):
 def test_an_endless_line_is_a_bad_row_and_does_not_fill_the_memory(tmp_path):
     path = tmp_path / "endless.jsonl"
     with path.open("wb") as file:
-        file.truncate(200 << 20)
+        file.truncate(100 << 20)
         file.seek(0, os.SEEK_END)
         file.write(b'\n"after it"\n')
     tracemalloc.start()

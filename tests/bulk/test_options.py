@@ -70,7 +70,7 @@ def test_ranges_of_another_model_are_rejected(service, tmp_path):
     run = Run(*arguments, INT8_RANGES=str(ranges))
     assert run.wait() == 2
     assert "was calibrated with another model" in run.said
-    own = requests.get(f"{service.url}/info", timeout=10).json()["fingerprint"]
+    own = requests.get(f"{service.url}/info", timeout=60).json()["fingerprint"]
     ranges.write_text(json.dumps({"fingerprint": own} | numbers))
     run = Run(*arguments, INT8_RANGES=str(ranges))
     assert run.wait() == 0, run.said

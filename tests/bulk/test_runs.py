@@ -22,7 +22,7 @@ def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: sig
     command = (corpus, "-o", output, "--url", url, "--batch", 32 if count < 10_000 else 256)
 
     first = Run(*command)
-    wait_until(lambda: rows_in(output) >= count // 3 or first.is_over(), 1800, "a third of the rows")
+    wait_until(lambda: rows_in(output) >= count // 3 or first.is_over(), "a third of the rows", 1800)
     first.process.send_signal(number)
     assert first.wait() in (-number, 130)
     done = rows_in(output)
@@ -46,7 +46,7 @@ def interrupt_and_resume(url: str, folder: Path, oracle, count: int, number: sig
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_an_interrupted_run_resumes_with_every_row_once(service, oracle, tmp_path, number):
-    resumed = interrupt_and_resume(service.url, tmp_path, oracle, 4000, number)
+    resumed = interrupt_and_resume(service.url, tmp_path, oracle, 1500, number)
     assert resumed.peak_mib < 200
 
 
@@ -69,7 +69,7 @@ def test_all_of_100_000_rows_are_written_once_despite_two_kills(tmp_path):
     try:
         for done in (20_000, 60_000):
             killed = Run(corpus, "-o", output, "--url", served.url)
-            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), 300, "some rows")  # noqa: B023
+            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), "some rows", 300)  # noqa: B023
             killed.process.kill()
             assert killed.wait() == -signal.SIGKILL, killed.said
             assert done <= rows_in(output, 3) < count
@@ -152,7 +152,7 @@ def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors.npy"
     texts = write_corpus(corpus, 1200)
     embedding = Run(corpus, "-o", output, "--url", running.url, "--batch", 32, "--in-flight", 6)
-    wait_until(lambda: rows_in(output) >= 300 or embedding.is_over(), 300, "300 rows")
+    wait_until(lambda: rows_in(output) >= 300 or embedding.is_over(), "300 rows", 300)
     running.model_process().kill()
     assert embedding.wait() == 0, embedding.said
     log = running.log()

@@ -11,7 +11,7 @@ from tests.fakes import FakeEngine
 
 
 def test_sagemakers_ping_and_invocations(service, close):
-    assert requests.get(f"{service.url}/ping", timeout=10).status_code == 200
+    assert requests.get(f"{service.url}/ping", timeout=60).status_code == 200
     answer = requests.post(f"{service.url}/invocations", json={"inputs": TEXTS}, timeout=60)
     close(answer.json(), TEXTS)
 
@@ -81,13 +81,13 @@ HEALTH, PREDICT = "/v1/endpoints/7/deployedModels/8", "/v1/endpoints/7/deployedM
 
 def test_the_paths_that_vertex_sets_are_served(start, close):
     running = start(AIP_HEALTH_ROUTE=HEALTH, AIP_PREDICT_ROUTE=PREDICT, API_KEYS="key").wait_ready()
-    assert requests.get(running.url + HEALTH, timeout=10).json()["status"] == "healthy"
+    assert requests.get(running.url + HEALTH, timeout=60).json()["status"] == "healthy"
     body = {"instances": [{"content": text} for text in TEXTS]}
     refused = running.post(PREDICT, body)
     assert (refused.status_code, refused.json()["error_type"]) == (401, "Unauthorized")
     key = {"X-API-Key": "key"}
     close(running.post(PREDICT, body, headers=key).json()["predictions"], TEXTS)
-    document = requests.get(f"{running.url}/openapi.json", headers=key, timeout=10).json()
+    document = requests.get(f"{running.url}/openapi.json", headers=key, timeout=60).json()
     assert {HEALTH, PREDICT, "/predict"} <= set(document["paths"])
 
 

@@ -38,7 +38,7 @@ def project(service, tmp_path_factory) -> Path:
     """The packages of package.json, and the description of the API."""
     folder = shutil.copytree(SOURCES, tmp_path_factory.mktemp("javascript") / "project")
     run(folder, require_program("npm", "npm"), "install", "--no-audit", "--no-fund")
-    (folder / "openapi.json").write_bytes(requests.get(f"{service.url}/openapi.json", timeout=10).content)
+    (folder / "openapi.json").write_bytes(requests.get(f"{service.url}/openapi.json", timeout=60).content)
     return folder
 
 

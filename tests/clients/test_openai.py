@@ -113,7 +113,7 @@ def test_errors_outside_the_views_have_the_same_form(service):
         ("GET", "/v1/engines", 404),
         ("POST", "/v1/embeddings", 415),
     ]:
-        answer = requests.request(method, service.url + path, data={"form": "1"}, timeout=10)
+        answer = requests.request(method, service.url + path, data={"form": "1"}, timeout=60)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 

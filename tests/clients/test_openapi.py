@@ -60,7 +60,7 @@ def test_every_route_is_described():
 def test_the_document_is_built_from_the_structs(service):
     from embedding_service.web.protocols.native import EmbedBody
 
-    described = requests.get(f"{service.url}/openapi.json", timeout=10).json()
+    described = requests.get(f"{service.url}/openapi.json", timeout=60).json()
     assert described["openapi"].startswith("3.1")
     schema = described["components"]["schemas"]["EmbedBody"]
     assert set(schema["properties"]) == set(EmbedBody.__struct_fields__)
@@ -79,7 +79,7 @@ def bodies(described):
 
 
 def test_every_example_is_answered_as_it_stands(service):
-    described = requests.get(f"{service.url}/openapi.json", timeout=10).json()
+    described = requests.get(f"{service.url}/openapi.json", timeout=60).json()
     found = list(bodies(described))
     schemas = {name for name in described["components"]["schemas"] if name.endswith("Body")}
     # Routes about a model need only its name, or nothing.
@@ -132,7 +132,7 @@ def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
         text=True,
         timeout=120,
     ).stdout
-    answer = requests.get(f"{service.url}/docs", timeout=10)
+    answer = requests.get(f"{service.url}/docs", timeout=60)
     assert "default-src 'none'; script-src 'self';" in answer.headers["Content-Security-Policy"]
     for shown in ("/v1/embeddings", "/api/embed", "Text Embeddings Inference", "Weaviate"):
         assert shown in page
@@ -147,5 +147,5 @@ def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
 
 @pytest.mark.parametrize("name", ["../flask_swagger_ui.py", "index.css", "%2e%2e%2fLICENSE"])
 def test_only_the_files_of_the_page_are_served(service, name):
-    answer = requests.get(f"{service.url}/docs/{name}", timeout=10)
+    answer = requests.get(f"{service.url}/docs/{name}", timeout=60)
     assert answer.status_code == 404

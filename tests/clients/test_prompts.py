@@ -41,7 +41,7 @@ def test_an_unknown_prompt_is_refused(prompted):
 
 
 def test_info_lists_the_prompts(prompted):
-    assert requests.get(f"{prompted.url}/info", timeout=10).json()["prompts"] == PROMPTS
+    assert requests.get(f"{prompted.url}/info", timeout=60).json()["prompts"] == PROMPTS
 
 
 def test_openai(prompted, check):
@@ -113,10 +113,10 @@ def test_a_prompt_that_leaves_no_room_for_pieces_is_refused(service, overflow):
 def test_prompts_from_the_settings(start, service, oracle, close):
     settings = {"PROMPTS": '{"mine": "my text: ", "query": "q: "}', "DEFAULT_PROMPT_NAME": "mine"}
     prompted = start(**settings).wait_ready()
-    info = requests.get(f"{prompted.url}/info", timeout=10).json()
+    info = requests.get(f"{prompted.url}/info", timeout=60).json()
     assert (info["prompts"]["mine"], info["prompts"]["query"]) == ("my text: ", "q: ")
     assert info["default_prompt_name"] == "mine"
-    assert info["fingerprint"] != requests.get(f"{service.url}/info", timeout=10).json()["fingerprint"]
+    assert info["fingerprint"] != requests.get(f"{service.url}/info", timeout=60).json()["fingerprint"]
     for fields, prompt in (
         ({}, "my text: "),
         ({"prompt_name": "query"}, "q: "),
@@ -128,7 +128,7 @@ def test_prompts_from_the_settings(start, service, oracle, close):
 
 def test_an_unknown_default_prompt_stops_the_start(start):
     service = start(DEFAULT_PROMPT_NAME="nope")
-    assert service.process.wait(60) == 78
+    assert service.process.wait(120) == 78
     assert "DEFAULT_PROMPT_NAME='nope' is not a prompt; there are: " in service.log()
 
 
@@ -136,9 +136,9 @@ def test_the_served_name_is_shown_and_its_aliases_are_accepted(start):
     service = start(SERVED_MODEL_NAME="my-model, alias").wait_ready()
     assert ask(service).json()["model"] == "my-model"
     assert service.health()[1]["model"] == "my-model"
-    assert requests.get(f"{service.url}/info", timeout=10).json()["model_name"] == "my-model"
+    assert requests.get(f"{service.url}/info", timeout=60).json()["model_name"] == "my-model"
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
     assert [model.id for model in client.models.list()] == ["my-model"]
     assert client.models.retrieve("alias").id == "my-model"
-    names = [one["name"] for one in requests.get(f"{service.url}/api/tags", timeout=10).json()["models"]]
+    names = [one["name"] for one in requests.get(f"{service.url}/api/tags", timeout=60).json()["models"]]
     assert names[:2] == ["my-model:latest", "alias:latest"]

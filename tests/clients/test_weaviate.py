@@ -36,9 +36,9 @@ def test_a_batch(service, close):
 
 def test_meta_and_probes(service, model_name):
     for probe in ("ready", "live"):
-        answer = requests.get(f"{service.url}/.well-known/{probe}", timeout=10)
+        answer = requests.get(f"{service.url}/.well-known/{probe}", timeout=60)
         assert (answer.status_code, answer.content) == (204, b"")
-    assert requests.get(f"{service.url}/meta", timeout=10).json()["model"] == model_name
+    assert requests.get(f"{service.url}/meta", timeout=60).json()["model"] == model_name
 
 
 @pytest.mark.parametrize(

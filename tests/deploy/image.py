@@ -138,7 +138,7 @@ class Container(Service):
 
     def first_process(self) -> psutil.Process:
         """The process that has id 1 in the container."""
-        [child] = wait_until(lambda: psutil.Process(self.process.pid).children(), 10)
+        [child] = wait_until(lambda: psutil.Process(self.process.pid).children())
         return child
 
     def execute(self, *command: str) -> subprocess.CompletedProcess[str]:

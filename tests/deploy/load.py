@@ -34,7 +34,7 @@ class Load:
             thread.join()
 
     def _ask(self, session: Any, text: str) -> np.ndarray:
-        response = session.post(self._url, json={"texts": text}, verify=self._certificate, timeout=30)
+        response = session.post(self._url, json={"texts": text}, verify=self._certificate, timeout=60)
         if response.status_code != 200:
             raise requests.HTTPError(f"{response.status_code} {response.text}")
         return np.array(response.json()["embeddings"][0])

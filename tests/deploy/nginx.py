@@ -33,7 +33,7 @@ class Nginx:
         self._write(ports)
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_until(self._answers, 10, f"nginx ({self.log()})")
+        wait_until(self._answers, f"nginx ({self.log()})")
 
     @property
     def _log_path(self) -> Path:
@@ -53,7 +53,7 @@ class Nginx:
         before = self._workers()
         self._write(ports)
         self.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: self._workers() - before, 10, "workers with the new configuration")
+        wait_until(lambda: self._workers() - before, "workers with the new configuration")
 
     def stop(self) -> None:
         """Finish the requests in flight, then stop."""

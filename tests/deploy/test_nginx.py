@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import ssl
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -25,7 +24,7 @@ def front(own_process, service: Service, tmp_path_factory: pytest.TempPathFactor
 
 
 def ask(front: Nginx, method: str, path: str, **arguments) -> requests.Response:
-    return requests.request(method, front.url + path, verify=front.certificate, timeout=30, **arguments)
+    return requests.request(method, front.url + path, verify=front.certificate, timeout=60, **arguments)
 
 
 def test_embeds_over_https(front: Nginx, oracle) -> None:
@@ -58,7 +57,7 @@ def test_speaks_tls_1_2_and_1_3_only(front: Nginx, version: ssl.TLSVersion, acce
 
 def test_redirects_http_to_https(front: Nginx) -> None:
     response = requests.post(
-        f"http://127.0.0.1:{front.plain_port}/embed?a=b", json={}, allow_redirects=False, timeout=5
+        f"http://127.0.0.1:{front.plain_port}/embed?a=b", json={}, allow_redirects=False, timeout=60
     )
     assert response.status_code == 308
     assert response.headers["Location"] == "https://127.0.0.1/embed?a=b"
@@ -69,7 +68,7 @@ def test_metrics_are_not_public(front: Nginx, path: str) -> None:
     with requests.Session() as session:
         request = requests.Request("GET", front.url).prepare()
         request.url = front.url + path
-        response = session.send(request, verify=front.certificate, timeout=5)
+        response = session.send(request, verify=front.certificate, timeout=60)
     assert (response.status_code, response.json()["error_type"]) == (404, "not_found")
     assert f'"GET {"/metrics/" if path.endswith("s/") else "/metrics"}" 404' in wait_until(front.access_log)
     assert "upstream" not in response.text
@@ -91,7 +90,7 @@ def test_limits_the_rate_of_one_address(service: Service, start_nginx) -> None:
     front = start_nginx([service.port], **{"rate=100r/s": "rate=1r/s"})
     with requests.Session() as session:
         url, certificate = front.url + "/nowhere", front.certificate
-        answers = [session.get(url, verify=certificate, timeout=30) for _ in range(300)]
+        answers = [session.get(url, verify=certificate, timeout=60) for _ in range(300)]
     limited = [answer for answer in answers if answer.status_code == 429]
     assert limited and limited[0].json()["error_type"] == "overloaded"
     assert limited[0].headers["Retry-After"] == "1"
@@ -116,11 +115,10 @@ def test_two_hundred_slow_clients_delay_nobody(front: Nginx) -> None:
         plain = socket.create_connection(("127.0.0.1", front.port))
         slow.append(context.wrap_socket(plain, server_hostname="127.0.0.1"))
         slow[-1].sendall(beginning)
-    opened = time.monotonic()
     seconds = sorted(ask(front, "GET", "/health").elapsed.total_seconds() for _ in range(40))
     assert ask(front, "POST", "/embed", json={"texts": "one"}).status_code == 200
     for connection in slow:
-        connection.settimeout(max(0.1, opened + 25 - time.monotonic()))
+        connection.settimeout(60)
         with contextlib.suppress(ConnectionResetError):
             assert b" 200 " not in connection.recv(1000)
         connection.close()
@@ -140,7 +138,7 @@ def test_a_rolling_restart_and_a_kill_lose_nothing(start_instance, start_nginx) 
             instances[index] = start_instance(instance.port).wait_ready()
         instances[0].kill()
         instances[0] = start_instance(instances[0].port).wait_ready()
-        wait_until(lambda: load.answered >= 700 or load.failures, 120, "700 answers")
+        wait_until(lambda: load.answered >= 700 or load.failures, "700 answers")
     finally:
         load.end()
     tries = sum(" to=" in line and ", " in line.split(" to=")[1] for line in front.access_log().splitlines())

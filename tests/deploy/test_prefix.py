@@ -39,7 +39,7 @@ def front(own_process, service, tmp_path_factory):
 @pytest.mark.parametrize("page", ["/", "/docs", "/docs/"])
 def test_every_link_of_a_page_leads_somewhere(front: Nginx, prefix: str, page: str) -> None:
     def get(url: str) -> requests.Response:
-        return requests.get(url, verify=front.certificate, timeout=10, allow_redirects=False)
+        return requests.get(url, verify=front.certificate, timeout=60, allow_redirects=False)
 
     address = front.url + prefix + page
     shown = get(address)
@@ -56,12 +56,12 @@ def test_every_link_of_a_page_leads_somewhere(front: Nginx, prefix: str, page: s
 @pytest.mark.parametrize("prefix", ["/emb", "/told"])
 def test_the_address_in_the_document_serves(front: Nginx, prefix: str) -> None:
     document = f"{front.url}{prefix}/openapi.json"
-    (server,) = requests.get(document, verify=front.certificate, timeout=10).json()["servers"]
+    (server,) = requests.get(document, verify=front.certificate, timeout=60).json()["servers"]
     base = urljoin(document, server["url"])
     for path in ("embed", "/embed", "v1//embeddings"):
         body = {"texts": "a"} if "v1" not in path else {"input": "a"}
         answer = requests.post(
-            base + path, json=body, verify=front.certificate, timeout=10, allow_redirects=False
+            base + path, json=body, verify=front.certificate, timeout=60, allow_redirects=False
         )
         assert answer.status_code == 200, (path, answer.text)
 
@@ -72,7 +72,7 @@ def test_errors_from_below_flask_pass_through_nginx(front: Nginx, case: str) -> 
     rest, status = SENT_THROUGH[case]
     context = ssl.create_default_context(cafile=front.certificate)
     with (
-        socket.create_connection(("127.0.0.1", front.port), timeout=10) as plain,
+        socket.create_connection(("127.0.0.1", front.port), timeout=60) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
     ):
         connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + rest)

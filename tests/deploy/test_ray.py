@@ -26,7 +26,7 @@ def test_resumes_after_a_kill_and_embeds_nothing_twice(tmp_path: Path, oracle) -
     first = begin(corpus, vectors, tmp_path / "first.log")
     try:
         wait_until(
-            lambda: first.poll() is not None or len(finished(vectors)) >= 3, 300, "three finished files"
+            lambda: first.poll() is not None or len(finished(vectors)) >= 3, "three finished files", 300
         )
         assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
     finally:
@@ -68,5 +68,5 @@ def kill_with_children(process: subprocess.Popen[bytes]) -> None:
         family = psutil.Process(process.pid).children(recursive=True)
         for member in [psutil.Process(process.pid), *family]:
             member.kill()
-        psutil.wait_procs(family, timeout=10)
+        psutil.wait_procs(family, timeout=60)
     process.wait()

@@ -109,7 +109,7 @@ def test_a_deadline_that_passes_in_the_queue(impatient):
     assert impatient.post("/embed", {"texts": texts}).status_code == 200
     slow = threading.Thread(target=embed(impatient, "@@slow@@"))
     slow.start()
-    wait_until(lambda: "@@slow@@" in impatient.seen(), what="the slow text to reach the model")
+    wait_until(lambda: "@@slow@@" in impatient.seen(), "the slow text to reach the model")
     began = time.monotonic()
     late = parallel(
         [embed(impatient, "@@late@@ alone"), embed(impatient, [f"@@late@@ {n}" for n in range(17)])]
@@ -137,9 +137,9 @@ def test_a_forward_pass_that_hangs(impatient, how):
     answered = time.monotonic() - began
     assert response.status_code == 504
     assert answered >= DEADLINE
-    during = requests.get(f"{impatient.url}/health/live", timeout=5)
+    during = requests.get(f"{impatient.url}/health/live", timeout=60)
     assert during.status_code == 200
-    wait_until(lambda: not before.is_running(), 3 * DEADLINE, "the end of the hung process")
+    wait_until(lambda: not before.is_running(), "the end of the hung process")
     replaced = time.monotonic() - began
     impatient.wait_ready()
     ready = time.monotonic() - began
@@ -170,7 +170,7 @@ def test_a_sticky_device_error(faulty, oracle):
     began = time.monotonic()
     jobs = [embed(faulty, text) for text in texts]
     results = parallel([*jobs, embed(faulty, "@@sticky@@")])
-    wait_until(lambda: not before.is_running(), what="the end of the process")
+    wait_until(lambda: not before.is_running(), "the end of the process")
     gone = time.monotonic() - began
     faulty.wait_ready()
     ready = time.monotonic() - began
@@ -202,8 +202,8 @@ def test_the_log_contains_no_text(faulty):
     faulty.post("/embed", {"texts": [f"{secret} @@nan-always@@"]})
     faulty.post("/embed", {"texts": [secret], "prompt_name": "x" * 100_000})
     faulty.post("/embed", {"texts": {secret: secret}})
-    requests.post(f"{faulty.url}/embed", data=f'{{"texts": "{secret}', timeout=10)
-    requests.get(f"{faulty.url}/{secret}", timeout=10)
+    requests.post(f"{faulty.url}/embed", data=f'{{"texts": "{secret}', timeout=60)
+    requests.get(f"{faulty.url}/{secret}", timeout=60)
     log = faulty.log()
     assert "zebra" not in log
     assert "@@" not in log

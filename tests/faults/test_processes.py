@@ -45,7 +45,7 @@ def load(service: Service) -> Iterator[list[Seen]]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        wait_until(lambda: seen, 30, "the first answers")
+        wait_until(lambda: seen, "the first answers")
         yield seen
     finally:
         stop.set()
@@ -75,12 +75,12 @@ def test_the_model_process_is_killed_under_load(two_workers):
     with load(two_workers) as seen:
         two_workers.model_process().kill()
         killed = time.monotonic()
-        wait_until(lambda: two_workers.health()[0] == 503, what="a 503 of /health")
+        wait_until(lambda: two_workers.health()[0] == 503, "a 503 of /health")
         noticed = time.monotonic() - killed
         two_workers.wait_ready()
         recovered = time.monotonic() - killed
         before = len(seen)
-        wait_until(lambda: len(seen) > before + 1, 30, "answers afterwards")
+        wait_until(lambda: len(seen) > before + 1, "answers afterwards")
     total = statuses(seen)
     assert set(total) == {"200", "503"}
     assert all(wait > 0 for one in seen for wait in one.waits)
@@ -98,11 +98,9 @@ def test_a_web_worker_is_killed_under_load(two_workers):
     with load(two_workers) as seen:
         victim = two_workers.web_workers()[0]
         victim.kill()
-        wait_until(
-            lambda: len(two_workers.web_workers()) == 2 and not victim.is_running(), 30, "a new worker"
-        )
+        wait_until(lambda: len(two_workers.web_workers()) == 2 and not victim.is_running(), "a new worker")
         before = len(seen)
-        wait_until(lambda: len(seen) > before + 1, 30, "answers afterwards")
+        wait_until(lambda: len(seen) > before + 1, "answers afterwards")
     total = statuses(seen)
     broken = sum(count for status, count in total.items() if status != "200")
     assert not set(total) - {"200", "ConnectionResetError", "RemoteDisconnected", "BrokenPipeError"}
@@ -120,9 +118,9 @@ def test_sighup_replaces_the_workers_and_loses_nothing(two_workers):
     with load(two_workers) as seen:
         old = two_workers.web_workers()
         two_workers.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: gone(old), 40, "the end of the old workers")
+        wait_until(lambda: gone(old), "the end of the old workers")
         before = len(seen)
-        wait_until(lambda: len(seen) > before + 1, 30, "answers afterwards")
+        wait_until(lambda: len(seen) > before + 1, "answers afterwards")
     total = statuses(seen)
     assert set(total) == {"200"}
     record(
@@ -150,17 +148,17 @@ def test_sigterm_with_fifty_requests_in_flight_loses_none(two_workers):
 
     thread = threading.Thread(target=clients)
     thread.start()
-    wait_until(connected, 30, "fifty connections")
+    wait_until(connected, "fifty connections")
     began = time.monotonic()
     two_workers.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: "Handling signal: term" in two_workers.log(), what="the signal's arrival")
+    wait_until(lambda: "Handling signal: term" in two_workers.log(), "the signal's arrival")
     model.resume()
-    code = two_workers.process.wait(40)
+    code = two_workers.process.wait(120)
     seconds = time.monotonic() - began
     thread.join(60)
     assert code == 0
     assert seen[0].statuses == {"200": 50}
-    wait_until(lambda: gone(processes), 5, "the end of every process")
+    wait_until(lambda: gone(processes), "the end of every process")
     record("SIGTERM", "with 50 requests in flight", 50, f"50 answered, exit 0 after {seconds:.1f} s")
 
 
@@ -171,9 +169,9 @@ def test_the_master_is_killed_under_load(start_without_model):
     with load(running):
         running.process.kill()
         killed = time.monotonic()
-        wait_until(lambda: gone(processes), 5, "the end of every process")
+        wait_until(lambda: gone(processes), "the end of every process")
         seconds = time.monotonic() - killed
-    wait_until(lambda: not folder.exists(), what="the end of the runtime folder")
+    wait_until(lambda: not folder.exists(), "the end of the runtime folder")
     record("`kill -9` of the gunicorn master", "under load", 1, f"no process left after {seconds:.1f} s")
 
 
@@ -187,11 +185,11 @@ def test_the_supervisor_is_killed(start_without_model, command):
     processes = running.processes()
     running.supervisor().kill()
     killed = time.monotonic()
-    code = running.process.wait(20)
+    code = running.process.wait(120)
     seconds = time.monotonic() - killed
     assert code == 70
     assert "the supervisor of the model process was killed" in running.log()
-    wait_until(lambda: gone(processes), 5, "the end of every process")
+    wait_until(lambda: gone(processes), "the end of every process")
     record(
         "`kill -9` of the supervisor",
         "an idle service",
@@ -208,16 +206,16 @@ def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start_without_mod
     old = running.processes()
     old_folder = Path(running.supervisor().cmdline()[3])
     running.process.send_signal(signal.SIGUSR2)
-    new_master = wait_until(lambda: _new_master(running, old), 30, "a new master")
+    new_master = wait_until(lambda: _new_master(running, old), "a new master")
     try:
-        wait_until(lambda: _loaded_below(new_master), 60, "the model of the new master")
+        wait_until(lambda: _loaded_below(new_master), "the model of the new master")
         # Both masters' workers answer on the port; those of the new one may still be connecting to its model.
-        wait_until(lambda: all(_is_ready(running) for _ in range(20)), 60, "answers of all workers")
+        wait_until(lambda: all(_is_ready(running) for _ in range(20)), "answers of all workers")
         with load(running) as seen:
             assert running.stop() == 0
-            wait_until(lambda: gone(old), 10, "the end of the old master's processes")
+            wait_until(lambda: gone(old), "the end of the old master's processes")
             before = len(seen)
-            wait_until(lambda: len(seen) > before + 1, 30, "answers of the new master")
+            wait_until(lambda: len(seen) > before + 1, "answers of the new master")
         assert set(statuses(seen)) == {"200"}
         assert not old_folder.exists()
         new = [new_master, *new_master.children(recursive=True)]
@@ -226,7 +224,7 @@ def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start_without_mod
         assert new_folder.exists()
     finally:
         new_master.terminate()
-    wait_until(lambda: gone(new), 20, "the end of the new master's processes")
+    wait_until(lambda: gone(new), "the end of the new master's processes")
     assert not new_folder.exists()
 
 
@@ -257,10 +255,10 @@ def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start
     running = start_without_model()
     began = time.monotonic()
     for _ in range(5):
-        process = wait_until(lambda: _model_process(running), 30, "a model process")
+        process = wait_until(lambda: _model_process(running), "a model process")
         process.kill()
         process.wait(10)  # otherwise the next iteration may find it again while it dies
-    code = running.process.wait(30)
+    code = running.process.wait(120)
     assert code == 70
     assert "ended 5 times in 60 s, most recently by signal 9" in running.log()
     record(
@@ -326,7 +324,7 @@ def test_a_model_that_cannot_be_loaded_gets_one_line_and_an_exit_code(
     start, tmp_path, model_folder, model, reason
 ):
     running = start(EMBEDDING_MODEL=model(model_folder, tmp_path), BACKEND="torch")
-    code = running.process.wait(60)
+    code = running.process.wait(120)
     log = running.log()
     assert code == 78, log
     assert reason in log
@@ -340,14 +338,14 @@ def test_a_model_that_cannot_be_loaded_gets_one_line_and_an_exit_code(
 
 def test_a_full_disk_for_the_log_file_is_detected_at_the_start(start):
     running = start(LOG_FILE="/dev/full")
-    assert running.process.wait(30) == 78
+    assert running.process.wait(120) == 78
     assert running.log().splitlines() == ["LOG_FILE='/dev/full' cannot be written: No space left on device"]
     record("LOG_FILE on a full disk", "at the start", 1, "one line, exit 78")
 
 
 def test_an_unwritable_log_file_is_detected_at_the_start(start):
     running = start(LOG_FILE="/proc/no/such/file")
-    assert running.process.wait(30) == 78
+    assert running.process.wait(120) == 78
     assert len(running.log().splitlines()) == 1
     record("unwritable LOG_FILE", "at the start", 1, "one line, exit 78")
 
@@ -355,7 +353,7 @@ def test_an_unwritable_log_file_is_detected_at_the_start(start):
 def test_an_unwritable_home_and_the_hash_seed_make_no_difference(start, service):
     running = start(HOME="/proc/no/such/home", PYTHONHASHSEED="7").wait_ready()
     here, there = (
-        requests.get(f"{s.url}/info", timeout=10).json()["fingerprint"] for s in (running, service)
+        requests.get(f"{s.url}/info", timeout=60).json()["fingerprint"] for s in (running, service)
     )
     assert here == there
     assert "Traceback" not in running.log()

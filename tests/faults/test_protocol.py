@@ -93,10 +93,10 @@ def test_a_path_that_is_not_below_script_name_is_not_found(start_without_model):
             return exchange(below.port, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         return b""
 
-    received = wait_until(answered, 60, "an answer")
+    received = wait_until(answered, "an answer")
     answered_in_json(received, "SCRIPT_NAME")
     assert received.startswith(b"HTTP/1.1 404 Not Found")
-    assert requests.get(f"{below.url}/emb/health/live", timeout=10).status_code == 200
+    assert requests.get(f"{below.url}/emb/health/live", timeout=60).status_code == 200
 
 
 def test_ambiguous_requests_are_refused_and_the_connection_closed(service):
@@ -123,12 +123,12 @@ def test_floods_of_headers_are_refused(service):
 
 
 @pytest.mark.slow
-def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
-    """Half of them stall in the headers and half in the body; each sends a byte per second."""
+def test_200_unfinished_requests_are_cut_off(service):
+    """Half of them stall in the headers and half in the body; each sends a byte per second, for ever."""
     stalled = []
     began = time.monotonic()
     for number in range(200):
-        sock = socket.create_connection(("127.0.0.1", service.port), timeout=10)
+        sock = socket.create_connection(("127.0.0.1", service.port), timeout=60)
         head = HOST + (b"Content-Length: 100\r\n\r\n{" if number % 2 else b"X-Slow: a")
         sock.sendall(head)
         sock.setblocking(False)
@@ -153,10 +153,10 @@ def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
                 open_ones.remove(sock)
         return not open_ones
 
-    wait_until(all_cut_off, 10, "the end of every half-sent request")
+    wait_until(all_cut_off, "the end of every half-sent request")
     freed = time.monotonic() - began
     answered = time.monotonic()
-    assert requests.get(f"{service.url}/health", timeout=5).status_code == 200
+    assert requests.get(f"{service.url}/health", timeout=60).status_code == 200
     took = time.monotonic() - answered
     for sock in stalled:
         sock.close()
@@ -170,7 +170,7 @@ def test_200_unfinished_requests_are_cut_off_within_ten_seconds(service):
 
 def test_silent_connections_block_nobody(service):
     """Many connections never send anything, while other clients are served."""
-    silent = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(300)]
+    silent = [socket.create_connection(("127.0.0.1", service.port), timeout=60) for _ in range(300)]
     began = time.monotonic()
     assert service.post("/embed", {"texts": "hello"}).status_code == 200
     took = time.monotonic() - began
@@ -184,13 +184,13 @@ def test_silent_connections_block_nobody(service):
 def test_clients_that_never_close_delay_nobody(service):
     """They request that the connection is closed but keep it open; accepting must not wait for them."""
     request = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    stay = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(20)]
+    stay = [socket.create_connection(("127.0.0.1", service.port), timeout=60) for _ in range(20)]
     for sock in stay:
         sock.sendall(request)
     for sock in stay:
         assert sock.recv(65536).startswith(b"HTTP/1.1 200")
     # If each of them held the worker for a second, this would take too long.
-    assert requests.get(f"{service.url}/health", timeout=10).status_code == 200
+    assert requests.get(f"{service.url}/health", timeout=60).status_code == 200
     for sock in stay:
         sock.close()
 
@@ -230,11 +230,11 @@ def test_a_response_announces_that_the_connection_will_close(service):
     compressed = {"Content-Encoding": "br"}
     with requests.Session() as session:
         for sent, kept in ((large, False), (small, True), (iter([small]), False), (large, False)):
-            refused = session.post(f"{service.url}/embed", data=sent, headers=compressed, timeout=10)
+            refused = session.post(f"{service.url}/embed", data=sent, headers=compressed, timeout=60)
             assert refused.status_code == 415
             assert refused.headers["Connection"] == ("keep-alive" if kept else "close")
             for _ in range(3):
-                answered = session.post(f"{service.url}/embed", data=BODY, timeout=10)
+                answered = session.post(f"{service.url}/embed", data=BODY, timeout=60)
                 assert answered.status_code == 200
                 assert answered.headers["Connection"] == "keep-alive"
 
@@ -251,7 +251,7 @@ UNFINISHED = {
 @pytest.mark.slow
 def test_a_request_that_is_never_finished_gets_a_408(service):
     """Meanwhile a connection that has never been used stays open for a first request."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as unused:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as unused:
         with ThreadPoolExecutor(len(UNFINISHED)) as clients:
             answers = list(clients.map(lambda sent: exchange(service.port, sent, 20), UNFINISHED.values()))
         for name, answer in zip(UNFINISHED, answers, strict=True):
@@ -289,7 +289,7 @@ def test_with_all_connections_taken_the_longest_idle_one_makes_room(start_withou
     with contextlib.ExitStack() as stack:
         idle = []
         for _ in range(8):
-            idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", service.port), 10)))
+            idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", service.port), 60)))
             idle[-1].sendall(live)
             assert b"Connection: " in idle[-1].recv(65536)
         for _ in range(20):
@@ -308,7 +308,7 @@ def test_a_web_worker_without_descriptors_waits_and_serves_again(start_without_m
     [worker] = service.web_workers()
     limit = worker.num_fds() + 5
     worker.rlimit(psutil.RLIMIT_NOFILE, (limit, limit))
-    held = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(30)]
+    held = [socket.create_connection(("127.0.0.1", service.port), timeout=60) for _ in range(30)]
     wait_until(lambda: "Cannot accept connections: Too many open files" in service.log())
     for sock in held:
         sock.close()
@@ -323,4 +323,4 @@ def test_a_worker_that_reaches_max_requests_is_replaced_without_loss(start_witho
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda n: service.post("/embed", {"texts": f"text {n}"}), range(150)))
     assert {answer.status_code for answer in answers} == {200}
-    wait_until(lambda: not first.is_running(), what="the end of the first worker")
+    wait_until(lambda: not first.is_running(), "the end of the first worker")

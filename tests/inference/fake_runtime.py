@@ -243,7 +243,7 @@ class Gate:
 
     def __call__(self, _batch: Sequence[Text]) -> None:
         self.entered.set()
-        assert self._opened.wait(20)
+        assert self._opened.wait(60)
 
     def open(self) -> None:
         self._opened.set()

@@ -44,7 +44,7 @@ def held(build, runtime: FakeRuntime, **arguments) -> tuple[Batcher, Gate]:
     after, runtime.on_forward = runtime.on_forward, gate
     batcher = build(runtime, **arguments)
     submit(batcher, [text(3, "first")])
-    assert gate.entered.wait(5)
+    assert gate.entered.wait(60)
     runtime.batches.clear()
     runtime.on_forward = after
     return batcher, gate
@@ -113,12 +113,12 @@ def test_tokenization_of_a_bulk_request_holds_nobody_up(build):
     def slow(texts) -> None:
         if len(texts) > 1:
             hung.set()
-            assert release.wait(20)
+            assert release.wait(60)
 
     batcher = build(FakeRuntime(on_prepare=slow))
     bulk = submit(batcher, [text(5, i) for i in range(500)])
-    assert hung.wait(5)
-    expect_vectors(submit(batcher, [text(5, "single")]).wait(5), [text(5, "single")])
+    assert hung.wait(60)
+    expect_vectors(submit(batcher, [text(5, "single")]).wait(60), [text(5, "single")])
     assert not bulk.done
     release.set()
     assert isinstance(bulk.wait(), Embeddings)
@@ -248,12 +248,12 @@ def test_work_whose_deadline_passed_is_not_tokenized(build):
     def slow(texts) -> None:
         if "slow" in texts[0]:
             hung.set()
-            assert release.wait(20)
+            assert release.wait(60)
 
     runtime = FakeRuntime(on_prepare=slow)
     batcher = build(runtime)
     first = submit(batcher, [text(5, f"slow {i}") for i in range(100)])
-    assert hung.wait(5)
+    assert hung.wait(60)
     late = submit(batcher, [text(5, f"late {i}") for i in range(100)], seconds=0.05)
     past = time.monotonic() + 0.06
     wait_until(lambda: time.monotonic() > past)
@@ -373,7 +373,7 @@ def test_every_accepted_request_gets_one_outcome_whatever_fails(build, seed):
             vectors += 1
             expect_vectors(outcome, texts)
     assert vectors or lost.is_set()
-    wait_until(lambda: batcher.queued_tokens == 0, what="an empty queue")
+    wait_until(lambda: batcher.queued_tokens == 0, "an empty queue")
     assert all(len(answer.outcomes) == 1 for answer, _ in accepted)
     if not lost.is_set():
         expect_vectors(_until_success(batcher), [text(5, "after")])
@@ -408,7 +408,7 @@ def test_a_fault_of_the_batcher_itself_ends_the_process_instead_of_hanging_it(bu
         raise KeyError("injected")
 
     monkeypatch.setattr(FairQueue, "take", broken)
-    assert isinstance(submit(batcher, [text(9)]).wait(5), Unavailable)
+    assert isinstance(submit(batcher, [text(9)]).wait(60), Unavailable)
     assert len(lost) == 1
 
 
@@ -486,7 +486,7 @@ def test_a_fault_at_any_stage_fails_its_request_alone_and_ends_no_thread(build, 
     def ask(number: int) -> None:
         own = [text(5, f"{number} {index}") for index in range(texts)]
         batcher.submit([(number, request(own))], outcomes.update)
-        wait_until(lambda: number in outcomes, 5, "an outcome")
+        wait_until(lambda: number in outcomes, "an outcome")
 
     ask(0)
     if stage == "running" and texts > 1:
@@ -515,7 +515,7 @@ def test_a_panic_of_the_tokenizer_fails_its_request_alone(build, texts):
         (number, request([text(9, name)] * texts)) for number, name in enumerate(["good", "bad", "fine"])
     ]
     batcher.submit(calls, outcomes.update)
-    wait_until(lambda: len(outcomes) == 3, what="all outcomes")
+    wait_until(lambda: len(outcomes) == 3, "all outcomes")
     assert [type(outcomes[number]) for number in range(3)] == [Embeddings, ModelFailure, Embeddings]
     assert batcher.queued_tokens == 0
 
@@ -533,7 +533,7 @@ def test_a_job_never_waits_for_texts_that_could_not_be_queued(build, monkeypatch
     monkeypatch.setattr(FairQueue, "push", fail_once)
     outcomes: dict[int, Embeddings | ServiceError] = {}
     batcher.submit([(number, request([text(5, "same")])) for number in range(2)], outcomes.update)
-    wait_until(lambda: len(outcomes) == 2, what="both outcomes")
+    wait_until(lambda: len(outcomes) == 2, "both outcomes")
     assert [type(outcomes[number]) for number in range(2)] == [ModelFailure, Embeddings]
     assert batcher.queued_tokens == 0
 
@@ -547,7 +547,7 @@ def test_a_receiver_that_raises_ends_no_thread(build):
         raise OSError("injected")
 
     batcher.submit([(1, request([text(5)]))], broken)
-    assert heard.wait(5)
+    assert heard.wait(60)
     assert isinstance(submit(batcher, [text(5)]).wait(), Embeddings)
 
 
@@ -565,7 +565,7 @@ def test_requests_that_come_together_are_tokenized_together_and_answered_togethe
     # One call for each kind, and one more try for each request beside the text that is no text.
     assert len(runtime.parallel) == 2 + 7
     gate.open()
-    wait_until(lambda: sum(map(len, heard)) == 9, 5, "all outcomes")
+    wait_until(lambda: sum(map(len, heard)) == 9, "all outcomes")
     outcomes = {number: outcome for together in heard for number, outcome in together}
     for number in range(6):
         expect_vectors(outcomes[number], [text(5, number), text(6, number)])
@@ -621,7 +621,7 @@ def test_the_tokenizer_has_its_own_threads_where_cores_are_free(build, accelerat
 
 def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(build):
     """Each of two lanes returns only once the other has its batch too."""
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
 
     def run(_batch) -> None:
         both.wait()
@@ -637,7 +637,7 @@ def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(build):
 def test_what_comes_is_tokenized_and_what_is_done_is_delivered_while_a_lane_runs(build):
     runtime = FakeRuntime(lanes=2)
     batcher, gate = held(build, runtime)
-    expect_vectors(submit(batcher, [text(5, "beside")]).wait(5), [text(5, "beside")])
+    expect_vectors(submit(batcher, [text(5, "beside")]).wait(60), [text(5, "beside")])
     gate.open()
 
 
@@ -651,7 +651,7 @@ def test_every_core_is_used_for_a_batch_that_is_alone_and_only_for_it(build):
     gate = Gate()
     runtime.on_forward = gate
     first = submit(batcher, [text(5, "held")])
-    assert gate.entered.wait(5)
+    assert gate.entered.wait(60)
     runtime.on_forward = lambda _batch: None
     submit(batcher, [text(7, "beside")]).wait()
     assert runtime.ran_on[-1] in (0, 1)
@@ -669,11 +669,13 @@ def test_the_budget_is_told_what_batches_of_an_accelerator_took_one_after_the_ot
         with device:
             time.sleep(0.05)
 
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
     runtime = FakeRuntime(max_batch_tokens=20, lanes=2, on_forward=run, on_cpu=False)
     batcher = build(runtime)
+    began = time.monotonic()
     answers = [submit(batcher, [text(20, n)]) for n in range(2)]
     for answer in answers:
         answer.wait()
-    first, second = (seconds for _, seconds in runtime.budget.observed)
-    assert second < first + 0.04
+    elapsed = time.monotonic() - began
+    # If the time in which it waited for the first one counted as its own, there would be more.
+    assert sum(seconds for _, seconds in runtime.budget.observed) <= elapsed

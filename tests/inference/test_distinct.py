@@ -158,4 +158,4 @@ def test_vectors_are_right_whatever_is_shared_and_whatever_fails(build, seed, ca
                 cut=fields.get("dimensions"),
             )
     assert right > len(asked) / 4
-    wait_until(lambda: batcher.queued_tokens == 0, what="an empty queue")
+    wait_until(lambda: batcher.queued_tokens == 0, "an empty queue")

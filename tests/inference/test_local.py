@@ -30,7 +30,7 @@ def model_with(lister) -> Model:
 @pytest.fixture
 def engine():
     engine = LocalEngine(Config(embedding_model="none"), load=lambda _settings: model_with(Lister()))
-    assert engine.loaded.wait(10)
+    assert engine.loaded.wait(60)
     yield engine
     engine.close()
 
@@ -56,7 +56,7 @@ def test_an_engine_that_is_closed_while_it_loads_stays_closed():
     may_load = threading.Event()
 
     def load(_settings):
-        assert may_load.wait(10)
+        assert may_load.wait(60)
         return FakeRuntime()
 
     states = []
@@ -65,7 +65,7 @@ def test_an_engine_that_is_closed_while_it_loads_stays_closed():
     )
     engine.close()
     may_load.set()
-    assert engine.loaded.wait(10)
+    assert engine.loaded.wait(60)
     assert set(states) == {"draining"}
     with pytest.raises(Unavailable):
         engine.call(request([text(5)]))

@@ -27,7 +27,7 @@ sys.exit(cli.main(["download", "some/model"]))
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_import_config_reads_the_env_file(tmp_path):
 def test_an_invalid_env_file_stops_the_start(start, tmp_path):
     (tmp_path / ".env").write_text("PORT=1\nAPI_KEYS: secret\n")
     service = start(APP, cwd=tmp_path)
-    assert service.process.wait(30) == 78
+    assert service.process.wait(120) == 78
     [line] = service.log().splitlines()
     assert line.startswith(f"{tmp_path}/.env, line 2: this is not NAME=value")
 
@@ -142,9 +142,9 @@ def test_sigusr2_starts_the_same_command_again(start_without_model, tmp_path):
             p for p in masters if p.children() and p.cmdline()[1:] == service.processes()[0].cmdline()[1:]
         ]
 
-    (master,) = wait_until(new_master, 30, "a new master")
+    (master,) = wait_until(new_master, "a new master")
     # It outlives the old master, and the fixture stops only that one.
-    wait_until(lambda: service.log().count("Loaded ") == 2, 60, "the model of the new master")
+    wait_until(lambda: service.log().count("Loaded ") == 2, "the model of the new master")
     master.terminate()
     psutil.wait_procs([master], 20)
     assert master not in service.processes()

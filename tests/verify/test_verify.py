@@ -224,7 +224,7 @@ def test_a_key_is_sent(model):
     try:
         url = f"http://127.0.0.1:{server.server_port}"
         assert command.execute(["--url", url, "--model", model, "--key", "secret"]) == 2
-        assert requests.get(url, timeout=5).status_code == 404
+        assert requests.get(url, timeout=60).status_code == 404
     finally:
         server.shutdown()
         thread.join()
