@@ -59,7 +59,11 @@ class Batcher:
         self._large: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         for waiting, step in ((self._to_cut, self._cut), (self._large, self._tokenize)):
             self._start(self._step_forever, waiting, step, name=step.__name__.strip("_"))
+        # Each is released to wake its stream.
+        self._woken: dict[Lane, threading.Lock] = {}
         for number, stream in enumerate([*model.lanes, *([model.whole] if model.whole else [])]):
+            self._woken[stream] = threading.Lock()
+            self._woken[stream].acquire()
             self._start(self._run_forever, stream, name=f"model-{number}")
 
     @property
@@ -77,10 +81,13 @@ class Batcher:
         """How many requests wait for their first batch, and how many have begun."""
         return self._scheduler.requests
 
-    def submit(self, calls: Sequence[tuple[int, EmbedRequest]], receiver: Receiver) -> None:
+    def submit(
+        self, calls: Sequence[tuple[int, EmbedRequest]], receiver: Receiver, *, may_run: bool = False
+    ) -> None:
         """Queue numbered requests that came together.
 
-        `receiver` gets the outcome of each once, from any thread, even this one.
+        `receiver` gets the outcome of each once, from any thread, even this one. If this thread `may_run` a
+        batch, it computes a single text itself while nothing else runs: waking a stream would take longer.
         """
         now = time.monotonic()
         small: dict[Hashable, list[PendingRequest]] = {}
@@ -106,12 +113,21 @@ class Batcher:
             for pending in fine:
                 (ready if pending.missing else done).append(pending)
             outcomes += [(one.number, error) for one, error in failed]
+        turn: Turn | None = None
         if ready:
             with self._lock:
                 outcomes += [(one.number, error) for one, error in self._accept(ready, now)]
+                if may_run and len(calls) == 1 and len(calls[0][1].texts) == 1:
+                    turn = self._borrow()
+                self._wake()
         outcomes += [(one.number, self._outcome(one)) for one in done]
         if outcomes:
             _hand_over(receiver, outcomes)
+        if turn is not None and self._model.whole is not None:
+            try:
+                self._run(*turn, self._model.whole, goes_on=False)
+            except BaseException as error:
+                self._break(error)
 
     def cancel(self, receiver: Receiver) -> None:
         """Drop the requests of a receiver that is gone; it is not called again."""
@@ -167,7 +183,6 @@ class Batcher:
             except Exception as error:
                 self._scheduler.end(pending)
                 refused.append((pending, _reported(error)))
-        self._wake()
         return refused
 
     def _step_forever(
@@ -194,6 +209,7 @@ class Batcher:
                 self._scheduler.look_up(pending, pieces)
                 if pending.missing:
                     refused = self._accept([pending], time.monotonic())
+                    self._wake()
         for _, error in refused:
             _hand_over(pending.receiver, [(pending.number, error)])
         self._finish(pending)
@@ -215,38 +231,40 @@ class Batcher:
         """A stream's thread; ends if the batcher closes, the device is lost, or its own code is faulty."""
         if self._model.whole is not None and stream is not self._model.whole:
             _be_nice()
-        woken = threading.Lock()
-        woken.acquire()
-        turn: Turn | None = None
+        woken = self._woken[stream]
         try:
             with self._lock:
-                turn = self._take(stream, woken)
+                turn = self._take(stream)
             while self._closed is None:
                 if turn is None:
                     woken.acquire()
                     with self._lock:
-                        turn = self._take(stream, woken)
+                        turn = self._take(stream)
                 else:
-                    turn = self._run(*turn, stream, woken)
-        except DeviceLost as error:
-            self._lose(str(error))
-        except BaseException:
-            log.critical("The batcher failed", exc_info=True)
-            self._lose("the batcher failed")
+                    turn = self._run(*turn, stream)
+        except BaseException as error:
+            self._break(error)
 
-    def _take(self, stream: Lane, woken: threading.Lock) -> Turn | None:
-        """Take a batch, or None: then the stream sleeps until `woken` is released. Needs the lock."""
-        if self._closed is not None:
-            return None
+    def _take(self, stream: Lane) -> Turn | None:
+        """Take a batch, or None: then the stream sleeps until it is woken. Needs the lock."""
         turn: Turn | None = None
-        if self._scheduler.queue and self._suits(stream):
-            now = time.monotonic()
-            turn = self._scheduler.take(now)
-            self._running[stream] = now
-        else:
-            self._sleeping[stream] = woken
-        self._wake()
+        if self._closed is None:
+            if self._scheduler.queue and self._suits(stream):
+                now = time.monotonic()
+                turn = self._scheduler.take(now)
+                self._running[stream] = now
+            else:
+                self._sleeping[stream] = self._woken[stream]
+            self._wake()
         return turn
+
+    def _borrow(self) -> Turn | None:
+        """A batch for the stream with all cores, whose own thread goes on sleeping. Needs the lock."""
+        all_cores = self._model.whole
+        if all_cores in self._sleeping and self._scheduler.queue and self._suits(all_cores):
+            del self._sleeping[all_cores]
+            return self._take(all_cores)
+        return None
 
     def _suits(self, stream: Lane) -> bool:
         """Whether a stream should take a batch: the one with all cores only one that is alone."""
@@ -271,9 +289,13 @@ class Batcher:
         tokens: int,
         late: list[PendingRequest],
         stream: Lane,
-        woken: threading.Lock,
+        *,
+        goes_on: bool = True,
     ) -> Turn | None:
-        """Embed a batch and take the next one. Raises DeviceLost; another fault of ours fails the batch."""
+        """Embed a batch, and take the next one if the stream goes on, which otherwise sleeps.
+
+        Raises DeviceLost; another fault of ours fails the batch.
+        """
         if late:
             too_late = DeadlineExceeded("the deadline passed in the queue")
             self._fail((pending, too_late) for pending in late)
@@ -299,7 +321,9 @@ class Batcher:
             except Exception as error:
                 reported = _reported(error)
                 ended += [(pending, reported) for pending, _ in shares if self._scheduler.end(pending)]
-            following = self._take(stream, woken)
+            if not goes_on:
+                self._sleep(stream)
+            following = self._take(stream) if goes_on else None
         outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
         for pending, failure in ended:
             outcome = failure or self._outcome(pending)
@@ -311,9 +335,23 @@ class Batcher:
                 metrics.record_batch(len(one.vectors), one.tokens, one.padded, one.ended - one.began)
         return following
 
+    def _sleep(self, stream: Lane) -> None:
+        """Lay a stream that was borrowed to sleep, unless there is work. Needs the lock."""
+        if self._closed is None:
+            self._sleeping[stream] = self._woken[stream]
+            self._wake()
+        else:
+            self._woken[stream].release()
+
     def _lower(self) -> None:
         with self._lock:
             self._scheduler.lower(time.monotonic())
+
+    def _break(self, error: BaseException) -> None:
+        """The device is lost, or the batcher's own code is faulty."""
+        if not isinstance(error, DeviceLost):
+            log.critical("The batcher failed", exc_info=error)
+        self._lose(str(error) if isinstance(error, DeviceLost) else "the batcher failed")
 
     def _lose(self, reason: str) -> None:
         self._on_device_lost(reason)

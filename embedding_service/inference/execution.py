@@ -78,8 +78,8 @@ def execute(
             failed = [
                 (batch[0], "does not fit in the device's memory" if memory else "could not be embedded")
             ]
-        padded = int(lengths.max()) * texts
-        found.append(Computed(batch, vectors, int(lengths.sum()), padded, began, ended, failed))
+        counts = lengths.tolist()
+        found.append(Computed(batch, vectors, sum(counts), max(counts) * texts, began, ended, failed))
     return found
 
 

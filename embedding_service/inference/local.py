@@ -83,10 +83,12 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._load, name="load", daemon=True)
         self._thread.start()
 
-    def submit(self, calls: Sequence[tuple[int, AnyRequest]], receiver: Receiver) -> None:
+    def submit(
+        self, calls: Sequence[tuple[int, AnyRequest]], receiver: Receiver, *, may_run: bool = False
+    ) -> None:
         """Answer numbered requests that came together; `receiver` gets the outcome of each, once.
 
-        It may be called from any thread, even this one.
+        It may be called from any thread, even this one, which also computes a single text if it `may_run`.
         """
         if self._batcher is None:
             error = Unavailable(self._status.reason, retry_after_seconds=1)
@@ -99,7 +101,7 @@ class LocalEngine:
             else:
                 self._threads[type(request)].submit(self._answer, number, request, receiver)
         if together:
-            self._batcher.submit(together, receiver)
+            self._batcher.submit(together, receiver, may_run=may_run and len(calls) == 1)
 
     def cancel(self, receiver: Receiver) -> None:
         """Drop all requests of a receiver that is gone."""

@@ -131,7 +131,7 @@ class RustTokenizer:
         lengths = offsets[1:] - offsets[:-1]
         ids = np.fromiter(chain.from_iterable(lists), np.int32, ends[-1])
         truncated = lengths >= self._max_length
-        if truncated.any():
+        if max(map(len, lists)) >= self._max_length:
             for row in truncated.nonzero()[0].tolist():
                 # A text may also be exactly as long as the limit.
                 truncated[row] = bool(encodings[row].overflowing)
@@ -161,11 +161,13 @@ class RustTokenizer:
 
     def pack(self, batch: Batch) -> Features:
         found = [part.tokenized.ids_of(part.rows) for part in batch]
-        lengths = np.concatenate([part.lengths for part in batch])
-        width = int(lengths.max())
+        lengths = batch[0].lengths if len(batch) == 1 else np.concatenate([part.lengths for part in batch])
+        width = max(lengths.tolist())
         if len(lengths) * width == sum(map(len, found)):
             mask = np.ones((len(lengths), width), np.int64)
-            ids = np.concatenate(found).astype(np.int64).reshape(mask.shape)
+            ids = (
+                (found[0] if len(found) == 1 else np.concatenate(found)).astype(np.int64).reshape(mask.shape)
+            )
         else:
             columns = np.arange(width)
             real = columns >= (width - lengths)[:, None] if self._pads_left else columns < lengths[:, None]
@@ -174,7 +176,7 @@ class RustTokenizer:
             mask = real.astype(np.int64)
         packed: Features = {"input_ids": ids, "attention_mask": mask}
         if self._with_type_ids:
-            packed["token_type_ids"] = np.zeros_like(ids)
+            packed["token_type_ids"] = np.zeros(ids.shape, np.int64)
         prompt_length = batch[0].tokenized.group
         if prompt_length is not None:
             packed["prompt_length"] = prompt_length

@@ -48,7 +48,8 @@ def tokenize_together(
         )
         tokenized = _tokenize(model, lead, texts, parallel=not model.on_cpu, alone=len(together) == 1)
         lengths = tokenized.lengths.tolist()
-        truncated = tokenized.truncated.tolist() if tokenized.truncated.any() else []
+        # What is truncated has as many tokens as the model reads.
+        truncated = tokenized.truncated.tolist() if max(lengths) >= model.info.max_seq_length else []
         seconds = time.monotonic() - began
         first = 0
         for pending in together:

@@ -80,7 +80,7 @@ class Connection:
                 for message in self._channel.receive_all():
                     if isinstance(message, wire.Calls):
                         calls += zip(message.numbers, message.requests, strict=True)
-                engine.submit(calls, self._answer)
+                engine.submit(calls, self._answer, may_run=True)
         except wire.Closed:
             pass
         except Exception:

@@ -660,6 +660,46 @@ def test_every_core_is_used_for_a_batch_that_is_alone_and_only_for_it(build):
     assert [tokens for tokens, _ in runtime.budget.observed] == [7]
 
 
+def test_a_thread_that_may_computes_a_single_text_itself_if_nothing_runs(build):
+    threads = []
+
+    def run(_batch) -> None:
+        threads.append(threading.current_thread().name)
+
+    runtime = FakeRuntime(lanes=2, whole=True, on_forward=run)
+    batcher = build(runtime)
+    wait_until(lambda: len(batcher._sleeping) == 3)
+    for calls in (1, 2):
+        for _ in range(5):
+            answer = Answer()
+            batcher.submit([(n, request([text(5, n)])) for n in range(calls)], answer, may_run=True)
+            wait_until(lambda: len(answer.outcomes) == calls and len(batcher._sleeping) == 3)  # noqa: B023
+    assert threads[:5] == [threading.current_thread().name] * 5
+    assert set(threads[5:]) <= {"model-0", "model-1", "model-2"}
+    assert runtime.ran_on[:5] == ["whole"] * 5
+    assert submit(batcher, [text(5)]).wait().tokens == 5
+
+
+@pytest.mark.parametrize("error", [DeviceLost("injected"), KeyError("injected")], ids=["device", "code"])
+def test_a_thread_that_computes_a_text_itself_reports_a_fault_like_a_stream(build, monkeypatch, error):
+    lost = []
+    runtime = FakeRuntime(lanes=2, whole=True)
+    batcher = build(runtime, on_device_lost=lost.append)
+    wait_until(lambda: len(batcher._sleeping) == 3)
+
+    def broken(*_arguments, **_named) -> None:
+        raise error
+
+    if isinstance(error, DeviceLost):
+        runtime.on_forward = broken
+    else:
+        monkeypatch.setattr(Scheduler, "ran", broken)
+    answer = Answer()
+    batcher.submit([(0, request([text(5)]))], answer, may_run=True)
+    assert isinstance(answer.wait(), Unavailable)
+    assert len(lost) == 1
+
+
 def test_the_budget_is_told_what_batches_of_an_accelerator_took_one_after_the_other(build):
     """Two lanes of one device: the second batch waits for the first one's end."""
     device = threading.Lock()
