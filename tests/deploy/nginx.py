@@ -78,6 +78,7 @@ class Nginx:
             "/etc/nginx/tls/": f"{self._folder}/",
             "/run/nginx.pid": f"{self._folder}/nginx.pid",
             "/var/log/nginx/": f"{self._folder}/",
+            "/etc/nginx/locations/": f"{self._folder}/locations/",
             # Only the system's nginx may write to the package's own temporary folders.
             "http {\n": f"http {{\n    client_body_temp_path {self._folder}/body;\n"
             f"    proxy_temp_path {self._folder}/proxy;\n",
