@@ -3,7 +3,7 @@
 python -m benchmarks.start OLD NEW [--starts 5]
 
 Each checkout has its own CACHE_FOLDER, which a first start fills. Memory is the proportional share (PSS) of
-all processes, ready and after a load of mixed lengths.
+all processes: ready, after a load of mixed lengths, and idle after it.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# A service gives memory back once nothing has run for a while.
+IDLE_SECONDS = 5
 CLIENTS, REQUESTS, LENGTHS = 16, 400, (3, 12, 40, 120, 250)
 
 
@@ -121,6 +123,8 @@ def measure(checkout: Path, cache: Path) -> dict[str, float]:
     figures = {"start s": service.start_seconds, "ready MiB": service.memory_mib()}
     service.load()
     figures["after load MiB"] = service.memory_mib()
+    time.sleep(IDLE_SECONDS)
+    figures["then idle MiB"] = service.memory_mib()
     figures["recovery s"] = service.recovery_seconds()
     service.stop()
     return figures

@@ -135,6 +135,7 @@ def _assemble(
         budget=warm.budget,
         normalized=checkpoint.normalized,
         on_cpu=checkpoint.on_cpu,
+        rest=backend.rest,
     )
 
 

@@ -194,4 +194,5 @@ def _assemble(
         budget=budget,
         normalized=facts.normalized,
         on_cpu=True,
+        rest=backend.rest,
     )

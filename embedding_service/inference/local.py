@@ -165,6 +165,11 @@ class LocalEngine:
         since = self._batcher.running_since if self._batcher else None
         return time.monotonic() - since if since is not None else 0.0
 
+    def rest(self) -> None:
+        """Give memory back if nothing has run for a while; called from time to time."""
+        if self._model is not None:
+            self._model.rest()
+
     def close(self) -> None:
         self._closed = True
         self._set(Status(state="draining", reason="shutting down", info=self._status.info))

@@ -1,6 +1,6 @@
 """A loaded model: everything that the batcher and the engine need, in one object that tests can build."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -45,6 +45,8 @@ class Model:
     normalized: bool
     # Whether the model runs on the CPU, whose cores everything else needs too.
     on_cpu: bool
+    # Called from time to time; gives memory back if nothing has run for a while.
+    rest: Callable[[], None] = lambda: None
 
     def prompt(self, request: EmbedRequest | TokenVectorsRequest) -> str | None:
         """The prompt as SentenceTransformer.encode, encode_query and encode_document choose it.

@@ -185,6 +185,7 @@ def _watch(engine: LocalEngine, heartbeat: Path, hang_seconds: float) -> int:
         paused, last = now - last > PAUSE_SECONDS, now
         if engine.must_restart():
             return EX_SOFTWARE
+        engine.rest()
         if engine.running_seconds() > hang_seconds and not paused:
             log.critical(
                 "A batch has been running for over %.0f s; restarting the model process",

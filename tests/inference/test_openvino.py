@@ -156,3 +156,22 @@ def test_a_batch_alone_gets_all_cores_once_that_has_paid(tiny, tmp_path, monkeyp
     assert np.abs(whole.run(features) - first).max() < 1e-6
     assert streams == [2, 1]
     assert ("run on one core: the model could not be compiled" in caplog.text) == fails
+
+
+def test_scratch_memory_is_given_back_once_nothing_runs(tiny, tmp_path, monkeypatch):
+    from embedding_service.inference.backends import openvino as backends
+
+    given_back: list[str] = []
+    monkeypatch.setattr(backends, "release", lambda: given_back.append("memory"))
+    load(tiny("bert"), tmp_path)
+    model = load(tiny("bert"), tmp_path)
+    before = vectors(model)
+    model.rest()
+    assert not given_back
+    monkeypatch.setattr(backends, "IDLE_SECONDS", 0)
+    model.rest()
+    model.rest()
+    assert given_back == ["memory"]
+    assert np.array_equal(vectors(model), before)
+    model.rest()
+    assert len(given_back) == 2

@@ -1,6 +1,7 @@
 """The runtimes that can execute a model's forward pass; all answer with the same vectors."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,9 +33,13 @@ class Session(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The sessions that may run at once; `whole` uses every core for a batch that runs alone."""
+    """The sessions that may run at once; `whole` uses every core for a batch that runs alone.
+
+    `rest` is called from time to time, and gives memory back if nothing has run for a while.
+    """
 
     name: str
     version: str
     sessions: list[Session]
     whole: Session | None = None
+    rest: Callable[[], None] = lambda: None

@@ -1,5 +1,6 @@
 """The forward pass in OpenVINO, without torch: the whole model, from token ids to vectors, on an x86 CPU."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -21,6 +22,9 @@ QUANTIZATION_GROUP = 64
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 
+# How long nothing must have run before scratch memory is given back. The next batch allocates it again.
+IDLE_SECONDS = 2.0
+
 # The input of a graph whose pooling leaves the prompt out: the attention mask without the prompt.
 POOLED_MASK = "pooled_mask"
 
@@ -41,21 +45,50 @@ def openvino_backend(graph: openvino.Model, *, dtype: str, threads: int) -> Back
     Cores that share a batch wait for one another at every layer, and wait long if a web worker takes one of
     them away. But they are fastest for a batch alone, for which the graph is compiled again once that pays.
     """
-    compiled, seconds = _compile(graph, threads, threads, dtype)
-    sessions: list[Session] = [OpenVINOSession(compiled) for _ in range(threads)]
+    scratch = Scratch()
+    compiled, seconds = _compile(graph, threads, threads, dtype, scratch)
+    sessions: list[Session] = [OpenVINOSession(compiled, scratch) for _ in range(threads)]
     whole = None
     if threads > 1:
         lost = 1 - 1 / threads
         whole = AllCoresSession(
-            OpenVINOSession(compiled), lambda: _compile(graph, 1, threads, dtype)[0], seconds / lost
+            OpenVINOSession(compiled, scratch),
+            lambda: OpenVINOSession(_compile(graph, 1, threads, dtype, scratch)[0], scratch),
+            seconds / lost,
         )
-    return Backend(name="openvino", version=openvino.__version__, sessions=sessions, whole=whole)
+    return Backend(
+        name="openvino", version=openvino.__version__, sessions=sessions, whole=whole, rest=scratch.rest
+    )
+
+
+class Scratch:
+    """What batches allocate: it grows with the largest of them, and is given back once nothing runs."""
+
+    def __init__(self) -> None:
+        self.compiled: list[openvino.CompiledModel] = []
+        self._used_at: float | None = None
+
+    def used(self) -> None:
+        """A batch has run."""
+        self._used_at = time.monotonic()
+
+    def rest(self) -> None:
+        """Give it back if nothing has run for a while. Called from time to time."""
+        if self._used_at is None or time.monotonic() - self._used_at < IDLE_SECONDS:
+            return
+        self._used_at = None
+        for compiled in self.compiled:
+            # OpenVINO refuses while a batch runs, which has just begun.
+            with contextlib.suppress(RuntimeError):
+                compiled.release_memory()
+        release()
 
 
 class OpenVINOSession:
     """One infer request of a compiled graph."""
 
-    def __init__(self, compiled: openvino.CompiledModel) -> None:
+    def __init__(self, compiled: openvino.CompiledModel, scratch: Scratch) -> None:
+        self._used = scratch.used
         self._request = compiled.create_infer_request()
         self._names = [port.get_any_name() for port in compiled.inputs]
         self._leaves_prompt_out = POOLED_MASK in self._names
@@ -69,6 +102,7 @@ class OpenVINOSession:
             pooled[:, : features.get("prompt_length", 0)] = 0
             features = {**features, POOLED_MASK: pooled}
         vectors: Vectors = self._request.infer({name: features[name] for name in self._names})[0]
+        self._used()
         return vectors
 
 
@@ -81,7 +115,7 @@ class AllCoresSession:
     """
 
     def __init__(
-        self, one_core: OpenVINOSession, compile_again: Callable[[], openvino.CompiledModel], seconds: float
+        self, one_core: OpenVINOSession, compile_again: Callable[[], OpenVINOSession], seconds: float
     ) -> None:
         """Compile again after batches that took this many `seconds`."""
         self._session = one_core
@@ -102,7 +136,7 @@ class AllCoresSession:
 
     def _change(self, features: dict[str, Any]) -> None:
         try:
-            session = OpenVINOSession(self._compile_again())
+            session = self._compile_again()
             # Kernels are made in the first run.
             session.run(features)
         except Exception as error:
@@ -113,7 +147,7 @@ class AllCoresSession:
 
 
 def _compile(
-    graph: openvino.Model, streams: int, threads: int, dtype: str
+    graph: openvino.Model, streams: int, threads: int, dtype: str, scratch: Scratch
 ) -> tuple[openvino.CompiledModel, float]:
     """A graph for this many batches at once, and how long compiling it took."""
     settings = {
@@ -127,4 +161,5 @@ def _compile(
     }
     began = time.perf_counter()
     compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    scratch.compiled.append(compiled)
     return compiled, time.perf_counter() - began
