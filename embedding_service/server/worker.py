@@ -110,6 +110,13 @@ class UnrepeatedRequest(Request):  # type: ignore[misc]
         headers: list[tuple[str, str]] = super().parse_headers(_unrepeated(data), from_trailer)
         return headers
 
+    def _peer_is_trusted_proxy(self) -> bool:
+        """Whether the peer may set forwarding headers; parsing its address takes as long as the others do."""
+        known: dict[Any, bool] = self.unreader.__dict__.setdefault("trusted", {})
+        if self.peer_addr not in known:
+            known[self.peer_addr] = super()._peer_is_trusted_proxy()
+        return known[self.peer_addr]
+
 
 class Parser(RequestParser):  # type: ignore[misc]
     """Reads a connection's requests."""
@@ -193,6 +200,12 @@ class ServiceResponse(wsgi.Response):  # type: ignore[misc]
         )
         if is_left or status.startswith("408"):
             self.force_close()
+        if getattr(headers, "are_checked", False):
+            # Gunicorn would check each name and value again.
+            self.status, self.status_code, self.headers = status, int(status[:3]), headers
+            self.response_length = int(dict(headers)["Content-Length"])
+            self._omits_body = self.req.method == "HEAD"
+            return self.write
         return super().start_response(status, headers, exc_info)
 
     def send_headers(self) -> None:

@@ -39,6 +39,12 @@ def listed(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
+class CheckedHeaders(list[tuple[str, str]]):
+    """Headers of our own making, among them the length of the body; the worker need not check them."""
+
+    are_checked = True
+
+
 class WholeResponse(Response):
     """A response whose body and headers are complete, and are sent as they are.
 
@@ -46,7 +52,7 @@ class WholeResponse(Response):
     """
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        start_response(self.status, list(self.headers))
+        start_response(self.status, CheckedHeaders(self.headers))
         return () if environ["REQUEST_METHOD"] == "HEAD" else self.response
 
 
