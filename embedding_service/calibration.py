@@ -33,12 +33,7 @@ def read_texts(path: Path) -> list[str]:
 def ranges_of(texts: list[str], settings: Config) -> Int8Ranges:
     """The ranges of the texts' normalised vectors. Raises StartupError if the model cannot be loaded."""
     engine = LocalEngine(dataclasses.replace(settings, int8_ranges=None))
-    engine.loaded.wait()
-    if engine.startup_error is not None:
-        raise engine.startup_error
-    info = engine.status().info
-    if info is None:
-        raise StartupError(engine.status().reason)
+    info = engine.wait_loaded()
     vectors = [
         engine.call(
             EmbedRequest(texts=texts[first : first + BATCH], deadline=time.monotonic() + BATCH_SECONDS)

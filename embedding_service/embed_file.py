@@ -274,9 +274,7 @@ def _embedder(arguments: argparse.Namespace, options: Options) -> Embedder:
     logs.check(settings)
     logs.setup(settings)
     engine = LocalEngine(dataclasses.replace(settings, device=settings.devices[0]))
-    engine.loaded.wait()
-    if engine.startup_error is not None:
-        raise engine.startup_error
+    engine.wait_loaded()
     return LocalEmbedder(engine, options, settings.max_text_characters)
 
 

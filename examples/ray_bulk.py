@@ -30,9 +30,7 @@ class Embed:
     def __init__(self, settings: Config, text: str) -> None:
         self._engine = LocalEngine(settings)
         self._text = text
-        self._engine.loaded.wait()
-        if self._engine.startup_error:
-            raise self._engine.startup_error
+        self._engine.wait_loaded()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         request = EmbedRequest(

@@ -160,10 +160,19 @@ class LocalEngine:
     def must_restart(self) -> bool:
         return self._status.state == "unhealthy"
 
-    def running_seconds(self) -> float:
-        """How long the current batch has been running; 0 if there is none."""
-        since = self._batcher.running_since if self._batcher else None
-        return time.monotonic() - since if since is not None else 0.0
+    @property
+    def running_since(self) -> float | None:
+        """Start of the batch that has been running longest, on the monotonic clock; None without one."""
+        return self._batcher.running_since if self._batcher else None
+
+    def wait_loaded(self) -> ModelInfo:
+        """The model's facts, once it is loaded. Raises StartupError."""
+        self.loaded.wait()
+        if self.startup_error is not None:
+            raise self.startup_error
+        if self._status.info is None:
+            raise StartupError(self._status.reason)
+        return self._status.info
 
     def rest(self) -> None:
         """Give memory back if nothing has run for a while; called from time to time."""

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +23,12 @@ from embedding_service.settings.config import Config
 from embedding_service.sharing import wire
 from embedding_service.sharing.runtime_folder import RuntimeFolder
 from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, LoadReport
+from embedding_service.sharing.watch import Watch
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.server")
 
 WATCH_SECONDS = 0.5
-PAUSE_SECONDS = 5.0
 ACCEPT_AGAIN_SECONDS = 0.2
 
 # From linux/prctl.h.
@@ -65,7 +64,7 @@ class Connection:
                 try:
                     # Only the thread with the lock takes from the outbox, so it has at least as many.
                     messages = [self._outbox.popleft() for _ in range(len(self._outbox))]
-                    rest = self._channel.try_send(*messages)
+                    rest = self._channel.send(*messages, wait=False)
                 finally:
                     if rest:
                         self._rest.put(rest)
@@ -166,32 +165,25 @@ def _be_killed_with_parent() -> None:
 
 def _watch(engine: LocalEngine, heartbeat: Path, hang_seconds: float) -> int:
     """Send heartbeats; returns the exit code once this process can no longer serve."""
-    engine.loaded.wait()
-    if isinstance(engine.startup_error, StartupError):
-        reason = str(engine.startup_error).encode(errors="replace").decode()
+    try:
+        # First of all, so that a process that is killed now has reported its device.
+        os.write(0, msgspec.json.encode(LoadReport(device=engine.wait_loaded().device)))
+    except StartupError as error:
+        reason = str(error).encode(errors="replace").decode()
         os.write(0, msgspec.json.encode(LoadReport(failure=reason)))
         return EX_CONFIG
-    # First of all, so that a process that is killed now has reported its device.
-    if (info := engine.status().info) is not None:
-        os.write(0, msgspec.json.encode(LoadReport(device=info.device)))
     collector.freeze()
     idle = threading.Event()
-    last = time.monotonic()
+    batch = Watch(hang_seconds)
     heartbeat.touch()
-    while not idle.wait(WATCH_SECONDS):
+    while not (idle.wait(WATCH_SECONDS) or engine.must_restart()):
         os.utime(heartbeat)
-        now = time.monotonic()
-        # The whole machine may have been paused, so check again before calling it a hang.
-        paused, last = now - last > PAUSE_SECONDS, now
-        if engine.must_restart():
-            return EX_SOFTWARE
         engine.rest()
-        if engine.running_seconds() > hang_seconds and not paused:
+        if batch.is_overdue(engine.running_since):
             log.critical(
-                "A batch has been running for over %.0f s; restarting the model process",
-                hang_seconds,
+                "A batch has been running for over %.0f s; restarting the model process", hang_seconds
             )
-            return EX_SOFTWARE
+            break
     return EX_SOFTWARE
 
 

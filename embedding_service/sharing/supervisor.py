@@ -27,6 +27,7 @@ from embedding_service.observability import logs
 from embedding_service.settings.config import Config
 from embedding_service.sharing.runtime_folder import RuntimeFolder
 from embedding_service.sharing.settings import EX_CONFIG, EX_SOFTWARE, ExitReason, LoadReport
+from embedding_service.sharing.watch import Watch
 
 # Not __name__, which is __main__ where this runs as a process.
 log = logging.getLogger("embedding_service.sharing.supervisor")
@@ -35,7 +36,6 @@ native = logging.getLogger("stderr")
 MAX_DEATHS, DEATHS_WITHIN_SECONDS = 5, 60.0
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0)
 POLL_SECONDS = 0.1
-PAUSE_SECONDS = 5.0
 STOP_SECONDS = 3.0
 MAX_REPORT_BYTES = 1 << 16
 
@@ -49,8 +49,7 @@ class Child:
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._start_at = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
-        self._heartbeat = 0
-        self._heartbeat_seen = self._looked = 0.0
+        self._watch = Watch(self._settings.hang_seconds)
 
     def keep_alive(self) -> ExitReason | None:
         """Start the process if it is due; returns a reason if restarting is pointless."""
@@ -60,7 +59,7 @@ class Child:
             return None
         code = self._process.poll()
         if code is None:
-            if self._hung(time.monotonic()):
+            if self._watch.is_overdue(self._heartbeat()):
                 log.critical("The model process is hung; killing it")
                 self._process.kill()
             return None
@@ -78,19 +77,12 @@ class Child:
             self._process.kill()
             self._process.wait()
 
-    def _hung(self, now: float) -> bool:
-        """Whether the heartbeat is overdue: a hang can keep the process's own watchdog from running.
-
-        Times are measured in this process, so a pause of the whole machine does not count.
-        """
+    def _heartbeat(self) -> int | None:
+        """When the process last showed a sign of life: a hang can keep its own watch from running."""
         try:
-            heartbeat = self._folder.heartbeat(self._index).stat().st_mtime_ns
+            return self._folder.heartbeat(self._index).stat().st_mtime_ns
         except FileNotFoundError:
-            return False  # still loading
-        paused, self._looked = now - self._looked > PAUSE_SECONDS, now
-        if heartbeat != self._heartbeat or paused:
-            self._heartbeat, self._heartbeat_seen = heartbeat, now
-        return now - self._heartbeat_seen > self._settings.hang_seconds
+            return None  # still loading
 
     def _start(self) -> None:
         self._folder.socket(self._index).unlink(missing_ok=True)

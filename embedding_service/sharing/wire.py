@@ -103,25 +103,31 @@ class Channel:
             Message, dec_hook=self._take_vectors
         )
 
-    def send(self, *messages: Message) -> None:
-        """Send messages, all of them in one system call if the socket has room. Raises Closed."""
-        self.send_rest(self._framed(messages))
+    def send(self, *messages: Message, wait: bool = True) -> list[memoryview]:
+        """Send messages, all of them in one system call if the socket has room. Raises Closed.
 
-    def try_send(self, *messages: Message) -> list[memoryview]:
-        """Send as much as the socket has room for, and return the rest for `send_rest`. Raises Closed.
-
-        The caller must send nothing else before the rest.
+        Without `wait`, the rest for which it has no room is returned: `send_rest` must send it before
+        anything else.
         """
-        views = self._framed(messages)
-        while views and self._send(views):
-            pass
-        return views
+        return self.send_rest(self._framed(messages), wait=wait)
 
-    def send_rest(self, views: list[memoryview]) -> None:
-        """Send what `try_send` returned, however long it takes. Raises Closed."""
+    def send_rest(self, views: list[memoryview], *, wait: bool = True) -> list[memoryview]:
+        """Send parts of messages, however long it takes, or without `wait` until the socket is full."""
         while views:
-            if not self._send(views):
+            try:
+                sent = self._socket.sendmsg(views[:512], (), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not wait:
+                    break
                 self._wait_writable()
+                continue
+            except OSError as error:
+                raise Closed(str(error)) from None
+            while views and sent >= views[0].nbytes:
+                sent -= views.pop(0).nbytes
+            if sent:
+                views[0] = views[0][sent:]
+        return views
 
     def receive(self) -> Message:
         """The next message; its vectors are views of what was received. Raises Closed."""
@@ -130,9 +136,11 @@ class Channel:
         return self._decoder.decode(memoryview(self._frame)[payload_size:])
 
     def receive_all(self) -> list[Message]:
-        """The next message, and those that arrived with it. Raises Closed."""
+        """The next message, and those that have arrived whole with it. Raises Closed."""
         messages = [self.receive()]
-        while self._has_message():
+        while (here := self._last - self._first - _SIZES.size) >= 0:
+            if sum(_SIZES.unpack_from(self._received, self._first)) > here:
+                break
             messages.append(self.receive())
         return messages
 
@@ -161,25 +169,6 @@ class Channel:
         vectors = np.ndarray(shape, np.float32, self._frame, self._offset)
         self._offset += vectors.nbytes
         return vectors
-
-    def _has_message(self) -> bool:
-        """Whether the next message has fully arrived."""
-        here = self._last - self._first - _SIZES.size
-        return here >= 0 and sum(_SIZES.unpack_from(self._received, self._first)) <= here
-
-    def _send(self, views: list[memoryview]) -> bool:
-        """Send as much as the socket has room for and drop it from the list; False if it is full."""
-        try:
-            sent = self._socket.sendmsg(views[:512], (), socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise Closed(str(error)) from None
-        while views and sent >= views[0].nbytes:
-            sent -= views.pop(0).nbytes
-        if sent:
-            views[0] = views[0][sent:]
-        return True
 
     def _wait_writable(self) -> None:
         poll = select.poll()
