@@ -8,9 +8,10 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 TORCH ?= auto
 # Where the CPU builds are. The build that pip finds by itself brings gigabytes of CUDA libraries on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# A file of tests per core at a time; no more than four, since each may start services of its own. In the order of
-# their names, the longest files are not last.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A file of tests at a time for each core, and one more, since tests also wait; no more than four in all, since each
+# may start services of its own. In the order of their names, the longest files are not last.
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all test-ci test-long test-nightly reliability test-deploy coverage lint style types schemas format bench bench-host \

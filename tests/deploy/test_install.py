@@ -22,7 +22,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clone.mkdir()
     run(["sh", "-euc", f"cd {ROOT}; git ls-files -z | xargs -0 cp --parents -t {clone}"])
     run([sys.executable, "-m", "venv", str(environment)])
-    run(["sh", "-euc", f"cd {clone}; {environment}/bin/pip install -q -c constraints.txt ."])
+    run(["sh", "-euc", f"cd {clone}; {environment}/bin/pip install -q --no-compile -c constraints.txt ."])
     run(["rm", "-r", str(clone)])
     return environment / "bin"
 
