@@ -170,11 +170,8 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     size, digest = source.identify()
     total = source.count()
     options = {name: getattr(arguments, name) for name in VECTOR_OPTIONS}
-    given = {
-        name: value
-        for name, value in (options | {"priority": arguments.priority}).items()
-        if value is not None
-    }
+    every = options | {"priority": arguments.priority}
+    given = {name: value for name, value in every.items() if value is not None}
     embedder = Patient(
         _embedder(arguments, given),
         arguments.give_up_after,

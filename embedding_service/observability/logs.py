@@ -32,6 +32,9 @@ request_id: Callable[[], str | None] = _no_request
 # Likewise for the id of the W3C trace that the request is part of.
 trace_id: Callable[[], str | None] = _no_request
 
+# Left out of the names of loggers.
+PACKAGE = "embedding_service."
+
 # Lines that may wait for a log that hangs, and how long the end of a process may.
 MAX_WAITING_LINES, FLUSH_SECONDS = 10_000, 0.25
 
@@ -45,7 +48,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         ids = " ".join(filter(None, (request_id(), trace_id())))
         line = (
-            f"{_stamp(record)} {record.levelname:<7} {_short(record.name)} "
+            f"{_stamp(record)} {record.levelname:<7} {record.name.removeprefix(PACKAGE)} "
             f"{f'[{ids}] ' if ids else ''}{record.getMessage().translate(_CONTROL)}"
         )
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -58,7 +61,7 @@ class JsonFormatter(logging.Formatter):
         fields: dict[str, Any] = {
             "time": _stamp(record),
             "level": record.levelname.lower(),
-            "logger": _short(record.name),
+            "logger": record.name.removeprefix(PACKAGE),
             "process": record.process,
             "message": record.getMessage(),
         }
@@ -118,10 +121,9 @@ class Writer:
                 item.release()
                 continue
             dropped, self._dropped = self._dropped, 0
-            note = f"{dropped} log lines were dropped, since the log could not be written in time\n" * bool(
-                dropped
-            )
-            data = (note + item + "\n").encode(errors="backslashreplace")
+            if dropped:
+                item = f"{dropped} log lines were dropped, since the log could not be written in time\n{item}"
+            data = f"{item}\n".encode(errors="backslashreplace")
             self._began = time.monotonic()
             try:
                 _write(self._opened() if self.path else _stream().fileno(), data)
@@ -198,7 +200,10 @@ def setup(settings: Config) -> None:
     logging.captureWarnings(True)
     sys.excepthook, threading.excepthook = _log_uncaught, _log_uncaught_in_thread
     if settings.log_format == "json":
-        _capture()
+        for name, priority in (("stdout", logging.INFO), ("stderr", logging.WARNING)):
+            stream = getattr(sys, name)
+            if not isinstance(stream, LineLogger):
+                setattr(sys, name, LineLogger(name, priority, stream))
 
 
 def _formatter(form: str) -> logging.Formatter:
@@ -260,14 +265,6 @@ def _stream() -> TextIO:
     return sys.stderr.original if isinstance(sys.stderr, LineLogger) else sys.stderr
 
 
-def _capture() -> None:
-    """Log in our format what Python and libraries print, uncaught exceptions included."""
-    for name, level in (("stdout", logging.INFO), ("stderr", logging.WARNING)):
-        stream = getattr(sys, name)
-        if not isinstance(stream, LineLogger):
-            setattr(sys, name, LineLogger(name, level, stream))
-
-
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt | SystemExit):
         logging.getLogger("uncaught").critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))
@@ -282,7 +279,3 @@ def _stamp(record: logging.LogRecord) -> str:
     """ISO 8601, in UTC, with milliseconds."""
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{seconds}.{int(record.msecs):03d}Z"
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("embedding_service.")

@@ -107,7 +107,16 @@ class UnrepeatedRequest(Request):  # type: ignore[misc]
     """Gunicorn's request, which takes a header that is sent twice in the same words as sent once."""
 
     def parse_headers(self, data: bytes, from_trailer: bool = False) -> list[tuple[str, str]]:
-        headers: list[tuple[str, str]] = super().parse_headers(_unrepeated(data), from_trailer)
+        folded = data.lower().replace(b" ", b"").split(b"\r\n")
+        if len(set(folded)) < len(folded):
+            once: dict[tuple[bytes, bytes, int], bytes] = {}
+            for number, line in enumerate(data.split(b"\r\n")):
+                name, _, value = line.partition(b":")
+                # Those that decide where a request goes or ends stay.
+                is_strict = name.lower() in (b"host", b"transfer-encoding")
+                once.setdefault((name.lower(), value.strip(), number if is_strict else 0), line)
+            data = b"\r\n".join(once.values())
+        headers: list[tuple[str, str]] = super().parse_headers(data, from_trailer)
         return headers
 
     def _peer_is_trusted_proxy(self) -> bool:
@@ -122,19 +131,6 @@ class Parser(RequestParser):  # type: ignore[misc]
     """Reads a connection's requests."""
 
     mesg_class = UnrepeatedRequest
-
-
-def _unrepeated(data: bytes) -> bytes:
-    """The headers without repetitions, except of those that decide where a request goes or ends."""
-    lines = data.lower().replace(b" ", b"").split(b"\r\n")
-    if len(set(lines)) == len(lines):
-        return data
-    once: dict[tuple[bytes, bytes, int], bytes] = {}
-    for number, line in enumerate(data.split(b"\r\n")):
-        name, _, value = line.partition(b":")
-        is_strict = name.lower() in (b"host", b"transfer-encoding")
-        once.setdefault((name.lower(), value.strip(), number if is_strict else 0), line)
-    return b"\r\n".join(once.values())
 
 
 class Listener(StreamServer):  # type: ignore[misc]
