@@ -1,8 +1,6 @@
 """All metrics. Every process of the service counts, and any of them can report the totals."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
@@ -16,6 +14,7 @@ values.ValueClass = multiprocess.SharedValue
 
 # The metrics of this process, or of the whole service if no folder is shared.
 registry = CollectorRegistry()
+share = multiprocess.share
 
 
 def _counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
@@ -98,34 +97,18 @@ GPU_TEMPERATURE = _gauge("gpu_temperature_celsius", "Temperature of the model's 
 BUILD_INFO.labels(__version__).set(1)
 
 
-class Distribution:
-    """A histogram's series, prepared so that several can be counted under one lock.
-
-    Every request uses it: looking up labels costs as much as counting, and the library's own `observe`
-    takes a lock twice and compares the value with every bound in turn.
-    """
-
-    def __init__(self, child: Histogram) -> None:
-        self._bounds: list[float] = child._upper_bounds
-        self._sum: Any = child._sum
-        self._buckets: list[Any] = child._buckets
-
-    def amounts(self, value: float) -> tuple[tuple[Any, float], tuple[Any, float]]:
-        """The counters that an observation of this value changes, and by how much."""
-        return (self._sum, value), (self._buckets[bisect_left(self._bounds, value)], 1.0)
-
-
 # One label for all other methods keeps the number of series bounded.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-_phases = [Distribution(PHASE_SECONDS.labels(phase)) for phase in ("tokenization", "queue", "inference")]
-_requests: dict[tuple[str, str, int], tuple[Any, Distribution]] = {}
+# Kept, since looking up labels costs as much as counting.
+_phases = [PHASE_SECONDS.labels(phase) for phase in ("tokenization", "queue", "inference")]
+_requests: dict[tuple[str, str, int], tuple[Any, Histogram]] = {}
 
 
-def request_series(route: str, method: str, status: int) -> tuple[Any, Distribution]:
+def request_series(route: str, method: str, status: int) -> tuple[Any, Histogram]:
     """The series of these requests, at 0 if new."""
     labels = route, method if method in _METHODS else "other"
-    series = REQUESTS.labels(*labels, str(status))._value, Distribution(REQUEST_SECONDS.labels(*labels))
+    series = REQUESTS.labels(*labels, str(status))._value, REQUEST_SECONDS.labels(*labels)
     if method in _METHODS:
         _requests[route, method, status] = series
     return series
@@ -136,27 +119,20 @@ def record_request(
 ) -> None:
     """Count a request by route, method and status; if it embedded texts, with the times of its phases."""
     requests, durations = _requests.get(key) or request_series(*key)
-    amounts = [(requests, 1.0), *durations.amounts(seconds)]
-    for phase, ms in zip(_phases, phase_ms, strict=False):
-        amounts += phase.amounts(ms / 1e3)
-    multiprocess.add(amounts)
+    phases = [(phase, ms / 1e3) for phase, ms in zip(_phases, phase_ms, strict=False)]
+    multiprocess.add([(requests, 1.0)], [(durations, seconds), *phases])
     if truncated_texts:
         TRUNCATED_TEXTS.inc(truncated_texts)
 
 
 _padding: Any = PADDING_TOKENS._value
-_texts, _tokens, _seconds = map(Distribution, (BATCH_TEXTS, BATCH_TOKENS, BATCH_SECONDS))
 
 
 def record_batch(texts: int, tokens: int, padded_tokens: int, seconds: float) -> None:
     """Count a forward pass."""
     multiprocess.add(
-        (
-            *_texts.amounts(texts),
-            *_tokens.amounts(tokens),
-            *_seconds.amounts(seconds),
-            (_padding, padded_tokens - tokens),
-        )
+        [(_padding, padded_tokens - tokens)],
+        [(BATCH_TEXTS, texts), (BATCH_TOKENS, tokens), (BATCH_SECONDS, seconds)],
     )
 
 
@@ -166,11 +142,6 @@ def record_cache(hits: int, misses: int) -> None:
         CACHE_HITS.inc(hits)
     if misses:
         CACHE_MISSES.inc(misses)
-
-
-def share(folder: Path) -> None:
-    """Share this process's counts, including past ones, with the other processes that use this folder."""
-    multiprocess.share(folder)
 
 
 def exposition(accept: str) -> tuple[bytes, str]:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import threading
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -132,15 +133,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_state.leave)
 
 
-def add(amounts: Iterable[tuple[SharedValue, float]]) -> None:
-    """Add to several values at once."""
+def add(amounts: Iterable[tuple[SharedValue, float]], observations: Iterable[tuple[Any, float]]) -> None:
+    """Add to values and count observations, each in its histogram, in one taking of the lock.
+
+    The library's own `observe` takes it twice and compares the value with every bound in turn.
+    """
     with _state.lock:
         for value, amount in amounts:
             value._cells[value._index] += amount
+        for histogram, observed in observations:
+            total = histogram._sum
+            total._cells[total._index] += observed
+            bucket = histogram._buckets[bisect_left(histogram._upper_bounds, observed)]
+            bucket._cells[bucket._index] += 1.0
 
 
 def share(folder: Path) -> None:
-    """Count in this folder from now on. A forked child must call this itself."""
+    """Share this process's counts, including past ones, with the other processes that use this folder.
+
+    A forked child must call this itself.
+    """
     with _state.lock:
         if _state.slot is None:
             slot = Slot(folder)

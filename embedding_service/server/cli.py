@@ -29,7 +29,7 @@ Run `embedding-service COMMAND --help` for the options of a command."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = _parser("embedding-service", DESCRIPTION, COMMANDS)
+    parser = parser_of("embedding-service", DESCRIPTION, COMMANDS)
     parser.add_argument(
         "command", choices=["serve", "embed", "download", "calibrate", "verify"], metavar="COMMAND"
     )
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
     """Serve until the process is told to stop; returns the exit code."""
-    parser = _parser(prog, "Serve text embeddings over HTTP.", _settings_help())
+    parser = parser_of(prog, "Serve text embeddings over HTTP.", _settings_help())
     parser.add_argument("--host", metavar="ADDRESS", help="the setting HOST")
     parser.add_argument("--port", metavar="N", help="the setting PORT")
     # Text Embeddings Inference's options, so that its command lines work.
@@ -82,7 +82,7 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
 
 def download(arguments: Sequence[str]) -> None:
     """Fetch a model into the cache and check its files. Raises StartupError."""
-    parser = _parser(
+    parser = parser_of(
         "embedding-service download",
         "Fetch a model into the cache (HF_HOME), compare its files with the hub's hashes, prepare it in "
         "CACHE_FOLDER for a fast start, if it runs on the CPU, and exit. The settings are those of "
@@ -118,7 +118,7 @@ def download(arguments: Sequence[str]) -> None:
 
 def calibrate(arguments: Sequence[str]) -> None:
     """Find and write the ranges for int8 and uint8. Raises OSError or StartupError."""
-    parser = _parser(
+    parser = parser_of(
         "embedding-service calibrate",
         "Embed the lines of a text file with the configured model, and write the smallest and largest "
         "number of each dimension to a file for INT8_RANGES. A few thousand lines similar to your own texts "
@@ -138,7 +138,8 @@ def calibrate(arguments: Sequence[str]) -> None:
     print(f"Wrote the ranges of {len(texts)} texts to {given.output}. Set INT8_RANGES={given.output}")
 
 
-def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def parser_of(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of a command."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,

@@ -1,6 +1,5 @@
 """The command line of `embedding-service verify`, and its report."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -8,6 +7,7 @@ import msgspec
 
 from embedding_service.errors import StartupError
 from embedding_service.inference.source import DEFAULT_MODEL
+from embedding_service.server.cli import parser_of
 from embedding_service.settings import environment
 
 DIFFERS, CANNOT = 3, 2
@@ -19,12 +19,10 @@ exit codes: 0 the vectors are the same; 3 they differ; 2 they could not be compa
 
 def execute(arguments: Sequence[str]) -> int:
     """Compare a server with the model; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = parser_of(
         "embedding-service verify",
-        description="Compare the vectors of a running server with those of SentenceTransformer.encode.",
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "Compare the vectors of a running server with those of SentenceTransformer.encode.",
+        EPILOG,
     )
     parser.add_argument("--url", required=True, help="the server, as http://127.0.0.1:8001")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="its model: a Hugging Face name or a folder")

@@ -49,12 +49,8 @@ APIS = [
     ),
     Api("Cohere", "v2/embed", "texts", lambda answer: answer["embeddings"]["float"], COHERE),
 ]
-# Where a server lists its models, and how the name of the first is found.
-LISTS: list[tuple[str, Callable[[Any], Any]]] = [
-    ("v1/models", lambda answer: answer["data"][0]["id"]),
-    ("models", lambda answer: answer["data"][0]["id"]),
-    ("api/tags", lambda answer: answer["models"][0]["name"]),
-]
+# Where a server lists its models, and where in the answer their names are.
+LISTS = [("v1/models", "data", "id"), ("models", "data", "id"), ("api/tags", "models", "name")]
 
 
 class Server:
@@ -80,10 +76,10 @@ class Server:
         self._client.close()
 
     def _served(self) -> str | None:
-        for path, read in LISTS:
+        for path, models, name in LISTS:
             answer = self._client.get(path)
             with contextlib.suppress(ValueError, LookupError, TypeError):
-                return str(read(answer.json()))
+                return str(answer.json()[models][0][name])
         return None
 
     def _api(self) -> Api:
