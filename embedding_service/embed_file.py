@@ -170,10 +170,10 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     size, digest = source.identify()
     total = source.count()
     options = {name: getattr(arguments, name) for name in VECTOR_OPTIONS}
-    every = options | {"priority": arguments.priority}
-    given = {name: value for name, value in every.items() if value is not None}
+    fields = options | {"priority": arguments.priority}
+    fields = {name: value for name, value in fields.items() if value is not None}
     embedder = Patient(
-        _embedder(arguments, given),
+        _embedder(arguments, fields),
         arguments.give_up_after,
         lambda message: tqdm.write(message, file=sys.stderr),
     )
@@ -211,8 +211,8 @@ def _convert(precision: Precision, embedder: Patient) -> outputs.Convert | None:
             )
         ranges = read_ranges(path)
         # The second fingerprint is that of a service with these ranges.
-        own = (ranges.fingerprint, with_ranges(ranges.fingerprint, ranges))
-        if embedder.description.fingerprint not in own:
+        fingerprints = (ranges.fingerprint, with_ranges(ranges.fingerprint, ranges))
+        if embedder.description.fingerprint not in fingerprints:
             raise StartupError(
                 f"INT8_RANGES={path!r} was calibrated with another model or other model settings"
             )
@@ -240,9 +240,9 @@ def _embed(arguments: argparse.Namespace, work: Work) -> int:
         # Ten updates a second would fill a log file.
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     ) as bar:
-        most = min(arguments.batch, work.embedder.description.max_client_batch_size)
+        rows = min(arguments.batch, work.embedder.description.max_client_batch_size)
         try:
-            for chunk in run(work.rows, work.embedder, part, chunk_rows=most, in_flight=arguments.in_flight):
+            for chunk in run(work.rows, work.embedder, part, chunk_rows=rows, in_flight=arguments.in_flight):
                 truncated += chunk.truncated
                 bar.update(chunk.texts)
                 if part.failures:

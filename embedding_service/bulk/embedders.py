@@ -103,10 +103,10 @@ class RemoteEmbedder:
             raise StartupError(f"--url {url!r} or the API key cannot be used: {error}") from None
 
     def describe(self) -> Description:
-        found = self._ask("GET", "info", None, Description)
+        description = self._ask("GET", "info", None, Description)
         # From now on another model refuses, rather than to mix its vectors with those of this one.
-        self._client.headers.setdefault("x-expect-fingerprint", found.fingerprint)
-        return found
+        self._client.headers.setdefault("x-expect-fingerprint", description.fingerprint)
+        return description
 
     def embed(self, texts: list[str]) -> list[Embedding]:
         answer = self._ask("POST", "embed", msgspec.json.encode({"texts": texts} | self._options), _Answer)
@@ -116,7 +116,7 @@ class RemoteEmbedder:
             numbered = [(text, [(chunk.start, chunk.end) for chunk in group]) for text, group in by_text]
             if [text for text, _ in numbered] != list(range(len(texts))):
                 raise Lost(f"{self._url} answered with chunks of other texts")
-            spans = [own for _, own in numbered]
+            spans = [chunks for _, chunks in numbered]
         if len(answer.embeddings) != count:
             what = "texts" if spans is None else "chunks"
             raise Lost(f"{self._url} answered {count} {what} with {len(answer.embeddings)} vectors")
@@ -186,8 +186,8 @@ def _by_text(
     """The vectors of each text: one, or one for each of its spans."""
     if spans is None:
         return [Embedding(vectors[i : i + 1], is_truncated=i in truncated) for i in range(len(vectors))]
-    parts = np.split(vectors, np.cumsum([len(own) for own in spans])[:-1])
-    return [Embedding(part, own) for part, own in zip(parts, spans, strict=True)]
+    parts = np.split(vectors, np.cumsum([len(chunks) for chunks in spans])[:-1])
+    return [Embedding(part, chunks) for part, chunks in zip(parts, spans, strict=True)]
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:

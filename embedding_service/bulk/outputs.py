@@ -115,11 +115,11 @@ def _blocks(part: PartFile, convert: Convert) -> Iterator[Block]:
         # Mapped again for each block: the pages of a single mapping would all count as our memory.
         vectors = np.array(np.load(part.paths.part, mmap_mode="r")[first : first + BLOCK_ROWS])
         places = list(islice(every_place, len(vectors)))
-        found: dict[int, str] = {}
+        block_errors: dict[int, str] = {}
         while pending is not None and pending.row <= places[-1].row:
-            found[pending.row] = pending.error
+            block_errors[pending.row] = pending.error
             pending = next(errors, None)
-        yield convert(vectors), places, found
+        yield convert(vectors), places, block_errors
 
 
 def _lines(path: Path, kind: type[Line]) -> Iterator[Line]:

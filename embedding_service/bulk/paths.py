@@ -35,21 +35,21 @@ def require_room(source: os.stat_result, output: Path, *, restart: bool) -> None
     for ending, use in ENDINGS.items():
         if output.name.endswith(ending):
             raise StartupError(f"{output}: names that end in {ending} are for {use}")
-    own = Paths(output)
+    paths = Paths(output)
     taken = {(source.st_dev, source.st_ino): "the input"}
-    for path in (output, *vars(own).values(), new_path(output), new_path(own.job)):
+    for path in (output, *vars(paths).values(), new_path(output), new_path(paths.job)):
         if path.is_symlink() and path != output:
             raise StartupError(f"{path} is a symbolic link; a run writes to a file of its own")
         try:
-            found = path.stat()
+            facts = path.stat()
         except FileNotFoundError:
             continue
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(facts.st_mode):
             raise StartupError(f"{path} exists and is not a regular file")
-        other = taken.setdefault((found.st_dev, found.st_ino), str(path))
+        other = taken.setdefault((facts.st_dev, facts.st_ino), str(path))
         if other != str(path):
             raise StartupError(f"{path} is the same file as {other}; choose another output")
-    if not restart and not own.part.exists():
-        for path in (output, own.errors, own.chunks):
+    if not restart and not paths.part.exists():
+        for path in (output, paths.errors, paths.chunks):
             if path.exists():
                 raise StartupError(f"{path} already exists; --restart replaces it")

@@ -72,13 +72,13 @@ class Patient:
     def embed(self, rows: list[Row]) -> EmbeddedRows:
         """Embed the rows that have a text. Raises Stopped if the embedder can no longer be used."""
         texts = [row.text for row in rows if not row.error]
-        found = iter(self._embed(texts) if texts else [])
+        outcomes = iter(self._embed(texts) if texts else [])
         vectors: list[Vectors] = []
         places: list[Place] = []
         bad: list[Row] = []
         truncated = 0
         for row in rows:
-            outcome = row.error or next(found)
+            outcome = row.error or next(outcomes)
             if isinstance(outcome, str):
                 bad.append(msgspec.structs.replace(row, error=outcome))
                 outcome = Embedding(np.full((1, self.dimension), np.nan, np.float32))
@@ -115,11 +115,11 @@ class Patient:
         return f"the text {error.reason}" if error.index is not None else error.message
 
     def _request(self, texts: list[str]) -> list[Embedding]:
-        found = self._persist(lambda: self._embedder.embed(texts))
-        dimension = found[0].vectors.shape[1]
+        embeddings = self._persist(lambda: self._embedder.embed(texts))
+        dimension = embeddings[0].vectors.shape[1]
         if dimension != self.dimension:
             raise Stopped(f"the vectors now have {dimension} dimensions instead of {self.dimension}")
-        return found
+        return embeddings
 
     def _persist(self, ask: Callable[[], Result]) -> Result:
         """Ask until there is an answer. Raises ServiceErrors that the texts may have caused."""
@@ -127,10 +127,10 @@ class Patient:
         for attempt in count():
             try:
                 if was_away:
-                    found = self._embedder.describe()
+                    description = self._embedder.describe()
                     # The vectors of another model must not be mixed in.
-                    if self._known and found.fingerprint != self._known.fingerprint:
-                        names = f"{found.model_name} instead of {self._known.model_name}"
+                    if self._known and description.fingerprint != self._known.fingerprint:
+                        names = f"{description.model_name} instead of {self._known.model_name}"
                         raise Stopped(f"the service now runs another model: {names}")
                 result = ask()
             except ServiceError as error:

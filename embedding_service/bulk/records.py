@@ -121,25 +121,25 @@ def _records(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple
     fault: _Fault | None = None
     while True:
         first = lines.begin()
-        found = _record_or_fault(lines, reader, first, delimiter, None if fault else width)
-        if isinstance(found, _Fault):
+        record = _record_or_fault(lines, reader, first, delimiter, None if fault else width)
+        if isinstance(record, _Fault):
             lines.push_back()
             # Parsing from the record's second line may hit the same quote again.
-            if fault and fault.line != found.line:
+            if fault and fault.line != record.line:
                 yield fault.line, fault.message()
-            fault = fault if fault and fault.line == found.line else found
-        elif fault and found is not None and len(found) != width:
+            fault = fault if fault and fault.line == record.line else record
+        elif fault and record is not None and len(record) != width:
             lines.push_back()
-            fault.last_line = max(fault.last_line, first if found else 0)
+            fault.last_line = max(fault.last_line, first if record else 0)
         else:
             if fault:
                 # If a record begins on that line, an earlier quote caused the fault.
                 yield fault.line if fault.line < first else fault.first_line, fault.message()
                 fault = None
-            if found is None:
+            if record is None:
                 return
-            if found:
-                yield first, found
+            if record:
+                yield first, record
 
 
 def _record_or_fault(
@@ -156,8 +156,8 @@ def _record_or_fault(
         return _fault(lines, first, delimiter, error)
     if record is None or width in (None, len(record)) or len(lines.taken) == 1:
         return record
-    found = f"{len(lines.taken)} lines form a record of {len(record)} fields, not {width}"
-    return _Fault(first, first, f"{found}; a quote may be unclosed", first)
+    fault = f"{len(lines.taken)} lines form a record of {len(record)} fields, not {width}"
+    return _Fault(first, first, f"{fault}; a quote may be unclosed", first)
 
 
 def _fault(lines: _Lines, first: int, delimiter: str, error: Exception) -> _Fault:

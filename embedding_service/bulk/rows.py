@@ -72,8 +72,8 @@ def encodable(text: str) -> str:
 def json_text(field: str) -> Callable[[bytes], str]:
     """A parser that extracts the text from a JSON string or a field of a JSON object. It raises BadRow."""
     # Decodes only the text and skips the other fields.
-    wanted = msgspec.defstruct("Wanted", [("value", Any, UNSET)], rename={"value": field})
-    decoder = msgspec.json.Decoder(wanted | str)
+    text_only = msgspec.defstruct("TextOnly", [("value", Any, UNSET)], rename={"value": field})
+    decoder = msgspec.json.Decoder(text_only | str)
 
     def parse(raw: bytes) -> str:
         if not raw.strip():
@@ -86,7 +86,7 @@ def json_text(field: str) -> Callable[[bytes], str]:
                 value = json.loads(raw.decode())
             except (ValueError, RecursionError):
                 raise BadRow(f"not valid JSON: {error}") from None
-        if isinstance(value, wanted):
+        if isinstance(value, text_only):
             value = {} if value.value is UNSET else {field: value.value}  # type: ignore[attr-defined]
         if isinstance(value, dict):
             if field not in value:
@@ -108,5 +108,5 @@ def _names(raw: bytes) -> str:
 
 def shown(names: Iterable[str]) -> str:
     """Names of fields or columns, shortened to fit a message."""
-    found = [name[:60] for name in names]
-    return ", ".join(found[:SHOWN_NAMES]) + (", …" if len(found) > SHOWN_NAMES else "")
+    shortened = [name[:60] for name in names]
+    return ", ".join(shortened[:SHOWN_NAMES]) + (", …" if len(shortened) > SHOWN_NAMES else "")

@@ -305,9 +305,9 @@ def _convert(name: str, raw: str, field: dataclasses.Field[Any]) -> Any:
             return msgspec.json.decode(raw, type=dict[str, str])
         return msgspec.convert(raw, type_of(field), strict=False)
     except msgspec.MsgspecError:
-        wanted = field.metadata["allowed"] or allowed(kind)
+        words = field.metadata["allowed"] or allowed(kind)
         raise ConfigError(
-            f"{name}={shown} is not allowed: it must be {wanted}. {field.metadata['description']}"
+            f"{name}={shown} is not allowed: it must be {words}. {field.metadata['description']}"
         ) from None
 
 

@@ -57,8 +57,8 @@ def execute(arguments: Sequence[str]) -> int:
         results.append(result)
         say(str(result))
     server.close()
-    found = [result.finding for result in results if result.finding]
-    findings = sorted(dict.fromkeys(found), key=found.count, reverse=True)
+    faults = [result.finding for result in results if result.finding]
+    findings = sorted(dict.fromkeys(faults), key=faults.count, reverse=True)
     compared = any(result.refused is None for result in results)
     if given.json:
         report = {

@@ -37,14 +37,14 @@ class Oracle:
 
     def mistakes(self, texts: list[str]) -> Iterator[tuple[str, Vectors]]:
         """The vectors that a mistake would give, after the mistake in words."""
-        own, tokenizer = self._model.max_seq_length, self._model.tokenizer
+        limit, tokenizer = self._model.max_seq_length, self._model.tokenizer
         longest = max(map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"]))
         config = getattr(getattr(self._model[0], "auto_model", None), "config", None)
-        most = getattr(config, "max_position_embeddings", 8192)
+        positions = getattr(config, "max_position_embeddings", 8192)
         for cut in CUTS:
-            if cut != own and cut < longest and cut <= most:
-                found = self._changed(texts, self._model, "max_seq_length", cut)
-                yield f"texts are cut at {cut} tokens, not at {own}", found
+            if cut != limit and cut < longest and cut <= positions:
+                vectors = self._changed(texts, self._model, "max_seq_length", cut)
+                yield f"texts are cut at {cut} tokens, not at {limit}", vectors
         other = "left" if tokenizer.truncation_side == "right" else "right"
         yield "texts are cut at their other end", self._changed(texts, tokenizer, "truncation_side", other)
         for name, prompt in self.prompts.items():

@@ -71,10 +71,10 @@ class Verifier:
         alone = {"scripts": SCRIPTS, "case": CASE, "spaces": SPACES, "emoji": EMOJI, "words": WORDS}
         for name, texts in (alone | {"empty": ["", " "]}).items():
             yield self._probe(name, texts, self._alone)
-        most = self._oracle.max_tokens
+        tokens = self._oracle.max_tokens
         for name, sizes in {
-            "long": [share * most // 8 for share in (3, 5, 7)],
-            "over-long": [2 * most, 3 * most],
+            "long": [share * tokens // 8 for share in (3, 5, 7)],
+            "over-long": [2 * tokens, 3 * tokens],
         }.items():
             yield self._probe(name, [self._oracle.text_of(size) for size in sizes], self._alone, is_long=True)
         for size in (1, 2, 8, 32, 64):
@@ -103,46 +103,48 @@ class Verifier:
     ) -> Result:
         """Compare the answers to `ask`, and those of single texts too if these differ."""
         try:
-            found = ask(texts)
+            vectors = ask(texts)
             right = self._oracle.encode(texts)
-            result = self._compare(name, texts, found, right, is_long)
+            result = self._compare(name, texts, vectors, right, is_long)
             if not result.finding or ask == self._alone or len(texts) == 1:
                 return result
-            if _difference(found[:8], self._alone(texts[:8])) <= self._tolerance:
+            if _difference(vectors[:8], self._alone(texts[:8])) <= self._tolerance:
                 return result
         except Refused as refusal:
             return Result(name, len(texts), refused=str(refusal))
         except ValueError:
             return Result(name, len(texts), finding="the number of dimensions varies")
         finding = "the vector of a text depends on its batch"
-        if _difference(np.sort(found, axis=0), np.sort(right, axis=0)) <= self._tolerance:
+        if _difference(np.sort(vectors, axis=0), np.sort(right, axis=0)) <= self._tolerance:
             finding = "the vectors are in another order than the texts"
         return msgspec.structs.replace(result, finding=finding)
 
     def _option(self, name: str, fields: dict[str, Any], **given: Any) -> Result:
         texts = SCRIPTS[:4]
         try:
-            found, own = self._server.embed(texts, **fields), self._server.embed(texts)
+            vectors, plain = self._server.embed(texts, **fields), self._server.embed(texts)
         except Refused as refusal:
             return Result(name, len(texts), refused=str(refusal))
-        if found.shape == own.shape and _difference(found, own) <= self._tolerance:
+        if vectors.shape == plain.shape and _difference(vectors, plain) <= self._tolerance:
             return Result(name, len(texts), refused="ignored")
-        return self._compare(name, texts, found, self._oracle.encode(texts, **given), is_long=False)
+        return self._compare(name, texts, vectors, self._oracle.encode(texts, **given), is_long=False)
 
-    def _compare(self, name: str, texts: list[str], found: Vectors, right: Vectors, is_long: bool) -> Result:
+    def _compare(
+        self, name: str, texts: list[str], vectors: Vectors, right: Vectors, is_long: bool
+    ) -> Result:
         nothing = Result(name, len(texts), float("inf"), -1.0)
-        if found.shape != right.shape:
-            words = f"another model: {found.shape[1]} dimensions, not {right.shape[1]}"
+        if vectors.shape != right.shape:
+            words = f"another model: {vectors.shape[1]} dimensions, not {right.shape[1]}"
             return msgspec.structs.replace(nothing, finding=words)
-        if not np.isfinite(found).all():
+        if not np.isfinite(vectors).all():
             return msgspec.structs.replace(nothing, finding="vectors hold numbers that are not finite")
-        scaled = unit(found)
+        scaled = unit(vectors)
         cosines = (scaled * right).sum(axis=1)
-        result = Result(name, len(texts), _difference(found, right), float(cosines.min()))
+        result = Result(name, len(texts), _difference(vectors, right), float(cosines.min()))
         if result.largest_difference <= self._tolerance:
             return result
         findings = []
-        if np.abs(np.linalg.norm(found, axis=1) - 1).max() > max(self._tolerance, 1e-2):
+        if np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > max(self._tolerance, 1e-2):
             findings.append("vectors are not normalised")
         wrong = np.flatnonzero(np.abs(scaled - right).max(axis=1) > self._tolerance)[:6]
         if len(wrong):
