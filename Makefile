@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile 
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all test-ci test-long test-nightly reliability test-deploy coverage lint style types schemas format bench bench-host \
-	bench-device bench-gpu bench-peer bench-infinity release dist site audit bundle docker clean
+	bench-device bench-gpu bench-peer bench-open bench-infinity release dist site audit bundle docker clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -91,6 +91,9 @@ PEER_ROWS := one paused one-8 one-32 32-4 mix beside-bulk
 bench-peer: $(VENV)/bench.stamp  ## compare with any server (PEER="COMMAND --port {port}" or its URL; API=tei, openai or native)
 	@test -n "$(PEER)" || { echo 'Set PEER to a command in which {port} is its port, or to the URL of a server.' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.run --systems service --only $(PEER_ROWS) --peer '$(PEER)' --api $(or $(API),tei) $(BENCH)
+
+bench-open: $(VENV)/bench.stamp  ## requests that arrive at random, at 10 to 150 % of the capacity (PEER, API as above)
+	$(BIN)/python -m benchmarks.open_loop $(if $(PEER),--peer '$(PEER)') --api $(or $(API),tei) $(BENCH)
 
 bench-infinity:  ## install infinity-emb in its own virtual environment, for `bench`
 	$(PYTHON) -m venv build/infinity-venv

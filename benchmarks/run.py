@@ -107,7 +107,7 @@ class Bench:
     def measure(self) -> dict[str, Any]:
         """The content of the results file."""
         about = machine.describe()
-        with self._started() as (raw, servers, ready):
+        with self.started() as (raw, servers, ready):
             scenarios = [self._alternate(scenario, raw, servers) for scenario in self._scenarios]
             padding = None
             if raw and any(s.kind == "mix" for s in self._scenarios):
@@ -131,7 +131,8 @@ class Bench:
         }
 
     @contextlib.contextmanager
-    def _started(self) -> Iterator[tuple[Raw | None, list[System], dict[str, float]]]:
+    def started(self) -> Iterator[tuple[Raw | None, list[System], dict[str, float]]]:
+        """The systems, ready and warm, with the seconds that each took to be ready."""
         servers: list[System] = []
         ready: dict[str, float] = {}
         self._backend = ""
@@ -148,7 +149,7 @@ class Bench:
                     ready[server.name] = round(server.wait_ready(), 2)
                     print(f"{server.name} is ready after {ready[server.name]} s", flush=True)
             for server in servers:
-                self._load(server, WARM_UP, 2)
+                self.load(server, WARM_UP, 2)
             yield raw, servers, ready
 
     def _start(self, name: str) -> System | None:
@@ -176,7 +177,7 @@ class Bench:
                 turns.setdefault("raw", []).append(self._raw(scenario, raw, seconds))
             for server in servers:
                 if scenario.encoding in server.formats:
-                    turns.setdefault(server.name, []).append(self._load(server, scenario, seconds))
+                    turns.setdefault(server.name, []).append(self.load(server, scenario, seconds))
         medians = {name: _median(results) for name, results in turns.items()}
         line = "  ".join(f"{name} {result['texts_per_second']:.1f}" for name, result in medians.items())
         print(f"{scenario.title}: {line} texts/s", flush=True)
@@ -198,7 +199,8 @@ class Bench:
         result: dict[str, float] = raw.ask("run", texts=pool, batch_size=scenario.raw_batch, seconds=seconds)
         return result
 
-    def _load(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
+    def load(self, server: System, scenario: Scenario, seconds: int) -> dict[str, float]:
+        """What a system did under a closed-loop load."""
         if scenario.texts >= 1000:
             return self._one_at_a_time(server, scenario, seconds)
         if scenario.beside_bulk:
@@ -221,7 +223,7 @@ class Bench:
         """From a load in Python, which waits for the last answers: a server may give only a few in a turn."""
         bulk = self._wrk(server, BULK, seconds + 1)
         time.sleep(1)
-        seen = load.measure(server.url, self._bodies(server, scenario), scenario.clients, seconds, 1)
+        seen = load.measure(server.url, self.bodies(server, scenario), scenario.clients, seconds, 1)
         # A server may refuse some of these while it is busy.
         beside = _result(bulk, server, BULK, may_fail=True)
         served = beside["requests"] - beside["errors"]
@@ -235,7 +237,8 @@ class Bench:
             "bulk_refused": beside["errors"],
         }
 
-    def _bodies(self, server: System, scenario: Scenario) -> Path:
+    def bodies(self, server: System, scenario: Scenario) -> Path:
+        """A file with one request's body a line."""
         bodies = self._scratch / f"{scenario.name}-{server.name}.txt"
         if not bodies.exists():
             pool, size = self._pools[scenario.kind], scenario.texts
@@ -244,7 +247,7 @@ class Bench:
         return bodies
 
     def _wrk(self, server: System, scenario: Scenario, seconds: int) -> "subprocess.Popen[str]":
-        bodies = self._bodies(server, scenario)
+        bodies = self.bodies(server, scenario)
         command = ["wrk", "-t1", f"-c{scenario.clients}", f"-d{seconds}s", "--timeout", "60s"]
         command += ["-s", str(LUA), server.url, "--", str(bodies), server.path]
         if scenario.pause_ms:
@@ -299,9 +302,9 @@ def _median(results: list[dict[str, float]]) -> dict[str, float]:
     return {key: round(statistics.median(r[key] for r in results), 4) for key in results[0]}
 
 
-def main() -> None:
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with the systems that it asks for."""
     names = [scenario.name for scenario in SCENARIOS]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
     parser.add_argument("--alternations", type=int, default=3, help="turns of each system")
     parser.add_argument("--quick", action="store_true", help="one turn of 2 s each; write no results")
@@ -321,6 +324,11 @@ def main() -> None:
     arguments.systems += ["peer"] * bool(arguments.peer) + ["before"] * bool(arguments.checkout)
     if arguments.quick:
         arguments.seconds, arguments.alternations = 2.0, 1
+    return arguments
+
+
+def main() -> None:
+    arguments = parsed(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
     with tempfile.TemporaryDirectory() as scratch:
         results = Bench(arguments, Path(scratch)).measure()
     print(report.markdown(results), report.verdicts(results), sep="\n\n")
