@@ -7,9 +7,8 @@ import posixpath
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from embedding_service.engine import Int8Ranges
 from embedding_service.inference.model_files import (
     TRANSFORMERS,
     Listing,
@@ -19,6 +18,10 @@ from embedding_service.inference.model_files import (
     modules,
     transformer_config,
 )
+
+if TYPE_CHECKING:
+    # It has numpy, which the master needs only once the model is loading.
+    from embedding_service.engine import Int8Ranges
 
 __all__ = ["effective_prompts", "files_read", "fingerprint", "model_digest", "with_ranges"]
 
@@ -69,7 +72,7 @@ def model_digest(folder: Path) -> str:
     return _hash([found, service_config(listing).get("truncate_dim")])
 
 
-def with_ranges(fingerprint: str, ranges: Int8Ranges) -> str:
+def with_ranges(fingerprint: str, ranges: "Int8Ranges") -> str:
     """The fingerprint of a service that also answers in int8, with these ranges."""
     return _hash([fingerprint, ranges.minimum, ranges.maximum])
 

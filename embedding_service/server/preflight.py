@@ -11,7 +11,6 @@ from embedding_service.inference import source
 from embedding_service.inference.fingerprint import effective_prompts
 from embedding_service.inference.hardware import no_cuda
 from embedding_service.inference.model_files import Listing
-from embedding_service.quantization import read_ranges
 from embedding_service.settings.config import Config
 from embedding_service.settings.environment import Environment
 from embedding_service.web import keys
@@ -28,6 +27,9 @@ def check_model(settings: Config) -> None:
     if (is_int8 or settings.backend == "openvino") and importlib.util.find_spec("openvino") is None:
         raise StartupError("BACKEND=openvino and DTYPE=int8 need openvino, which is for x86 CPUs")
     if settings.int8_ranges:
+        # With numpy, which takes time before the model begins to load.
+        from embedding_service.quantization import read_ranges
+
         read_ranges(settings.int8_ranges)
     name, folder = settings.default_prompt_name, Path(settings.embedding_model).expanduser()
     if name and name not in settings.prompts and folder.is_dir():
