@@ -23,7 +23,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from embedding_service.inference import source
+from embedding_service.inference import loading, source
+from embedding_service.settings import config
 
 ROOT = Path(__file__).parent.parent
 # The package of the default model, which a bundle contains as a folder instead.
@@ -117,6 +118,13 @@ def copy_model(name: str, weights: str, folder: Path) -> dict[str, str]:
     }
 
 
+def prepare_model(folder: Path, prepared: Path) -> None:
+    """Prepare the model in a folder for CPUs, with the service's default settings."""
+    settings = {"EMBEDDING_MODEL": str(folder), "CACHE_FOLDER": str(prepared), "DEVICE": "cpu"}
+    if not loading.prepare(config.load(settings)):
+        sys.exit("--prepared: OpenVINO cannot run this model here, so it needs torch")
+
+
 def pack_service(path: Path) -> None:
     """Pack every file of the working tree that git does not ignore, committed or not."""
     listed = subprocess.run(
@@ -188,6 +196,9 @@ def main() -> None:
     )
     parser.add_argument("--model", default=source.DEFAULT_MODEL, help="model, as in EMBEDDING_MODEL")
     parser.add_argument("--weights", choices=["float32", "float16"], default="float32")
+    parser.add_argument(
+        "--prepared", action="store_true", help="prepare the model, so that a CPU serves it without torch"
+    )
     parser.add_argument("--piece-mib", type=int, default=60)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bundle")
     arguments = parser.parse_args()
@@ -201,6 +212,8 @@ def main() -> None:
         (staging / "wheels").mkdir()
         Wheels(staging / "wheels", arguments.python, without).fetch()
         model = copy_model(arguments.model, arguments.weights, staging / "model")
+        if arguments.prepared:
+            prepare_model(staging / "model", staging / "prepared")
         pack_service(staging / "service.tar.gz")
         divide(staging, bundle, arguments.piece_mib << 20)
     about = {

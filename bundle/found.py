@@ -1,6 +1,7 @@
 """`python -m bundle.found` shows what an installation runs on: Python, torch, the driver, CUDA devices."""
 
 import importlib.metadata
+import importlib.util
 import platform
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,10 @@ def unmet() -> Iterator[str]:
 def main() -> None:
     for line in unmet():
         print(line)
+    if importlib.util.find_spec("torch") is None:
+        print(f"python: {platform.python_version()}")
+        print("torch is not installed: only a model that the bundle has prepared is served, on the CPU.")
+        return
     found = describe()
     for name, value in found.items():
         if name != "devices" and value:

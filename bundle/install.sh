@@ -25,16 +25,19 @@ join() {
     rm "${first%.part00}".part*
   done
 }
-mkdir -p "$target/model"
+mkdir -p "$target/model" "$target/prepared"
 target=$(cd "$target" && pwd)
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 for file in piece-*/wheels/*; do ln -s "$bundle/$file" "$wheels/"; done
 for piece in piece-*; do
-  if [ -d "$piece/model" ]; then cp -R "$piece/model/." "$target/model/"; fi
+  for kind in model prepared; do
+    if [ -d "$piece/$kind" ]; then cp -R "$piece/$kind/." "$target/$kind/"; fi
+  done
 done
 join "$wheels"
 join "$target/model"
+join "$target/prepared"
 tar -xzf piece-*/service.tar.gz -C "$target"
 
 # pip runs from its own wheel, so neither pip nor ensurepip has to be installed.
@@ -50,7 +53,7 @@ for path in sys.path:
     if path.endswith("-packages"):
         print(f"import site; site.addsitedir({path!r})")' >"$site/packages_of_the_machine.pth"
 fi
-[ -e "$target/.env" ] || echo "EMBEDDING_MODEL=$target/model" >"$target/.env"
+[ -e "$target/.env" ] || printf '%s\n' "EMBEDDING_MODEL=$target/model" "CACHE_FOLDER=$target/prepared" >"$target/.env"
 
 cd "$target"
 .venv/bin/python -m bundle.found

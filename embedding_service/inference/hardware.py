@@ -1,11 +1,15 @@
 """What this machine can compute with, found out without importing torch."""
 
+import contextlib
 import ctypes.util
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+
+# From cuda.h.
+CUDA_ERROR_NO_DEVICE = 100
 
 
 def no_cuda() -> str | None:
@@ -19,8 +23,16 @@ def no_cuda() -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # noqa: TID251 - CUDA's own, not a setting
     if visible is not None and visible.strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides every device"
-    if not build.startswith("rocm") and ctypes.util.find_library("cuda") is None:
+    return None if build.startswith("rocm") else _no_nvidia_device()
+
+
+def _no_nvidia_device() -> str | None:
+    driver = ctypes.util.find_library("cuda")
+    if driver is None:
         return "the NVIDIA driver (libcuda) is not installed"
+    with contextlib.suppress(OSError):
+        if ctypes.CDLL(driver).cuInit(0) == CUDA_ERROR_NO_DEVICE:
+            return "the NVIDIA driver finds no device"
     return None
 
 

@@ -63,6 +63,21 @@ def test_a_bundle_installs_and_serves_without_a_network(tmp_path, oracle):
     assert not (tmp_path / "another").exists()
 
 
+@pytest.mark.deploy
+def test_a_prepared_bundle_serves_without_torch(tmp_path, oracle):
+    for program, package in {"unshare": "util-linux", "ip": "iproute2", "curl": "curl"}.items():
+        require_program(program, package)
+    left_out = ["torch", "transformers", "sentence-transformers"]
+    bundle = build(tmp_path / "bundle", "--prepared", "--without", *left_out)
+    assert not list(bundle.glob("piece-*/wheels/torch-*"))
+    done = on_the_machine(bundle, tmp_path / "target")
+    log = tmp_path / "target" / "service.log"
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{log.read_text() if log.exists() else ''}"
+    assert "torch is not installed" in done.stdout
+    answer = json.loads((tmp_path / "target" / "answer.json").read_text())
+    assert np.abs(answer["embeddings"] - oracle.encode(["Hello world"])).max() < 1e-5
+
+
 @pytest.mark.nightly
 def test_a_bundle_for_another_python_version_is_complete(tmp_path):
     """pip's own resolver finds everything in the bundle except for torch."""
