@@ -3,7 +3,7 @@
 import pytest
 
 from embedding_service.errors import ConfigError
-from embedding_service.server import cli, serving
+from embedding_service.server import cli
 from embedding_service.settings import environment
 
 TEI = {
@@ -38,7 +38,7 @@ def test_variables_count_beside_model_id():
 
 
 def test_options_of_serve_count(monkeypatch):
-    monkeypatch.setattr(serving, "serve", lambda: None)
+    monkeypatch.setattr(cli, "_run", lambda _settings: None)
     monkeypatch.setattr(environment, "_current", None)
     for name in (*TEI, "EMBEDDING_MODEL"):
         monkeypatch.delenv(name, raising=False)

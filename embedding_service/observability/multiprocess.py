@@ -58,11 +58,8 @@ class SharedValue:
         with _state.lock:
             return self._cells[self._index]
 
-    def set_exemplar(self, exemplar: Any) -> None:
-        """Exemplars are not shared."""
-
     def get_exemplar(self) -> None:
-        """Exemplars are not shared."""
+        """There are none."""
 
     def move(self, slot: "Slot") -> None:
         """Move the value, counts included, into the slot's file. The caller holds the lock."""

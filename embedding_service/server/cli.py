@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -59,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
     """Serve until the process is told to stop; returns the exit code."""
-    parser = parser_of(prog, "Serve text embeddings over HTTP.", _settings_help())
+    lines = ["settings, from the environment or a .env file:"]
+    for field in config.FIELDS:
+        default = "" if (value := config.default_of(field)) is None else f" ({value})"
+        lines.append(f"  {field.name.upper()}  {field.metadata['description']}{default}")
+    parser = parser_of(prog, "Serve text embeddings over HTTP.", "\n".join(lines))
     parser.add_argument("--host", metavar="ADDRESS", help="the setting HOST")
     parser.add_argument("--port", metavar="N", help="the setting PORT")
     # Text Embeddings Inference's options, so that its command lines work.
@@ -68,16 +75,39 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
         option = f"--{name.lower().replace('_', '-')}"
         parser.add_argument(option, nargs="?", const="true", dest=name.lower(), help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
-    # Imported here, so that --help is fast.
-    from embedding_service.server import serving
-
     try:
-        environment.start(**{name.upper(): value for name, value in given.items() if value is not None})
-        serving.serve()
+        started = environment.start(**{name.upper(): v for name, v in given.items() if v is not None})
+        _run(started.settings)
     except StartupError as error:
         logs.refuse(error, environment.log_format())
         return EX_CONFIG
     return 0
+
+
+def _run(settings: config.Config) -> None:
+    """Run gunicorn in this process; where it cannot run (Windows), Werkzeug and the model."""
+    if os.name != "posix" or not importlib.util.find_spec("gunicorn"):
+        from embedding_service.server.app import build
+
+        build().run(settings.host, settings.port, threaded=True)
+        return
+    from gunicorn.app.base import Application
+
+    class Service(Application):  # type: ignore[misc]
+        def load_config(self) -> None:
+            # With our configuration instead of sys.argv.
+            self.load_config_from_module_name_or_filename("python:embedding_service.server.gunicorn_conf")
+            extra = self.cfg.parser().parse_args(self.cfg.get_cmd_args_from_env())
+            for name, value in vars(extra).items():
+                if value is not None and name != "args":
+                    self.cfg.set(name, value)
+
+        def load(self) -> Any:
+            from embedding_service.server.app import build  # after the model has begun to load
+
+            return build()
+
+    Service().run()
 
 
 def download(arguments: Sequence[str]) -> None:
@@ -149,8 +179,3 @@ def parser_of(prog: str, description: str, epilog: str) -> argparse.ArgumentPars
     )
     parser.add_argument("--version", action="version", version=f"embedding-service {__version__}")
     return parser
-
-
-def _settings_help() -> str:
-    lines = [f"  {name}  {description}" for name, description in config.descriptions().items()]
-    return "settings, from the environment or a .env file:\n" + "\n".join(lines)

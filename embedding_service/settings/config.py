@@ -214,12 +214,6 @@ class Config:
             return True
 
 
-def descriptions() -> dict[str, str]:
-    """The description and default of each setting."""
-    shown = {field.name: "" if (value := default_of(field)) is None else f" ({value})" for field in FIELDS}
-    return {field.name.upper(): field.metadata["description"] + shown[field.name] for field in FIELDS}
-
-
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The value of a setting that is not given."""
     return {} if field.default is dataclasses.MISSING else field.default
