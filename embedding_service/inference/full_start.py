@@ -64,7 +64,7 @@ def load_fully(settings: Config, source: Source, keys: Keys, threads: int) -> Mo
             ),
             cost=model.budget.cost,
         )
-        _keep(keys.prepared(), facts, references)
+        prepared.save(keys.prepared(), facts, references)
         if settings.dtype in ("auto", "bfloat16") and settings.cache_folder:
             threading.Thread(
                 target=compare_formats,
@@ -93,15 +93,6 @@ def _references(checkpoint: Checkpoint, preprocessor: Preprocessor, prompts: lis
         Reference(prompt, given, session.run(dict(given)))
         for prompt, given in zip(prompts, inputs, strict=True)
     ]
-
-
-def _keep(entry: Entry | None, facts: Prepared, references: list[Reference]) -> None:
-    if entry is None:
-        return
-    try:
-        prepared.save(entry, facts, references)
-    except OSError as error:
-        log.debug("The prepared model is not kept for the next start: %s", error)
 
 
 def _assemble(
@@ -164,7 +155,7 @@ def _info(checkpoint: Checkpoint, backend: Backend, warm: WarmUp) -> ModelInfo:
     )
 
 
-def _cost_entry(keys: Keys, checkpoint: Checkpoint, backend: Backend, threads: int) -> Entry | None:
+def _cost_entry(keys: Keys, checkpoint: Checkpoint, backend: Backend, threads: int) -> Entry:
     sessions = len(backend.sessions)
     return keys.cost(backend.name, checkpoint.dtype, sessions, threads, device_name(checkpoint.device))
 

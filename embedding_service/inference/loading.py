@@ -124,7 +124,7 @@ def _load_prepared(settings: Config, threads: int) -> Model | None:
         share_cores(on_cpu=True)
         graph = keys.graph(dtype)
         # Weights that are damaged harm nothing but vectors, so they are hashed while they are compiled.
-        if graph is None or (folder := graph.find(unread=WEIGHTS)) is None:
+        if (folder := graph.find(unread=WEIGHTS)) is None:
             return None
         is_sound = pool.submit(graph.is_sound)
         reading = pool.submit(RustTokenizer, facts.tokenizer, threads)
@@ -138,9 +138,8 @@ def _load_prepared(settings: Config, threads: int) -> Model | None:
             reason = "its weights are damaged"
     if reason is not None:
         log.warning("The prepared model is not used and is prepared again: %s", reason)
-        for entry in (keys.prepared(), graph):
-            if entry is not None:
-                entry.forget()
+        keys.prepared().forget()
+        graph.forget()
         return None
     cost = prepared.read_cost(keys.cost("openvino", dtype, len(backend.sessions), threads, "cpu"))
     info = msgspec.structs.replace(

@@ -71,26 +71,24 @@ class Keys:
         self._names = config.read_text(errors="replace") if config.is_file() else ""
         self.digest = digest
 
-    def prepared(self) -> Entry | None:
+    def prepared(self) -> Entry:
         """The entry of the prepared model."""
         s = self._settings
         facts = [s.dtype, s.backend, s.batch_size, s.max_seq_length, s.prompts, s.default_prompt_name]
         return self._entry("models", self._names, s.attn_implementation, *facts)
 
-    def graph(self, dtype: str) -> Entry | None:
+    def graph(self, dtype: str) -> Entry:
         """The entry of the graph, or of the reason why there can be none. bfloat16 has float32's."""
         form = "int8" if dtype == "int8" else "float32"
         return self._entry("graphs", form, self._settings.attn_implementation)
 
-    def cost(self, backend: str, dtype: str, sessions: int, threads: int, device: str) -> Entry | None:
+    def cost(self, backend: str, dtype: str, sessions: int, threads: int, device: str) -> Entry:
         """The entry of what batches cost on this CPU."""
         s = self._settings
         facts = [backend, dtype, sessions, threads, device, s.batch_size, s.max_seq_length, cpu_model()]
         return self._entry("costs", s.attn_implementation, *facts)
 
-    def _entry(self, kind: str, *facts: object) -> Entry | None:
-        if not self._folder:
-            return None
+    def _entry(self, kind: str, *facts: object) -> Entry:
         made_with = [_version(name) for name in PREPARING] if can_prepare() else None
         serving = [_version(name) for name in SERVING]
         return Entry(self._folder, kind, [FORM, *serving, self.digest, *facts], made_with)
@@ -142,7 +140,7 @@ def _difference(vectors: Vectors, expected: Vectors | None) -> float:
 
 
 def save(entry: Entry, prepared: Prepared, references: Sequence[Reference]) -> None:
-    """Write an entry. Raises OSError."""
+    """Write an entry, if that is possible."""
     arrays = {
         f"{number}.{name}": np.asarray(value)
         for number, one in enumerate(references)
@@ -153,12 +151,12 @@ def save(entry: Entry, prepared: Prepared, references: Sequence[Reference]) -> N
         _write(folder / "facts.json", prepared)
         np.savez(folder / "references.npz", **arrays)  # type: ignore[arg-type]
 
-    entry.save(write)
+    entry.keep(write, "The prepared model is not kept for the next start")
 
 
-def read(entry: Entry | None) -> tuple[Prepared, list[Reference]] | None:
+def read(entry: Entry) -> tuple[Prepared, list[Reference]] | None:
     """A prepared model and its references, if the entry is there and whole."""
-    if entry is None or (folder := entry.find()) is None:
+    if (folder := entry.find()) is None:
         return None
     try:
         prepared = msgspec.json.decode((folder / "facts.json").read_bytes(), type=Prepared)
@@ -181,10 +179,10 @@ def read(entry: Entry | None) -> tuple[Prepared, list[Reference]] | None:
     return prepared, references
 
 
-def read_cost(entry: Entry | None) -> BatchCost | None:
+def read_cost(entry: Entry) -> BatchCost | None:
     """The cost in an entry, or None if it is missing or implausible."""
     try:
-        if entry is None or (folder := entry.find()) is None:
+        if (folder := entry.find()) is None:
             return None
         cost = msgspec.json.decode((folder / "cost.json").read_bytes(), type=BatchCost)
     except (OSError, msgspec.MsgspecError):
@@ -193,14 +191,12 @@ def read_cost(entry: Entry | None) -> BatchCost | None:
     return cost if sound else None
 
 
-def save_cost(entry: Entry | None, cost: BatchCost) -> None:
+def save_cost(entry: Entry, cost: BatchCost) -> None:
     """Write what batches cost here, if that is possible."""
-    if entry is None:
-        return
-    try:
-        entry.save(lambda folder: _write(folder / "cost.json", cost))
-    except OSError as error:
-        log.debug("The measured cost of batches is not kept for the next start: %s", error)
+    entry.keep(
+        lambda folder: _write(folder / "cost.json", cost),
+        "The measured cost of batches is not kept for the next start",
+    )
 
 
 def _write(path: Path, content: object) -> None:

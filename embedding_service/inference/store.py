@@ -33,13 +33,14 @@ class Entry:
     """One entry of a kind. If the disk cannot be read or written, the entry is just missing."""
 
     def __init__(
-        self, folder: str, kind: str, facts: Sequence[object], made_with: Sequence[object] | None = ()
+        self, folder: str | None, kind: str, facts: Sequence[object], made_with: Sequence[object] | None = ()
     ) -> None:
         """`facts` are everything that the entry's content depends on, as well as what it was `made_with`.
 
-        If that is None, the latest entry counts, whatever it was made with.
+        If that is None, the latest entry counts, whatever it was made with. Without a folder there is none.
         """
-        place = Path(os.path.expanduser(folder)) / kind  # noqa: PTH111 - never raises
+        self._may_exist = bool(folder)
+        place = Path(os.path.expanduser(folder or os.devnull)) / kind  # noqa: PTH111 - never raises
         name = _key([kind, *facts])
         if made_with is not None:
             name = f"{name}-{_key(made_with)}"
@@ -65,7 +66,7 @@ class Entry:
             os.utime(self.path)
         return self.path
 
-    def save(self, write: Callable[[Path], None]) -> None:
+    def save(self, write: Callable[[Path], object]) -> None:
         """Let `write` fill a folder, and put it in place whole or not at all. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent, ignore_cleanup_errors=True) as scratch:
@@ -83,6 +84,16 @@ class Entry:
                     self.path.rename(Path(scratch) / "old")
                     whole.rename(self.path)
         self._drop_old()
+
+    def keep(self, write: Callable[[Path], object], lost: str, level: int = logging.DEBUG) -> bool:
+        """Save if possible; if not, say in the log what is `lost`."""
+        try:
+            if self._may_exist:
+                self.save(write)
+        except (OSError, RuntimeError) as error:
+            log.log(level, "%s: %s", lost, error)
+            return False
+        return self._may_exist
 
     def forget(self) -> None:
         """Remove the entry."""

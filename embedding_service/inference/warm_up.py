@@ -42,7 +42,7 @@ def warm_up(
     max_seq_length: int,
     max_batch_tokens: int,
     on_cpu: bool,
-    costs: Entry | None,
+    costs: Entry,
     tolerance: float,
 ) -> WarmUp:
     """Run short and long texts on every lane, and find out what batches cost, unless `costs` knows it.
@@ -90,7 +90,7 @@ def find_cost(
     preprocessor: Preprocessor,
     max_seq_length: int,
     max_batch_tokens: int,
-    costs: Entry | None,
+    costs: Entry,
     *,
     on_cpu: bool,
 ) -> BatchCost:

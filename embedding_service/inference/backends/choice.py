@@ -2,8 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from textwrap import shorten
 
 import torch
@@ -15,9 +14,10 @@ from embedding_service.inference.checkpoint import Checkpoint
 from embedding_service.inference.hardware import can_run_openvino
 from embedding_service.inference.prepared import TOLERANCE, Keys, Reference, difference
 from embedding_service.inference.preprocessing import PROBES, Preprocessor
-from embedding_service.inference.store import Entry
 
 log = logging.getLogger(__name__)
+
+NOT_KEPT = "CACHE_FOLDER cannot be written, so every start converts the model again"
 
 # In place of a graph: why the model cannot be converted.
 REFUSAL = "refusal.txt"
@@ -74,9 +74,9 @@ def convert(checkpoint: Checkpoint, references: Sequence[Reference], keys: Keys,
     from embedding_service.inference.backends.conversion import convert
 
     dtype, entry = checkpoint.dtype, keys.graph(checkpoint.dtype)
-    folder = entry.find() if entry else None
+    folder = entry.find()
     if folder is not None and (refusal := folder / REFUSAL).is_file():
-        raise ValueError(refusal.read_text())
+        raise ValueError(refusal.read_text("utf-8"))
     if folder is not None:
         try:
             backend = openvino.openvino_backend(openvino.read_graph(folder), dtype=dtype, threads=threads)
@@ -84,12 +84,10 @@ def convert(checkpoint: Checkpoint, references: Sequence[Reference], keys: Keys,
                 return backend
         except RuntimeError as error:
             log.debug("The converted model in %s is not used: %s", folder, error)
-    if entry is not None:
-        entry.forget()
+    entry.forget()
     try:
         graph = convert(checkpoint.model, checkpoint.model.preprocess(PROBES[:2]), int8=dtype == "int8")
-        kept = entry is not None and _keep(entry, lambda path: openvino.write_graph(graph, path))
-        if kept and entry is not None:
+        if entry.keep(lambda path: openvino.write_graph(graph, path), NOT_KEPT, logging.WARNING):
             graph = openvino.read_graph(entry.path)
         backend = openvino.openvino_backend(graph, dtype=dtype, threads=threads)
         found = difference(backend.sessions[0], references)
@@ -99,22 +97,9 @@ def convert(checkpoint: Checkpoint, references: Sequence[Reference], keys: Keys,
         raise
     except Exception as error:
         # bfloat16 has the graph of float32, which may be exact enough.
-        if entry is not None and dtype != "bfloat16":
-            line = shorten(str(error), 300, placeholder=" …")
+        if dtype != "bfloat16":
+            line = shorten(str(error), 300, placeholder=" …").encode()
             entry.forget()
-            _keep(entry, lambda path: _write(path / REFUSAL, line))
+            entry.keep(lambda path: (path / REFUSAL).write_bytes(line), NOT_KEPT, logging.WARNING)
         raise
     return backend
-
-
-def _keep(entry: Entry, write: Callable[[Path], None]) -> bool:
-    try:
-        entry.save(write)
-    except (OSError, RuntimeError) as error:
-        log.warning("CACHE_FOLDER cannot be written, so every start converts the model again: %s", error)
-        return False
-    return True
-
-
-def _write(path: Path, line: str) -> None:
-    path.write_text(line)
