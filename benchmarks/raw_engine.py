@@ -28,7 +28,7 @@ from embedding_service.inference import source
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.loading import load
 from embedding_service.inference.model import Model
-from embedding_service.inference.runtime import Lane
+from embedding_service.inference.runtime import Stream
 from embedding_service.inference.tokenized import Batch, Rows
 from embedding_service.settings.config import Config
 
@@ -83,21 +83,21 @@ class RawEngine:
         for batch in batches[:3]:
             self._embed(batch)
         padding = self._padding(batches)
-        if batch_size == 1 or len(self.model.lanes) == 1:
+        if batch_size == 1 or len(self.model.streams) == 1:
             return _time(self._embed, batches, seconds, padding)
         together = _time(self._embed, batches, seconds / 2, padding)
         apart = self._side_by_side(batches, seconds / 2, padding)
         return max(together, apart, key=lambda rate: rate.texts_per_second)
 
     def _side_by_side(self, batches: list[list[str]], seconds: float, padding: float) -> Rate:
-        def run(number: int, lane: Lane) -> Rate:
+        def run(number: int, stream: Stream) -> Rate:
             def embed(batch: list[str]) -> Vectors:
-                return lane.forward(self._prepared(batch))
+                return stream.forward(self._prepared(batch))
 
             return _time(embed, batches, seconds, padding, seed=number)
 
-        with ThreadPoolExecutor(len(self.model.lanes)) as threads:
-            rates = list(threads.map(run, range(len(self.model.lanes)), self.model.lanes))
+        with ThreadPoolExecutor(len(self.model.streams)) as threads:
+            rates = list(threads.map(run, range(len(self.model.streams)), self.model.streams))
         return Rate(
             sum(rate.texts_per_second for rate in rates),
             max(rate.p50_ms for rate in rates),
@@ -138,7 +138,7 @@ class RawEngine:
         return 1 - recorder.real / recorder.padded
 
     def _embed(self, batch: list[str]) -> Vectors:
-        return (self.model.whole or self.model.lanes[0]).forward(self._prepared(batch))
+        return (self.model.all_cores or self.model.streams[0]).forward(self._prepared(batch))
 
     def _prepared(self, batch: list[str]) -> Batch:
         return [Rows.all_of(self.model.preprocessor.prepare(batch, None, None))]
@@ -153,13 +153,13 @@ class RawEngine:
 
 
 class _Recorder:
-    """A runtime that counts the tokens and the padding in its lanes."""
+    """A runtime that counts the tokens and the padding in its streams."""
 
     def __init__(self, runtime: Model) -> None:
         self._runtime = runtime
         self._lock = threading.Lock()
-        self.lanes = [_RecordedLane(lane, self.count) for lane in runtime.lanes]
-        self.whole = _RecordedLane(runtime.whole, self.count) if runtime.whole else None
+        self.streams = [_RecordedStream(stream, self.count) for stream in runtime.streams]
+        self.all_cores = _RecordedStream(runtime.all_cores, self.count) if runtime.all_cores else None
         self.real = self.padded = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -172,15 +172,15 @@ class _Recorder:
             self.padded += int(lengths.max()) * len(lengths)
 
 
-class _RecordedLane:
-    """A lane whose batches are counted."""
+class _RecordedStream:
+    """A stream whose batches are counted."""
 
-    def __init__(self, lane: Lane, count: Callable[[Batch], None]) -> None:
-        self._lane, self._count = lane, count
+    def __init__(self, stream: Stream, count: Callable[[Batch], None]) -> None:
+        self._stream, self._count = stream, count
 
     def forward(self, batch: Batch) -> Vectors:
         self._count(batch)
-        return self._lane.forward(batch)
+        return self._stream.forward(batch)
 
 
 def _batches(texts: list[str], batch_size: int) -> list[list[str]]:

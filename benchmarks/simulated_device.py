@@ -1,8 +1,8 @@
 """Measures how busy the model process keeps a simulated accelerator, so that no GPU is needed.
 
-The device runs the batches of two lanes one after the other. A batch costs the host a fixed launch time,
+The device runs the batches of two streams one after the other. A batch costs the host a fixed launch time,
 during which it holds the interpreter's lock, and costs the device a time in proportion to its tokens,
-including padding; the lane waits for the result. The rest is real: the socket, the tokenizer, the queue,
+including padding; the stream waits for the result. The rest is real: the socket, the tokenizer, the queue,
 packing and delivering. There is one client process for each web worker; a client sends its next request as
 soon as it has a response.
 
@@ -44,7 +44,7 @@ MADE = np.random.default_rng(1).standard_normal((16_384, DIMENSION)).astype(np.f
 
 @dataclass
 class Device:
-    """Runs one batch at a time, regardless of the number of lanes."""
+    """Runs one batch at a time, regardless of the number of streams."""
 
     tokens_per_second: float
     launch_seconds: float
@@ -69,7 +69,7 @@ class Device:
 
 @dataclass(eq=False)
 class Stream:
-    """A lane, which packs its batches like a real one."""
+    """A stream, which packs its batches like a real one."""
 
     device: Device
     preprocessor: Preprocessor
@@ -82,8 +82,8 @@ class Stream:
 
 def on_device(runtime: Model, device: Device, streams: int) -> Model:
     """Make the loaded model run on the device."""
-    runtime.lanes = [Stream(device, runtime.preprocessor) for _ in range(streams)]
-    runtime.whole = None
+    runtime.streams = [Stream(device, runtime.preprocessor) for _ in range(streams)]
+    runtime.all_cores = None
     runtime.on_cpu, runtime.normalized = False, True
     runtime.info = msgspec.structs.replace(runtime.info, max_batch_tokens=BATCH_TOKENS)
     cost = BatchCost(device.launch_seconds, 1 / device.tokens_per_second)

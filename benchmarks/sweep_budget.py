@@ -2,7 +2,7 @@
 
 python -m benchmarks.sweep_budget [--backend torch] [--dtype bfloat16]
 
-For each text length and budget it prints tokens per second with all lanes running, and ms per batch.
+For each text length and budget it prints tokens per second with all streams running, and ms per batch.
 """
 
 import argparse
@@ -31,16 +31,16 @@ def sweep(model: Model, budgets: tuple[int, ...], rounds: int) -> dict[int, dict
                 pool = texts.of_length(length, budget // length)
                 batches[length, budget] = [Rows.all_of(model.preprocessor.prepare(pool, None, None))]
     fastest: dict[tuple[int, int], float] = {}
-    with ThreadPoolExecutor(len(model.lanes)) as threads:
+    with ThreadPoolExecutor(len(model.streams)) as threads:
         for _ in range(rounds):
             for key, batch in batches.items():
                 began = time.perf_counter()
-                list(threads.map(lambda lane, batch=batch: lane.forward(batch), model.lanes))
+                list(threads.map(lambda stream, batch=batch: stream.forward(batch), model.streams))
                 took = time.perf_counter() - began
                 fastest[key] = min(took, fastest.get(key, took))
     found: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
     for (length, budget), seconds in fastest.items():
-        tokens = budget // length * length * len(model.lanes)
+        tokens = budget // length * length * len(model.streams)
         found[length][budget] = (tokens / seconds, seconds)
     return found
 
@@ -63,7 +63,8 @@ def main() -> None:
     own = model.budget.tokens
     rates = sweep(model, tuple(sorted({*SWEPT, own})), arguments.rounds)
     print(
-        f"{model.info.backend}, {model.info.dtype}, {len(model.lanes)} at once: found {own} tokens, ", end=""
+        f"{model.info.backend}, {model.info.dtype}, {len(model.streams)} at once: found {own} tokens, ",
+        end="",
     )
     print(f"overhead {model.budget.overhead_tokens}, {model.budget.batch_seconds * 1e3:.0f} ms expected\n")
     print(

@@ -16,9 +16,9 @@ def instant(runtime):
     def forward(batch, *_others, **_named):
         return vectors[: sum(len(part.rows) for part in batch)]
 
-    for lane in (*runtime.lanes, runtime.whole):
-        if lane is not None:
-            lane.forward = forward
+    for stream in (*runtime.streams, runtime.all_cores):
+        if stream is not None:
+            stream.forward = forward
     return runtime
 
 

@@ -16,7 +16,7 @@ from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceErro
 from embedding_service.inference.execution import Computed, execute
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest, Share, normalize
-from embedding_service.inference.runtime import DeviceLost, Lane
+from embedding_service.inference.runtime import DeviceLost, Stream
 from embedding_service.inference.scheduler import Scheduler
 from embedding_service.inference.tokenization import cut_next, is_large, tokenize_part, tokenize_together
 from embedding_service.observability import metrics
@@ -51,17 +51,17 @@ class Batcher:
         self._reading = self._lock if cache_bytes else contextlib.nullcontext()
         self._closed: str | None = None
         # When each stream began its current batch.
-        self._running: dict[Lane, float] = {}
+        self._running: dict[Stream, float] = {}
         # The streams that sleep, with the lock that wakes each; the one that ran last comes last.
-        self._sleeping: dict[Lane, threading.Lock] = {}
+        self._sleeping: dict[Stream, threading.Lock] = {}
         # A thread each: a request that is cut delays no other that is tokenized.
         self._to_cut: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         self._large: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         for waiting, step in ((self._to_cut, self._cut), (self._large, self._tokenize)):
             self._start(self._step_forever, waiting, step, name=step.__name__.strip("_"))
         # Each is released to wake its stream.
-        self._woken: dict[Lane, threading.Lock] = {}
-        for number, stream in enumerate([*model.lanes, *([model.whole] if model.whole else [])]):
+        self._woken: dict[Stream, threading.Lock] = {}
+        for number, stream in enumerate([*model.streams, *([model.all_cores] if model.all_cores else [])]):
             self._woken[stream] = threading.Lock()
             self._woken[stream].acquire()
             self._start(self._run_forever, stream, name=f"model-{number}")
@@ -123,9 +123,9 @@ class Batcher:
         outcomes += [(one.number, self._outcome(one)) for one in done]
         if outcomes:
             _hand_over(receiver, outcomes)
-        if turn is not None and self._model.whole is not None:
+        if turn is not None and self._model.all_cores is not None:
             try:
-                self._run(*turn, self._model.whole, goes_on=False)
+                self._run(*turn, self._model.all_cores, goes_on=False)
             except BaseException as error:
                 self._break(error)
 
@@ -227,9 +227,9 @@ class Batcher:
 
     # Through the streams
 
-    def _run_forever(self, stream: Lane) -> None:
+    def _run_forever(self, stream: Stream) -> None:
         """A stream's thread; ends if the batcher closes, the device is lost, or its own code is faulty."""
-        if self._model.whole is not None and stream is not self._model.whole:
+        if self._model.all_cores is not None and stream is not self._model.all_cores:
             _be_nice()
         woken = self._woken[stream]
         try:
@@ -245,7 +245,7 @@ class Batcher:
         except BaseException as error:
             self._break(error)
 
-    def _take(self, stream: Lane) -> Turn | None:
+    def _take(self, stream: Stream) -> Turn | None:
         """Take a batch, or None: then the stream sleeps until it is woken. Needs the lock."""
         turn: Turn | None = None
         if self._closed is None:
@@ -260,21 +260,21 @@ class Batcher:
 
     def _borrow(self) -> Turn | None:
         """A batch for the stream with all cores, whose own thread goes on sleeping. Needs the lock."""
-        all_cores = self._model.whole
+        all_cores = self._model.all_cores
         if all_cores in self._sleeping and self._scheduler.queue and self._suits(all_cores):
             del self._sleeping[all_cores]
             return self._take(all_cores)
         return None
 
-    def _suits(self, stream: Lane) -> bool:
+    def _suits(self, stream: Stream) -> bool:
         """Whether a stream should take a batch: the one with all cores only one that is alone."""
-        return stream is not self._model.whole or (not self._running and self._scheduler.fits_one_batch)
+        return stream is not self._model.all_cores or (not self._running and self._scheduler.fits_one_batch)
 
     def _wake(self) -> None:
         """Wake a stream if texts wait: of those that suit, the one that ran last. Needs the lock."""
         if not self._sleeping or not self._scheduler.queue:
             return
-        all_cores = self._model.whole
+        all_cores = self._model.all_cores
         if all_cores in self._sleeping and self._suits(all_cores):
             self._sleeping.pop(all_cores).release()
             return
@@ -288,7 +288,7 @@ class Batcher:
         shares: list[Share],
         tokens: int,
         late: list[PendingRequest],
-        stream: Lane,
+        stream: Stream,
         *,
         goes_on: bool = True,
     ) -> Turn | None:
@@ -335,7 +335,7 @@ class Batcher:
                 metrics.record_batch(len(one.vectors), one.tokens, one.padded, one.ended - one.began)
         return following
 
-    def _sleep(self, stream: Lane) -> None:
+    def _sleep(self, stream: Stream) -> None:
         """Lay a stream that was borrowed to sleep, unless there is work. Needs the lock."""
         if self._closed is None:
             self._sleeping[stream] = self._woken[stream]
@@ -359,7 +359,7 @@ class Batcher:
 
     # To the receivers
 
-    def _deliver(self, computed: Computed, unit: Vectors, stream: Lane) -> Iterator[Ended]:
+    def _deliver(self, computed: Computed, unit: Vectors, stream: Stream) -> Iterator[Ended]:
         """Give the requests their vectors; yields those that have ended, with their error. Needs the lock."""
         for (pending, rows), why in computed.failed:
             try:
@@ -367,7 +367,7 @@ class Batcher:
             except ServiceError as error:
                 if self._scheduler.end(pending):
                     yield pending, error
-        if not computed.failed and stream is not self._model.whole:
+        if not computed.failed and stream is not self._model.all_cores:
             self._scheduler.measure(computed.padded, computed.began, computed.ended)
         for pending in self._scheduler.deliver(
             computed.shares, computed.vectors, unit, computed.began, computed.ended

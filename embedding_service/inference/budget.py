@@ -60,7 +60,7 @@ class BatchCost:
 
 
 class BatchBudget:
-    """The budget of the batches of a model's lanes.
+    """The budget of the batches of a model's streams.
 
     `tokens` is what a batch should hold now: at most `max_batch_tokens`, and at least one text of full
     length. Padding of `overhead_tokens` costs as much as one more batch. `confirmed` says that a large batch
@@ -92,7 +92,7 @@ class BatchBudget:
         return self.cost.tokens_within(seconds)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn how long a batch of this many padded tokens took on one of the lanes (never on `whole`)."""
+        """Learn how long a batch of this many padded tokens took in a stream other than `all_cores`."""
         cost = self.cost
         expected = cost.seconds(tokens)
         error = seconds / expected - 1

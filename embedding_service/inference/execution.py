@@ -10,7 +10,7 @@ import numpy as np
 from embedding_service.engine import Vectors
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import Share, rows_of
-from embedding_service.inference.runtime import DeviceLost, Lane, OutOfMemory
+from embedding_service.inference.runtime import DeviceLost, OutOfMemory, Stream
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Computed:
 def execute(
     shares: list[Share],
     model: Model,
-    stream: Lane,
+    stream: Stream,
     *,
     on_start: Callable[[float], None],
     on_out_of_memory: Callable[[], None],

@@ -16,13 +16,13 @@ from embedding_service.inference.device import device_name, prepare_libraries
 from embedding_service.inference.fingerprint import model_digest
 from embedding_service.inference.hardware import computes_bfloat16, share_cores
 from embedding_service.inference.in_torch import InTorch
-from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.model import Model
 from embedding_service.inference.own_preprocessing import choose_preprocessor
 from embedding_service.inference.prepared import Keys, Prepared, Reference, inputs_of
 from embedding_service.inference.preprocessing import Preprocessor, RustTokenizer
 from embedding_service.inference.source import Source
 from embedding_service.inference.store import Entry
+from embedding_service.inference.streams import SessionStream
 from embedding_service.inference.warm_up import WarmUp, find_cost, warm_up
 from embedding_service.settings.config import Config
 
@@ -60,7 +60,7 @@ def load_fully(settings: Config, source: Source, keys: Keys, threads: int) -> Mo
             tokenizer=preprocessor.facts,
             prompts=prompts,
             without_padding=any(
-                isinstance(lane, SessionLane) and lane.without_padding for lane in model.lanes
+                isinstance(stream, SessionStream) and stream.without_padding for stream in model.streams
             ),
             cost=model.budget.cost,
         )
@@ -99,11 +99,11 @@ def _assemble(
     checkpoint: Checkpoint, preprocessor: Preprocessor, backend: Backend, keys: Keys, threads: int
 ) -> Model:
     settings, source = checkpoint.settings, checkpoint.source
-    lanes = [SessionLane(preprocessor, session) for session in backend.sessions]
-    whole = SessionLane(preprocessor, backend.whole) if backend.whole else None
+    streams = [SessionStream(preprocessor, session) for session in backend.sessions]
+    all_cores = SessionStream(preprocessor, backend.all_cores) if backend.all_cores else None
     warm = warm_up(
-        lanes,
-        whole,
+        streams,
+        all_cores,
         preprocessor,
         max_seq_length=checkpoint.max_seq_length,
         max_batch_tokens=settings.batch_size * checkpoint.max_seq_length,
@@ -120,8 +120,8 @@ def _assemble(
     return Model(
         info=_info(checkpoint, backend, warm),
         preprocessor=preprocessor,
-        lanes=lanes,
-        whole=whole,
+        streams=streams,
+        all_cores=all_cores,
         exact=InTorch(read, preprocessor),
         budget=warm.budget,
         normalized=checkpoint.normalized,
@@ -174,7 +174,7 @@ def compare_formats(
         log.debug("%s cannot be compared with %s: %s", other, own, error)
         return
     cost = find_cost(
-        [SessionLane(model.preprocessor, session) for session in backend.sessions],
+        [SessionStream(model.preprocessor, session) for session in backend.sessions],
         model.preprocessor,
         model.info.max_seq_length,
         model.info.max_batch_tokens,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from embedding_service.engine import Vectors
 from embedding_service.errors import InvalidRequest, ModelFailure, StartupError
-from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.preprocessing import Preprocessor, check_unicode
+from embedding_service.inference.streams import SessionStream
 from embedding_service.inference.tokenized import Rows
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class InTorch:
     def forward(self, one: Rows) -> Vectors:
         """As Exact.forward."""
         with self._computing:
-            return self._lane.forward([one])
+            return self._stream.forward([one])
 
     def _loaded(self) -> "Checkpoint":
         with self._reading:
@@ -60,9 +60,9 @@ class InTorch:
             raise ModelFailure(f"needs the model in torch, which cannot be loaded: {error}") from None
 
     @cached_property
-    def _lane(self) -> SessionLane:
+    def _stream(self) -> SessionStream:
         checkpoint = self._loaded()
         from embedding_service.inference.backends.torch import open_session
 
         model = checkpoint.in_float32()
-        return SessionLane(self._preprocessor.for_copy(model), open_session(model))
+        return SessionStream(self._preprocessor.for_copy(model), open_session(model))

@@ -21,12 +21,12 @@ from embedding_service.inference.hardware import (
     share_cores,
 )
 from embedding_service.inference.in_torch import InTorch
-from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.memory import release
 from embedding_service.inference.model import Model
 from embedding_service.inference.prepared import TOLERANCE, Prepared, Reference
 from embedding_service.inference.preprocessing import RustTokenizer
 from embedding_service.inference.source import resolve
+from embedding_service.inference.streams import SessionStream
 from embedding_service.inference.warm_up import batch_of, forward_at_once, short_and_long
 from embedding_service.quantization import read_ranges
 from embedding_service.settings.config import Config
@@ -177,18 +177,18 @@ def _assemble(
 ) -> Model:
     info = facts.info
     budget = BatchBudget(cost, max_seq_length=info.max_seq_length, max_batch_tokens=info.max_batch_tokens)
-    lanes = [SessionLane(preprocessor, session) for session in backend.sessions]
-    whole = SessionLane(preprocessor, backend.whole) if backend.whole else None
-    for lane in [*lanes, *([whole] if whole else [])]:
-        lane.without_padding = facts.without_padding
+    streams = [SessionStream(preprocessor, session) for session in backend.sessions]
+    all_cores = SessionStream(preprocessor, backend.all_cores) if backend.all_cores else None
+    for stream in [*streams, *([all_cores] if all_cores else [])]:
+        stream.without_padding = facts.without_padding
     short, _ = short_and_long(preprocessor, info.max_seq_length)
-    forward_at_once(lanes, batch_of(short, 1))
+    forward_at_once(streams, batch_of(short, 1))
 
     return Model(
         info=info,
         preprocessor=preprocessor,
-        lanes=lanes,
-        whole=whole,
+        streams=streams,
+        all_cores=all_cores,
         exact=InTorch(read_in_torch, preprocessor),
         budget=budget,
         normalized=facts.normalized,

@@ -11,7 +11,7 @@ from embedding_service.engine import EmbedRequest, ModelInfo, TokenVectorsReques
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.budget import BatchBudget
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.runtime import Lane
+from embedding_service.inference.runtime import Stream
 from embedding_service.inference.splitting import Splitter
 from embedding_service.inference.token_list import TokenLister
 from embedding_service.inference.tokenized import Rows
@@ -29,17 +29,17 @@ class Exact(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class Model:
-    """A model that is ready to run. Safe from any thread, except that each lane is driven by one at a time.
+    """A model that is ready to run. Safe from any thread, except that each stream is driven by one at a time.
 
-    All `lanes` may run at once. `whole`, if there is one, computes a batch on every core: for a batch
+    All `streams` may run at once. `all_cores`, if there is one, computes a batch on every core: for a batch
     that nothing else runs or waits beside. No batch may hold more than `info.max_batch_tokens`, padding
     included; `budget` says how many it should hold. Vectors are of length 1 if they are `normalized`.
     """
 
     info: ModelInfo
     preprocessor: Preprocessor
-    lanes: Sequence[Lane]
-    whole: Lane | None
+    streams: Sequence[Stream]
+    all_cores: Stream | None
     exact: Exact
     budget: BatchBudget
     normalized: bool

@@ -16,8 +16,8 @@ class DeviceLost(Exception):
     """The device can no longer be used by this process."""
 
 
-class Lane(Protocol):
-    """Runs one batch at a time, on resources that no other lane uses."""
+class Stream(Protocol):
+    """Runs one batch at a time, on resources that no other stream uses."""
 
     def forward(self, batch: Batch) -> Vectors:
         """Vectors of shape (rows, dimension), in the order of the slices and their rows.

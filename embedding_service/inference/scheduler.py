@@ -36,7 +36,7 @@ class Scheduler:
             self.queue,
             model.budget,
             # Batches of several streams of an accelerator share it.
-            streams=len(model.lanes) if model.on_cpu else 1,
+            streams=len(model.streams) if model.on_cpu else 1,
             max_queued_tokens=max_queued_tokens,
         )
         self._pending: set[PendingRequest] = set()

@@ -11,11 +11,11 @@ import numpy as np
 
 from embedding_service.errors import StartupError
 from embedding_service.inference.budget import BatchBudget, BatchCost, fit, measure
-from embedding_service.inference.lanes import SessionLane
 from embedding_service.inference.prepared import read_cost, save_cost
 from embedding_service.inference.preprocessing import Preprocessor
-from embedding_service.inference.runtime import Lane, OutOfMemory
+from embedding_service.inference.runtime import OutOfMemory, Stream
 from embedding_service.inference.store import Entry
+from embedding_service.inference.streams import SessionStream
 from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class WarmUp:
 
 
 def warm_up(
-    lanes: Sequence[SessionLane],
-    whole: SessionLane | None,
+    streams: Sequence[SessionStream],
+    all_cores: SessionStream | None,
     preprocessor: Preprocessor,
     *,
     max_seq_length: int,
@@ -45,27 +45,27 @@ def warm_up(
     costs: Entry,
     tolerance: float,
 ) -> WarmUp:
-    """Run short and long texts on every lane, and find out what batches cost, unless `costs` knows it.
+    """Run short and long texts on every stream, and find out what batches cost, unless `costs` knows it.
 
     `tolerance` is how far vectors may differ for the number format, as a share of the largest number.
     Raises StartupError if the longest text does not fit in memory.
     """
     short, long = short_and_long(preprocessor, max_seq_length)
     if not on_cpu:
-        for lane in lanes:
-            lane.record_ahead(medium(preprocessor, max_seq_length), max_seq_length, max_batch_tokens)
-        max_batch_tokens = fit_memory(lanes, short, long, max_batch_tokens, max_seq_length)
-    alone = (whole or lanes[0]).forward(batch_of(short, 1))
+        for stream in streams:
+            stream.record_ahead(medium(preprocessor, max_seq_length), max_seq_length, max_batch_tokens)
+        max_batch_tokens = fit_memory(streams, short, long, max_batch_tokens, max_seq_length)
+    alone = (all_cores or streams[0]).forward(batch_of(short, 1))
     beside = preprocessor.prepare(["up up up up up up"])
-    padded = (whole or lanes[0]).forward([Rows.all_of(short), Rows.all_of(beside)])[:1]
+    padded = (all_cores or streams[0]).forward([Rows.all_of(short), Rows.all_of(beside)])[:1]
     if np.abs(padded - alone).max() > tolerance * np.abs(alone).max():
         log.warning("This model's vectors change with padding: only texts of equal length share a batch")
-        for lane in (*lanes, whole) if whole else lanes:
-            lane.without_padding = True
-    cost = find_cost(lanes, preprocessor, max_seq_length, max_batch_tokens, costs, on_cpu=on_cpu)
+        for stream in (*streams, all_cores) if all_cores else streams:
+            stream.without_padding = True
+    cost = find_cost(streams, preprocessor, max_seq_length, max_batch_tokens, costs, on_cpu=on_cpu)
     budget = BatchBudget(cost, max_seq_length=max_seq_length, max_batch_tokens=max_batch_tokens)
     for text in (short, long):
-        forward_at_once(lanes, batch_of(text, min(budget.tokens, int(long.lengths[0]))))
+        forward_at_once(streams, batch_of(text, min(budget.tokens, int(long.lengths[0]))))
     return WarmUp(dimension=int(alone.shape[1]), max_batch_tokens=max_batch_tokens, budget=budget)
 
 
@@ -86,7 +86,7 @@ def medium(preprocessor: Preprocessor, max_seq_length: int) -> TokenizedTexts:
 
 
 def find_cost(
-    lanes: Sequence[Lane],
+    streams: Sequence[Stream],
     preprocessor: Preprocessor,
     max_seq_length: int,
     max_batch_tokens: int,
@@ -94,9 +94,9 @@ def find_cost(
     *,
     on_cpu: bool,
 ) -> BatchCost:
-    """What a batch costs while every lane runs one, as under load: from the cache, or measured.
+    """What a batch costs while every stream runs one, as under load: from the cache, or measured.
 
-    Lanes on a CPU have cores of their own; those of an accelerator share it, so that each batch has its
+    Streams on a CPU have cores of their own; those of an accelerator share it, so that each batch has its
     part of the time in which all of them ran.
     """
     known = read_cost(costs)
@@ -107,11 +107,11 @@ def find_cost(
     def run(tokens: int) -> float:
         batch = batch_of(text, tokens)
         began = time.perf_counter()
-        list(threads.map(lambda lane: lane.forward(batch), lanes))
+        list(threads.map(lambda stream: stream.forward(batch), streams))
         took = time.perf_counter() - began
-        return took if on_cpu else took / len(lanes)
+        return took if on_cpu else took / len(streams)
 
-    with ThreadPoolExecutor(len(lanes)) as threads:
+    with ThreadPoolExecutor(len(streams)) as threads:
         measured = measure(
             run, int(text.lengths[0]), max_batch_tokens, seconds=MEASURING_SECONDS, while_faster=on_cpu
         )
@@ -120,30 +120,30 @@ def find_cost(
     return cost
 
 
-def forward_at_once(lanes: Sequence[Lane], batch: Batch) -> None:
-    """Run a batch on every lane at the same time."""
-    with ThreadPoolExecutor(len(lanes)) as threads:
-        list(threads.map(lambda lane: lane.forward(batch), lanes))
+def forward_at_once(streams: Sequence[Stream], batch: Batch) -> None:
+    """Run a batch on every stream at the same time."""
+    with ThreadPoolExecutor(len(streams)) as threads:
+        list(threads.map(lambda stream: stream.forward(batch), streams))
 
 
 def fit_memory(
-    lanes: Sequence[Lane],
+    streams: Sequence[Stream],
     short: TokenizedTexts,
     long: TokenizedTexts,
     max_batch_tokens: int,
     max_seq_length: int,
 ) -> int:
-    """The tokens a batch may hold so that the batches of all lanes fit in the device's memory at once.
+    """The tokens a batch may hold so that the batches of all streams fit in the device's memory at once.
 
     That is `max_batch_tokens`, halved until the longest texts and the most texts fit. Raises
     StartupError if not even one text of full length does.
     """
     while True:
         try:
-            # One lane gets the tokens of all, since lanes that run together may miss each other's peaks.
-            lanes[0].forward(batch_of(long, len(lanes) * max_batch_tokens))
+            # One stream gets the tokens of all, since streams that run together may miss each other's peaks.
+            streams[0].forward(batch_of(long, len(streams) * max_batch_tokens))
             for text in (long, short):
-                forward_at_once(lanes, batch_of(text, max_batch_tokens))
+                forward_at_once(streams, batch_of(text, max_batch_tokens))
             return max_batch_tokens
         except OutOfMemory:
             if max_batch_tokens <= max_seq_length:

@@ -45,7 +45,7 @@ class FixedBudget(BatchBudget):
         self.observed.append((tokens, seconds))
 
 
-class FakeLane:
+class FakeStream:
     """Passes its batches to the runtime."""
 
     def __init__(self, runtime: "FakeRuntime", name: object) -> None:
@@ -72,8 +72,8 @@ class FakeRuntime(Model):
         on_forward: Callable[[Sequence[Text]], Vectors | None] = lambda _batch: None,
         on_prepare: Callable[[Sequence[str]], None] = lambda _texts: None,
         seconds_per_token: float = 0.0,
-        lanes: int = 1,
-        whole: bool = False,
+        streams: int = 1,
+        all_cores: bool = False,
         normalized: bool = False,
         on_cpu: bool = False,
     ) -> None:
@@ -103,8 +103,8 @@ class FakeRuntime(Model):
         super().__init__(
             info=info,
             preprocessor=cast(Any, SimpleNamespace(prepare=self.prepare)),
-            lanes=[FakeLane(self, number) for number in range(lanes)],
-            whole=FakeLane(self, "whole") if whole else None,
+            streams=[FakeStream(self, number) for number in range(streams)],
+            all_cores=FakeStream(self, "all cores") if all_cores else None,
             exact=cast(Any, SimpleNamespace(forward=self.forward_exact)),
             budget=FixedBudget(max_batch_tokens, overhead_tokens),
             normalized=normalized,
@@ -139,10 +139,10 @@ class FakeRuntime(Model):
         """How many tokens the text has."""
         return int(text.split(" ", 1)[0]) if text else 2
 
-    def forward(self, batch: Batch, lane: FakeLane) -> Vectors:
+    def forward(self, batch: Batch, stream: FakeStream) -> Vectors:
         texts = texts_of(batch)
         self.batches.append(texts)
-        self.ran_on.append(lane.name)
+        self.ran_on.append(stream.name)
         own = self.on_forward(texts)
         if self.seconds_per_token:
             time.sleep(self.seconds_per_token * padded(texts))

@@ -45,12 +45,12 @@ def texts(source: random.Random, count: int) -> list[str]:
 
 
 def embed(model: Model, requests: list[EmbedRequest]) -> list[Answer]:
-    """The answers to requests whose texts share batches, on every lane in turn."""
+    """The answers to requests whose texts share batches, on every stream in turn."""
     prepared = [prepare(model, one) for one in requests]
     vectors = [np.empty((len(one.texts), model.info.embedding_dimension), np.float32) for one in requests]
-    lanes = itertools.cycle([*model.lanes, *([model.whole] if model.whole else [])])
+    streams = itertools.cycle([*model.streams, *([model.all_cores] if model.all_cores else [])])
     for numbers, batch in _mixed(prepared):
-        rows = iter(next(lanes).forward(batch))
+        rows = iter(next(streams).forward(batch))
         for number, part in zip(numbers, batch, strict=True):
             for row in part.rows:
                 vectors[number][row] = next(rows)

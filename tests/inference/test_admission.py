@@ -30,7 +30,7 @@ class Engine:
 
     def __init__(self, rate: float, *, on_cpu: bool, max_queued_tokens: int = 2_000_000) -> None:
         streams = 2 if on_cpu else 1
-        model = FakeRuntime(lanes=streams, on_cpu=on_cpu)
+        model = FakeRuntime(streams=streams, on_cpu=on_cpu)
         cost = BatchCost(OVERHEAD_TOKENS * streams / rate, streams / rate)
         model.budget = BatchBudget(cost, max_seq_length=256, max_batch_tokens=8192)  # type: ignore[assignment]
         self.model, self.rate = model, rate
@@ -49,7 +49,7 @@ class Engine:
 
     def work(self, tokens: float) -> float:
         """How long this many tokens keep the whole engine busy, in batches of its budget."""
-        streams = len(self.model.lanes) if self.model.on_cpu else 1
+        streams = len(self.model.streams) if self.model.on_cpu else 1
         return tokens / self.model.budget.tokens * self.batch_seconds / streams
 
     def send(self, texts: int, tokens: int, limit: float, **fields) -> ServiceError | PendingRequest:

@@ -616,17 +616,17 @@ def test_the_tokenizer_has_its_own_threads_where_cores_are_free(build, accelerat
     gate.open()
 
 
-# 10. Lanes
+# 10. Streams
 
 
 def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(build):
-    """Each of two lanes returns only once the other has its batch too."""
+    """Each of two streams returns only once the other has its batch too."""
     both = threading.Barrier(2, timeout=60)
 
     def run(_batch) -> None:
         both.wait()
 
-    runtime = FakeRuntime(max_batch_tokens=20, lanes=2, on_forward=run)
+    runtime = FakeRuntime(max_batch_tokens=20, streams=2, on_forward=run)
     batcher = build(runtime)
     answers = [submit(batcher, [text(20, n)]) for n in range(8)]
     for n, answer in enumerate(answers):
@@ -634,19 +634,19 @@ def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(build):
     assert set(runtime.ran_on) == {0, 1}
 
 
-def test_what_comes_is_tokenized_and_what_is_done_is_delivered_while_a_lane_runs(build):
-    runtime = FakeRuntime(lanes=2)
+def test_what_comes_is_tokenized_and_what_is_done_is_delivered_while_a_stream_runs(build):
+    runtime = FakeRuntime(streams=2)
     batcher, gate = held(build, runtime)
     expect_vectors(submit(batcher, [text(5, "beside")]).wait(60), [text(5, "beside")])
     gate.open()
 
 
 def test_every_core_is_used_for_a_batch_that_is_alone_and_only_for_it(build):
-    runtime = FakeRuntime(lanes=2, whole=True)
+    runtime = FakeRuntime(streams=2, all_cores=True)
     batcher = build(runtime)
     submit(batcher, [text(5)]).wait()
     wait_until(lambda: batcher.running_since is None)
-    assert runtime.ran_on == ["whole"]
+    assert runtime.ran_on == ["all cores"]
     assert runtime.budget.observed == []
     gate = Gate()
     runtime.on_forward = gate
@@ -666,7 +666,7 @@ def test_a_thread_that_may_computes_a_single_text_itself_if_nothing_runs(build):
     def run(_batch) -> None:
         threads.append(threading.current_thread().name)
 
-    runtime = FakeRuntime(lanes=2, whole=True, on_forward=run)
+    runtime = FakeRuntime(streams=2, all_cores=True, on_forward=run)
     batcher = build(runtime)
     wait_until(lambda: len(batcher._sleeping) == 3)
     for calls in (1, 2):
@@ -676,14 +676,14 @@ def test_a_thread_that_may_computes_a_single_text_itself_if_nothing_runs(build):
             wait_until(lambda: len(answer.outcomes) == calls and len(batcher._sleeping) == 3)  # noqa: B023
     assert threads[:5] == [threading.current_thread().name] * 5
     assert set(threads[5:]) <= {"model-0", "model-1", "model-2"}
-    assert runtime.ran_on[:5] == ["whole"] * 5
+    assert runtime.ran_on[:5] == ["all cores"] * 5
     assert submit(batcher, [text(5)]).wait().tokens == 5
 
 
 @pytest.mark.parametrize("error", [DeviceLost("injected"), KeyError("injected")], ids=["device", "code"])
 def test_a_thread_that_computes_a_text_itself_reports_a_fault_like_a_stream(build, monkeypatch, error):
     lost = []
-    runtime = FakeRuntime(lanes=2, whole=True)
+    runtime = FakeRuntime(streams=2, all_cores=True)
     batcher = build(runtime, on_device_lost=lost.append)
     wait_until(lambda: len(batcher._sleeping) == 3)
 
@@ -701,7 +701,7 @@ def test_a_thread_that_computes_a_text_itself_reports_a_fault_like_a_stream(buil
 
 
 def test_the_budget_is_told_what_batches_of_an_accelerator_took_one_after_the_other(build):
-    """Two lanes of one device: the second batch waits for the first one's end."""
+    """Two streams of one device: the second batch waits for the first one's end."""
     device = threading.Lock()
 
     def run(_batch) -> None:
@@ -710,7 +710,7 @@ def test_the_budget_is_told_what_batches_of_an_accelerator_took_one_after_the_ot
             time.sleep(0.05)
 
     both = threading.Barrier(2, timeout=60)
-    runtime = FakeRuntime(max_batch_tokens=20, lanes=2, on_forward=run, on_cpu=False)
+    runtime = FakeRuntime(max_batch_tokens=20, streams=2, on_forward=run, on_cpu=False)
     batcher = build(runtime)
     began = time.monotonic()
     answers = [submit(batcher, [text(20, n)]) for n in range(2)]

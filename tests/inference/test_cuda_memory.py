@@ -1,4 +1,4 @@
-"""Two lanes in one device's memory: what each batch takes is counted on its stream.
+"""Two streams in one device's memory: what each batch takes is counted on its stream.
 
 Tensors lie on the CPU and are computed there, so that vectors are real; the device, its streams and its
 memory are stand-ins. Only what is made on a stream counts, as with CUDA's allocator, not the weights.
@@ -147,7 +147,7 @@ def long_texts(count: int) -> list[str]:
 def bytes_of(device: Device, model: Model, tokens: int) -> int:
     """The memory that a batch takes at its peak."""
     device.most = 0
-    model.lanes[0].forward(batch_of(model.preprocessor.prepare(long_texts(1), None, None), tokens))
+    model.streams[0].forward(batch_of(model.preprocessor.prepare(long_texts(1), None, None), tokens))
     return device.most
 
 
@@ -156,7 +156,7 @@ def loaded(tiny, **settings) -> Model:
 
 
 @pytest.mark.parametrize("tokens", [1536, 768, 96, 48])
-def test_the_budget_is_halved_until_the_batches_of_both_lanes_fit_together(tiny, device, tokens):
+def test_the_budget_is_halved_until_the_batches_of_both_streams_fit_together(tiny, device, tokens):
     both = 2 * bytes_of(device, loaded(tiny), tokens)
     device.total = both
     assert loaded(tiny).info.max_batch_tokens == tokens
@@ -177,7 +177,7 @@ def test_too_little_memory_for_any_batch_fails_the_start(tiny, device):
         loaded(tiny)
 
 
-def test_a_batch_that_does_not_fit_is_halved_while_the_other_lane_runs(tiny, device):
+def test_a_batch_that_does_not_fit_is_halved_while_the_other_stream_runs(tiny, device):
     one, *many = long_texts(BATCH_SIZE + 1)
     expected = device.expected
     model = loaded(tiny)
@@ -201,7 +201,7 @@ def test_a_batch_that_does_not_fit_is_halved_while_the_other_lane_runs(tiny, dev
     device.on_allocation = hold_first
     lone = submit([one])
     assert held.wait(60)
-    # Next to the batch of the held lane there is room for a quarter of a batch.
+    # Next to the batch of the held stream there is room for a quarter of a batch.
     device.total = device.live[first[0]] + 400 * token
     # Once for the batch and once for each half; then the budget is lower.
     for refused in (3, 3):

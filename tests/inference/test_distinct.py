@@ -110,8 +110,8 @@ def test_vectors_are_right_whatever_is_shared_and_whatever_fails(build, seed, ca
 
     runtime = FakeRuntime(
         on_forward=fail,
-        lanes=2,
-        whole=True,
+        streams=2,
+        all_cores=True,
         seconds_per_token=1e-6,
         on_cpu=seed % 2 == 0,
         max_seq_length=40,

@@ -30,7 +30,7 @@ def load(folder, cache, **settings) -> Model:
 
 def vectors(model: Model) -> np.ndarray:
     texts = ["the quick brown fox", "", "of the river " * 30]
-    return np.concatenate([model.lanes[0].forward([alone(model, text)]) for text in texts])
+    return np.concatenate([model.streams[0].forward([alone(model, text)]) for text in texts])
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_int8_is_close_to_float32_on_real_sentences(model_folder, oracle, tmp_pa
     assert (model.info.dtype, model.info.backend) == ("int8", "openvino")
     batches = [SENTENCES[first : first + 32] for first in range(0, len(SENTENCES), 32)]
     got = np.concatenate(
-        [model.lanes[0].forward([Rows.all_of(model.preprocessor.prepare(batch))]) for batch in batches]
+        [model.streams[0].forward([Rows.all_of(model.preprocessor.prepare(batch))]) for batch in batches]
     )
     expected = oracle.encode(SENTENCES, normalize_embeddings=True)
     cosines = (got * expected).sum(axis=1)
@@ -145,7 +145,7 @@ def test_a_batch_alone_gets_all_cores_once_that_has_paid(tiny, tmp_path, monkeyp
         return compile_graph(graph, count, *arguments)[0], 1e-9
 
     monkeypatch.setattr(backends, "_compile", compile_quickly)
-    whole = backends.openvino_backend(backends.read_graph(graph), dtype="float32", threads=2).whole
+    whole = backends.openvino_backend(backends.read_graph(graph), dtype="float32", threads=2).all_cores
     assert streams == [2]
     features = {name: np.ones((1, 5), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
     first = whole.run(features)

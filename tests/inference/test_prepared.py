@@ -298,7 +298,7 @@ def test_torch_is_not_loaded_from_files_that_have_gone_or_changed(tiny, tmp_path
     for _ in range(2):
         with pytest.raises((ModelFailure, StartupError)):
             model.exact.embed_tokens(["fox"], None)
-    assert len(model.lanes[0].forward([alone(model, "fox")])) == 1
+    assert len(model.streams[0].forward([alone(model, "fox")])) == 1
 
 
 def test_a_refusal_is_remembered(tiny, tmp_path, monkeypatch, caplog):

@@ -106,7 +106,7 @@ def run(model: FakeRuntime, *texts: str) -> tuple[list[Computed], list[str]]:
     results = execute(
         driven.take(),
         model,
-        model.lanes[0],
+        model.streams[0],
         on_start=lambda _began: reports.append("start"),
         on_out_of_memory=lambda: reports.append("out of memory"),
     )

@@ -224,8 +224,8 @@ def test_auto_is_cuda_if_there_is_a_device(monkeypatch):
         choose_device("cuda:2", False)
 
 
-class Lane:
-    """Has the whole memory of the device, enough for this many tokens, since the other lane is waiting."""
+class FullStream:
+    """Has the whole memory of the device, enough for this many tokens, since the other stream is waiting."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -241,13 +241,13 @@ def texts_of(tokens: int) -> TokenizedTexts:
 
 
 @pytest.mark.parametrize(("most", "budget"), [(10_000, 1536), (3072, 1536), (2000, 768), (200, 96), (96, 48)])
-def test_a_batch_size_that_does_not_fit_all_lanes_is_halved_at_the_start(most, budget):
-    assert fit_memory([Lane(most)] * 2, texts_of(4), texts_of(48), 32 * 48, 48) == budget
+def test_a_batch_size_that_does_not_fit_all_streams_is_halved_at_the_start(most, budget):
+    assert fit_memory([FullStream(most)] * 2, texts_of(4), texts_of(48), 32 * 48, 48) == budget
 
 
 def test_a_device_too_small_for_one_text_fails_the_start():
     with pytest.raises(StartupError, match="MAX_SEQ_LENGTH"):
-        fit_memory([Lane(80)] * 2, texts_of(4), texts_of(48), 32 * 48, 48)
+        fit_memory([FullStream(80)] * 2, texts_of(4), texts_of(48), 32 * 48, 48)
 
 
 @pytest.mark.gpu
@@ -277,7 +277,7 @@ def test_cuda_float16_is_near_encode(model_folder, oracle):
 @needs_cuda
 def test_cuda_graphs_run_and_give_the_vectors_of_single_launches(model_folder):
     model = load(model_folder, device="cuda", dtype="float32")
-    session: CudaSession = model.lanes[0]._session  # type: ignore[attr-defined]
+    session: CudaSession = model.streams[0]._session  # type: ignore[attr-defined]
     graphs = session._graphs
     assert graphs and graphs.max_tokens >= 256
     source = random.Random(3)

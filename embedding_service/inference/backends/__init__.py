@@ -33,7 +33,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The sessions that may run at once; `whole` uses every core for a batch that runs alone.
+    """The sessions that may run at once; `all_cores` uses every core for a batch that runs alone.
 
     `rest` is called from time to time, and gives memory back if nothing has run for a while.
     """
@@ -41,5 +41,5 @@ class Backend:
     name: str
     version: str
     sessions: list[Session]
-    whole: Session | None = None
+    all_cores: Session | None = None
     rest: Callable[[], None] = lambda: None

@@ -48,16 +48,20 @@ def openvino_backend(graph: openvino.Model, *, dtype: str, threads: int) -> Back
     scratch = Scratch()
     compiled, seconds = _compile(graph, threads, threads, dtype, scratch)
     sessions: list[Session] = [OpenVINOSession(compiled, scratch) for _ in range(threads)]
-    whole = None
+    all_cores = None
     if threads > 1:
         lost = 1 - 1 / threads
-        whole = AllCoresSession(
+        all_cores = AllCoresSession(
             OpenVINOSession(compiled, scratch),
             lambda: OpenVINOSession(_compile(graph, 1, threads, dtype, scratch)[0], scratch),
             seconds / lost,
         )
     return Backend(
-        name="openvino", version=openvino.__version__, sessions=sessions, whole=whole, rest=scratch.rest
+        name="openvino",
+        version=openvino.__version__,
+        sessions=sessions,
+        all_cores=all_cores,
+        rest=scratch.rest,
     )
 
 

@@ -51,14 +51,14 @@ def inject(model):
         return vectors * float("nan") if "@@nan-always@@" in words.of([one])[0] else vectors
 
     model.preprocessor.prepare, model.exact.forward = prepare_and_remember, faulty_exact
-    for lane in [*model.lanes, *([model.whole] if model.whole else [])]:
-        inject_into_lane(lane, words)
+    for stream in [*model.streams, *([model.all_cores] if model.all_cores else [])]:
+        inject_into_stream(stream, words)
     inject_into_model(words)
     return model
 
 
-def inject_into_lane(lane, words):
-    forward = lane.forward
+def inject_into_stream(stream, words):
+    forward = stream.forward
 
     def faulty_forward(batch):
         texts = words.of_thread.texts = words.of(batch)
@@ -70,7 +70,7 @@ def inject_into_lane(lane, words):
                 vectors[row, 0] = float("nan")
         return vectors
 
-    lane.forward = faulty_forward
+    stream.forward = faulty_forward
 
 
 def inject_into_model(words):

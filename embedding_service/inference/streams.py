@@ -1,4 +1,4 @@
-"""A lane: one session of a backend, and the packing of the batches that it runs."""
+"""A stream: one session of a backend, and the packing of the batches that it runs."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ from embedding_service.inference.preprocessing import Preprocessor
 from embedding_service.inference.tokenized import Batch, Rows, TokenizedTexts
 
 
-class SessionLane:
-    """Packs a batch and runs it in a session that is this lane's own."""
+class SessionStream:
+    """Packs a batch and runs it in a session that is this stream's own."""
 
     def __init__(self, preprocessor: Preprocessor, session: Session) -> None:
         self._preprocessor = preprocessor
