@@ -20,6 +20,8 @@ def test_vertex_predicts_a_vector_for_each_instance(service, close):
     body = {"instances": [{"inputs": text} for text in TEXTS], "parameters": {"dimensions": 64}}
     answer = requests.post(f"{service.url}/predict", json=body, timeout=60)
     close(answer.json()["predictions"], TEXTS, truncate_dim=64)
+    of_tei = requests.post(f"{service.url}/vertex", json=body, timeout=60)
+    assert of_tei.json()["predictions"] == [[vector] for vector in answer.json()["predictions"]]
 
 
 def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, close):

@@ -3,9 +3,11 @@
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from flask import Flask, Response
 from msgspec import Meta
 
+from embedding_service.engine import Vectors
 from embedding_service.errors import InvalidRequest
 from embedding_service.settings.config import Config
 from embedding_service.web.body import BodyDecoder, parse, read
@@ -44,6 +46,7 @@ class VertexBody(msgspec.Struct, frozen=True):
 
 
 VertexAnswer = shape("VertexAnswer", "A vector for each instance.", predictions=Matrix)
+TEIVertexAnswer = shape("TEIVertexAnswer", "A list of one vector per instance.", predictions=list[Matrix])
 
 
 _decoder = BodyDecoder(VertexBody)
@@ -75,18 +78,27 @@ def invocations() -> Response:
 
 
 @protocol.post("/predict")
-@protocol.post("/vertex")
 @RouteSpec({200: VertexAnswer}, body=_decoder, embeds=True)
 def predict() -> Response:
     """Vertex AI: embed the text of each instance."""
+    return answer({"predictions": _vectors()}, headers=vector_headers())
+
+
+@protocol.post("/vertex")
+@RouteSpec({200: TEIVertexAnswer}, body=_decoder, embeds=True)
+def vertex() -> Response:
+    """The same as in TEI, where a prediction is a list of vectors."""
+    return answer({"predictions": _vectors()[:, np.newaxis]}, headers=vector_headers())
+
+
+def _vectors() -> Vectors:
     body = parse(_decoder)
     if not body.instances:
         raise InvalidRequest(EMPTY, field="texts")
     texts = [
         each if isinstance(each, str) else _text_of(each, index) for index, each in enumerate(body.instances)
     ]
-    result = embed(texts, body.parameters or tei.TEIParameters())
-    return answer({"predictions": result.vectors}, headers=vector_headers())
+    return embed(texts, body.parameters or tei.TEIParameters()).vectors
 
 
 def _text_of(instance: VertexInstance, index: int) -> str:
