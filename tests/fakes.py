@@ -42,6 +42,32 @@ INFO = ModelInfo(
     size_bytes=90_852_864,
 )
 
+# A body for each route that uses the engine.
+BODIES = {
+    "/embed": {"texts": "x"},
+    "/": {"inputs": "x"},
+    "/v1": {"inputs": "x"},
+    "/tokenize": {"inputs": "x"},
+    "/similarity": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
+    "/v1/embeddings": {"input": "x"},
+    "/embeddings": {"input": "x"},
+    "/api/embed": {"input": "x"},
+    "/api/embeddings": {"prompt": "x"},
+    "/vectors": {"text": "x"},
+    "/v1/embed": {"texts": ["x"]},
+    "/v2/embed": {"texts": ["x"]},
+    "/embed_all": {"inputs": "x"},
+    "/invocations": {"inputs": "x"},
+    "/predict": {"instances": [{"inputs": "x"}]},
+    "/vertex": {"instances": [{"inputs": "x"}]},
+    "/models/{name}": {"inputs": "x"},
+    "/pipeline/feature-extraction/{name}": {"inputs": "x"},
+    "/pipeline/sentence-similarity/{name}": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
+    "/openai/deployments/{name}/embeddings": {"input": "x"},
+    "/openai/v1/embeddings": {"input": "x"},
+    "/v1/tokenize": {"text": "x"},
+}
+
 
 class FakeEngine:
     """Embeds a text as (its length, 0, 1), and each of its characters so, as a token.

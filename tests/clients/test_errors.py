@@ -12,34 +12,10 @@ from embedding_service.engine import Status
 from embedding_service.settings.config import Config
 from embedding_service.web.factory import create_app
 from embedding_service.web.openapi import document
-from tests.fakes import INFO
+from tests.fakes import BODIES, FakeEngine
 
 KINDS = [kind for kind in errors.BY_NAME.values() if kind is not errors.NotFound]
 
-BODIES = {
-    "/embed": {"texts": "x"},
-    "/": {"inputs": "x"},
-    "/v1": {"inputs": "x"},
-    "/tokenize": {"inputs": "x"},
-    "/similarity": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
-    "/v1/embeddings": {"input": "x"},
-    "/embeddings": {"input": "x"},
-    "/api/embed": {"input": "x"},
-    "/api/embeddings": {"prompt": "x"},
-    "/vectors": {"text": "x"},
-    "/v1/embed": {"texts": ["x"]},
-    "/v2/embed": {"texts": ["x"]},
-    "/embed_all": {"inputs": "x"},
-    "/invocations": {"inputs": "x"},
-    "/predict": {"instances": [{"inputs": "x"}]},
-    "/vertex": {"instances": [{"inputs": "x"}]},
-    "/models/{name}": {"inputs": "x"},
-    "/pipeline/feature-extraction/{name}": {"inputs": "x"},
-    "/pipeline/sentence-similarity/{name}": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
-    "/openai/deployments/{name}/embeddings": {"input": "x"},
-    "/openai/v1/embeddings": {"input": "x"},
-    "/v1/tokenize": {"text": "x"},
-}
 # They use the statuses of Text Embeddings Inference.
 AS_TEI = (
     "/vertex",
@@ -48,24 +24,16 @@ AS_TEI = (
 )
 
 
-class FailingEngine:
-    """Raises `error` in every call."""
-
-    error: Exception = RuntimeError("secret detail")
-
-    def call(self, _request):
-        raise self.error
-
-    def status(self):
-        return Status(state="healthy", info=INFO)
-
-    def must_restart(self):
-        return False
+@pytest.fixture
+def engine():
+    engine = FakeEngine()
+    engine.error = RuntimeError("secret detail")
+    return engine
 
 
 @pytest.fixture
-def app():
-    return create_app(FailingEngine(), Config())
+def app(engine):
+    return create_app(engine, Config())
 
 
 def validator(app, path: str, status: int) -> jsonschema_rs.Validator:
@@ -96,8 +64,8 @@ def test_every_embedding_route_is_in_the_table(app):
     ],
     ids=lambda given: getattr(given, "__name__", given),
 )
-def test_errors_are_answered_as_documented(app, path, kind):
-    app.extensions["embedding_service"].engine.error = kind("it failed", retry_after_seconds=1.2)
+def test_errors_are_answered_as_documented(app, engine, path, kind):
+    engine.error = kind("it failed", retry_after_seconds=1.2)
     answer = app.test_client().post(path, json=BODIES[path])
     changed = {400: 422, 500: 424} if path in AS_TEI else {}
     assert answer.status_code == changed.get(kind.status, kind.status)
@@ -114,11 +82,10 @@ def test_a_bug_is_a_500_without_details(app, path):
     validator(app, path, answer.status_code).validate(answer.json)
 
 
-def test_weaviates_probes_fail_if_the_service_cannot_serve(app, monkeypatch):
+def test_weaviates_probes_fail_if_the_service_cannot_serve(app, engine):
     client = app.test_client()
     assert client.get("/.well-known/ready").status_code == 204
-    loading = Status(state="loading", reason="loading the model")
-    monkeypatch.setattr(FailingEngine, "status", lambda _engine: loading)
+    engine.current = Status(state="loading", reason="loading the model")
     answer = client.get("/.well-known/ready")
     assert (answer.status_code, answer.json) == (503, {"error": "loading the model"})
     assert client.get("/.well-known/live").status_code == 204
@@ -135,14 +102,14 @@ def test_weaviates_probes_fail_if_the_service_cannot_serve(app, monkeypatch):
     ],
     ids=lambda kind: kind.__name__,
 )
-def test_the_openai_sdk_raises_its_own_exceptions(app, kind, raised):
-    app.extensions["embedding_service"].engine.error = kind("it failed", retry_after_seconds=0.05)
+def test_the_openai_sdk_raises_its_own_exceptions(app, engine, kind, raised):
+    engine.error = kind("it failed", retry_after_seconds=0.05)
     with sdk(app) as client, pytest.raises(raised, match="it failed"):
         client.embeddings.create(input="x", model="any")
 
 
 def test_the_openai_sdk_raises_its_own_exception_without_a_key():
-    app = create_app(FailingEngine(), Config(api_keys="the-key"))
+    app = create_app(FakeEngine(), Config(api_keys="the-key"))
     with (
         sdk(app) as client,
         pytest.raises(openai.AuthenticationError, match="a valid key is required") as caught,

@@ -88,7 +88,7 @@ class Hanging(Service):
 
 
 @pytest.fixture(scope="module")
-def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hanging]:
+def hanging(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hanging]:
     """The tests below run in order, and the last ends the service."""
     running = Hanging(tmp_path_factory.mktemp("hanging"))
     try:

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import requests
 
-from tests.faults.conftest import end
+from tests.faults.conftest import kept_until_end
 from tests.faults.load import Seen, body, closed_loop, open_loop
 from tests.reliability import record
 from tests.service import Service, wait_until
@@ -21,11 +21,9 @@ BULK = [f"one of many texts that a bulk client sends, number {n}, of a usual len
 
 @pytest.fixture(scope="module")
 def loaded(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    running = Service(tmp_path_factory.mktemp("load"), REQUEST_TIMEOUT_SECONDS=str(DEADLINE))
-    try:
-        yield running.wait_ready()
-    finally:
-        end(running)
+    folder = tmp_path_factory.mktemp("load")
+    with kept_until_end(Service(folder, REQUEST_TIMEOUT_SECONDS=str(DEADLINE))) as running:
+        yield running
 
 
 def megabytes(service: Service) -> float:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from tests.faults.conftest import end
+from tests.faults.conftest import kept_until_end
 from tests.faults.load import Seen, body, closed_loop
 from tests.reliability import record
 from tests.service import Service, wait_until
@@ -25,11 +25,8 @@ CLIENTS = 8
 
 @pytest.fixture(scope="module")
 def two_workers(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    running = Service(tmp_path_factory.mktemp("processes"), WEB_CONCURRENCY="2")
-    try:
-        yield running.wait_ready()
-    finally:
-        end(running)
+    with kept_until_end(Service(tmp_path_factory.mktemp("processes"), WEB_CONCURRENCY="2")) as running:
+        yield running
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -361,11 +362,8 @@ def test_every_accepted_request_gets_one_outcome_whatever_fails(build, seed):
             if own.random() < 0.3:
                 answer.within(0.02)
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as clients:
+        list(clients.map(client, range(6)))
     vectors = 0
     for answer, texts in accepted:
         outcome = answer.wait()

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -135,11 +136,8 @@ def test_vectors_are_right_whatever_is_shared_and_whatever_fails(build, seed, ca
             if own.random() < 0.3:
                 answer.within(0.02)
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as clients:
+        list(clients.map(client, range(4)))
     right = 0
     for answer, texts, fields in asked:
         outcome = answer.wait(60)

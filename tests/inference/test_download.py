@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.inference import hub
 from tests.service import ROOT
+
+pytestmark = pytest.mark.process
 
 DOWNLOAD = f"""
 import sys

@@ -20,6 +20,8 @@ from tests.inference.running import alone, embed, request, texts
 
 pytest.importorskip("openvino")
 
+pytestmark = pytest.mark.slow
+
 # Kinds that OpenVINO can run.
 KINDS = ["bert", "mpnet", "roberta-cls", "dense", "max-and-weighted", "prompts", "prompt-not-pooled", "nomic"]
 
