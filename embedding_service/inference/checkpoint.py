@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,7 +13,6 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from embedding_service.errors import StartupError
 from embedding_service.inference.device import choose_device
-from embedding_service.inference.fingerprint import fingerprint
 from embedding_service.inference.hardware import computes_bfloat16
 from embedding_service.inference.missing_weights import missing_weight
 from embedding_service.inference.source import Source
@@ -60,35 +58,9 @@ class Checkpoint:
         return {name: text for name, text in self.model.prompts.items() if text is not None}
 
     @property
-    def pooling(self) -> str:
-        """The pooling mode, as the model's configuration names it."""
-        pooling = find_pooling(self.model)
-        if pooling is None:
-            return "none"
-        mode = pooling.pooling_mode
-        return mode if isinstance(mode, str) else "+".join(mode)
-
-    @property
     def normalized(self) -> bool:
         """Whether the model's vectors have length 1 to float32 precision."""
         return isinstance(list(self.model)[-1], Normalize) and self.dtype in ("float32", "int8")
-
-    @property
-    def reads_whole_texts(self) -> bool:
-        """Whether the model reads texts of any length, as static embedding models do."""
-        return length_limit(self.model) is None and not isinstance(self.model[0], Transformer)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for services whose vectors are interchangeable."""
-        return fingerprint(
-            self.source.folder,
-            dtype=self.dtype,
-            max_seq_length=self.settings.max_seq_length,
-            prompts=self.settings.prompts,
-            default_prompt_name=self.settings.default_prompt_name,
-            digest=self.digest,
-        )
 
     def in_float32(self) -> SentenceTransformer:
         """The model in float32.

@@ -13,7 +13,6 @@ from embedding_service.inference.model_files import (
     TRANSFORMERS,
     Listing,
     Module,
-    files_read,
     is_weights,
     modules,
     transformer_config,
@@ -22,8 +21,6 @@ from embedding_service.inference.model_files import (
 if TYPE_CHECKING:
     # It has numpy, which the master needs only once the model is loading.
     from embedding_service.engine import Int8Ranges
-
-__all__ = ["effective_prompts", "files_read", "fingerprint", "model_digest", "with_ranges"]
 
 # Files are hashed in segments, on all cores at once.
 SEGMENT_BYTES = 4 << 20

@@ -5,15 +5,17 @@ import logging
 import threading
 from dataclasses import replace
 
+from sentence_transformers.base.modules import Transformer
+
 from embedding_service.engine import ModelInfo
 from embedding_service.errors import ModelFailure
 from embedding_service.inference import prepared
 from embedding_service.inference.backends import Backend
 from embedding_service.inference.backends.choice import choose_backend, convert
 from embedding_service.inference.backends.torch import TorchSession
-from embedding_service.inference.checkpoint import Checkpoint, read_checkpoint
+from embedding_service.inference.checkpoint import Checkpoint, find_pooling, length_limit, read_checkpoint
 from embedding_service.inference.device import device_name, prepare_libraries
-from embedding_service.inference.fingerprint import model_digest
+from embedding_service.inference.fingerprint import fingerprint, model_digest
 from embedding_service.inference.hardware import computes_bfloat16, share_cores
 from embedding_service.inference.in_torch import InTorch
 from embedding_service.inference.model import Model
@@ -131,10 +133,13 @@ def _assemble(
 
 
 def _info(checkpoint: Checkpoint, backend: Backend, warm: WarmUp) -> ModelInfo:
-    weights = list(checkpoint.model.parameters())
-    transformer = getattr(checkpoint.model[0], "auto_model", None)
+    settings, model = checkpoint.settings, checkpoint.model
+    weights = list(model.parameters())
+    network = getattr(model[0], "auto_model", None)
+    pooling = find_pooling(model)
+    mode = pooling.pooling_mode if pooling is not None else "none"
     return ModelInfo(
-        model_name=checkpoint.settings.embedding_model,
+        model_name=settings.embedding_model,
         origin=checkpoint.source.origin,
         revision=checkpoint.source.revision,
         embedding_dimension=warm.dimension,
@@ -142,14 +147,22 @@ def _info(checkpoint: Checkpoint, backend: Backend, warm: WarmUp) -> ModelInfo:
         device=checkpoint.device,
         dtype=checkpoint.dtype,
         backend=backend.name,
-        pooling=checkpoint.pooling,
+        pooling=mode if isinstance(mode, str) else "+".join(mode),
         prompts=checkpoint.prompts,
-        batch_size=checkpoint.settings.batch_size,
+        batch_size=settings.batch_size,
         max_batch_tokens=warm.max_batch_tokens,
-        fingerprint=checkpoint.fingerprint,
-        reads_whole_texts=checkpoint.reads_whole_texts,
-        default_prompt_name=checkpoint.model.default_prompt_name,
-        architecture=transformer.config.model_type if transformer is not None else "static",
+        fingerprint=fingerprint(
+            checkpoint.source.folder,
+            dtype=checkpoint.dtype,
+            max_seq_length=settings.max_seq_length,
+            prompts=settings.prompts,
+            default_prompt_name=settings.default_prompt_name,
+            digest=checkpoint.digest,
+        ),
+        # As static embedding models do.
+        reads_whole_texts=length_limit(model) is None and not isinstance(model[0], Transformer),
+        default_prompt_name=model.default_prompt_name,
+        architecture=network.config.model_type if network is not None else "static",
         parameters=sum(each.numel() for each in weights),
         size_bytes=sum(each.nbytes for each in weights),
     )

@@ -121,11 +121,6 @@ class Module:
     files: list[str]
 
 
-def files_read(folder: Path) -> list[Path]:
-    """Every file that a load of this folder reads. Raises StartupError as `names_read`."""
-    return [folder / name for name in names_read(Listing.of(folder))]
-
-
 def names_read(listing: Listing) -> list[str]:
     """The names of the files that a load reads.
 
