@@ -132,7 +132,7 @@ class Service:
                 return process
         raise AssertionError(f"no process runs {module}:\n{self.log()}")
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 40.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 120.0) -> int:
         """Signal the service and wait for its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)

@@ -148,7 +148,7 @@ class Container(Service):
             [*enter, *self._as_user, *self._enter, *command], capture_output=True, text=True, check=False
         )
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 40.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 120.0) -> int:
         """Like `docker stop`; returns the exit code."""
         if self.process.poll() is None:
             self.first_process().send_signal(number)
