@@ -18,7 +18,13 @@ from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest, Share, normalize
 from embedding_service.inference.runtime import DeviceLost, Stream
 from embedding_service.inference.scheduler import Scheduler
-from embedding_service.inference.tokenization import cut_next, is_large, tokenize_part, tokenize_together
+from embedding_service.inference.tokenization import (
+    SMALL_CHARACTERS,
+    SMALL_TEXTS,
+    cut_next,
+    tokenize_part,
+    tokenize_together,
+)
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -101,7 +107,9 @@ class Batcher:
                 except Exception as error:
                     outcomes.append((number, _reported(error)))
                     continue
-                if pending.chunks is not None or (pending.missing and is_large(pending)):
+                if pending.chunks is not None or (
+                    len(pending.distinct.texts) > SMALL_TEXTS or pending.characters > SMALL_CHARACTERS
+                ):
                     ready.append(pending)
                 elif not pending.missing:
                     done.append(pending)
@@ -114,18 +122,22 @@ class Batcher:
                 (ready if pending.missing else done).append(pending)
             outcomes += [(one.number, error) for one, error in failed]
         turn: Turn | None = None
+        all_cores = self._model.all_cores
         if ready:
             with self._lock:
                 outcomes += [(one.number, error) for one, error in self._accept(ready, now)]
-                if may_run and len(calls) == 1 and len(calls[0][1].texts) == 1:
-                    turn = self._borrow()
+                # Its own thread goes on sleeping.
+                alone = may_run and len(calls) == 1 and len(calls[0][1].texts) == 1
+                if alone and all_cores in self._sleeping and self._suits(all_cores):
+                    del self._sleeping[all_cores]
+                    turn = self._take(all_cores)
                 self._wake()
         outcomes += [(one.number, self._outcome(one)) for one in done]
         if outcomes:
             _hand_over(receiver, outcomes)
-        if turn is not None and self._model.all_cores is not None:
+        if turn is not None and all_cores is not None:
             try:
-                self._run(*turn, self._model.all_cores, goes_on=False)
+                self._run(*turn, all_cores, goes_on=False)
             except BaseException as error:
                 self._break(error)
 
@@ -245,26 +257,21 @@ class Batcher:
         except BaseException as error:
             self._break(error)
 
-    def _take(self, stream: Stream) -> Turn | None:
+    def _take(self, stream: Stream, *, goes_on: bool = True) -> Turn | None:
         """Take a batch, or None: then the stream sleeps until it is woken. Needs the lock."""
         turn: Turn | None = None
-        if self._closed is None:
-            if self._scheduler.queue and self._suits(stream):
-                now = time.monotonic()
-                turn = self._scheduler.take(now)
-                self._running[stream] = now
-            else:
-                self._sleeping[stream] = self._woken[stream]
-            self._wake()
+        if self._closed is not None:
+            if not goes_on:
+                self._woken[stream].release()
+            return None
+        if goes_on and self._scheduler.queue and self._suits(stream):
+            now = time.monotonic()
+            turn = self._scheduler.take(now)
+            self._running[stream] = now
+        else:
+            self._sleeping[stream] = self._woken[stream]
+        self._wake()
         return turn
-
-    def _borrow(self) -> Turn | None:
-        """A batch for the stream with all cores, whose own thread goes on sleeping. Needs the lock."""
-        all_cores = self._model.all_cores
-        if all_cores in self._sleeping and self._scheduler.queue and self._suits(all_cores):
-            del self._sleeping[all_cores]
-            return self._take(all_cores)
-        return None
 
     def _suits(self, stream: Stream) -> bool:
         """Whether a stream should take a batch: the one with all cores only one that is alone."""
@@ -321,9 +328,7 @@ class Batcher:
             except Exception as error:
                 reported = _reported(error)
                 ended += [(pending, reported) for pending, _ in shares if self._scheduler.end(pending)]
-            if not goes_on:
-                self._sleep(stream)
-            following = self._take(stream) if goes_on else None
+            following = self._take(stream, goes_on=goes_on)
         outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
         for pending, failure in ended:
             outcome = failure or self._outcome(pending)
@@ -334,14 +339,6 @@ class Batcher:
             if not one.failed:
                 metrics.record_batch(len(one.vectors), one.tokens, one.padded, one.ended - one.began)
         return following
-
-    def _sleep(self, stream: Stream) -> None:
-        """Lay a stream that was borrowed to sleep, unless there is work. Needs the lock."""
-        if self._closed is None:
-            self._sleeping[stream] = self._woken[stream]
-            self._wake()
-        else:
-            self._woken[stream].release()
 
     def _lower(self) -> None:
         with self._lock:

@@ -32,7 +32,7 @@ class Distinct(msgspec.Struct, eq=False, frozen=True):
 
 def distinct(texts: list[str], context: Hashable, cache: VectorCache | None) -> Distinct:
     """The texts without those that are repeated or cached."""
-    if cache is None and (len(texts) == 1 or len(set(texts)) == len(texts)):
+    if cache is None and len(set(texts)) == len(texts):
         return Distinct(texts)
     new: dict[str, int] = {}
     known: dict[str, tuple[int, Cached]] = {}

@@ -191,23 +191,18 @@ class FairQueue:
             window = _look(own.heap, budget if normal else bulk_limit, now, late)
             if not window:
                 continue
-            fellows, bulk = self._fellows(window)
+            # Those that may share a batch with the first one.
+            head = window[0][-1]
+            fellows = [entry for *_, entry in window if entry.group == head.group]
+            bulk = head.background or (self._on_cpu and head.bulk)
+            if self._on_cpu and normal:
+                fellows = [entry for entry in fellows if entry.bulk == head.bulk]
             taken, tokens = _choose(fellows, bulk_limit if bulk else budget, 0 if own.heap else overhead)
             own.leave(window, tokens)
             self.tokens -= tokens
             self._ahead = self._ahead - tokens if normal else NORMAL_PER_BACKGROUND * tokens
             return taken, tokens, late
         return [], 0, late
-
-    def _fellows(self, window: list[_Waiting]) -> tuple[list[QueueEntry], bool]:
-        """The requests that may share a batch with the first one, and whether the batch is bulk."""
-        head = window[0][-1]
-        fellows = [entry for *_, entry in window if entry.group == head.group]
-        if head.background:
-            return fellows, True
-        if self._on_cpu:
-            fellows = [entry for entry in fellows if entry.bulk == head.bulk]
-        return fellows, self._on_cpu and head.bulk
 
 
 def _look(heap: list[_Waiting], budget: int, now: float, late: list[QueueEntry]) -> list[_Waiting]:

@@ -5,7 +5,7 @@ import numpy as np
 from embedding_service.engine import EmbedRequest, Receiver, Vectors, check_characters
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.inference.admission import Admission
-from embedding_service.inference.distinct import distinct
+from embedding_service.inference.distinct import Distinct, distinct
 from embedding_service.inference.fair_queue import SMALL_REQUEST_TEXTS, FairQueue, QueueEntry
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest, Share
@@ -106,7 +106,8 @@ class Scheduler:
 
     def look_up(self, pending: PendingRequest, texts: list[str]) -> None:
         """Find what must be computed of a request's texts or pieces. Raises TextTooLong."""
-        found = pending.distinct = distinct(texts, pending.context, self._cache)
+        alone = self._cache is None and len(texts) == 1
+        found = pending.distinct = Distinct(texts) if alone else distinct(texts, pending.context, self._cache)
         count = pending.missing = len(found.texts)
         pending.characters = sum(map(len, found.texts)) + len(pending.prompt or "") * count
         pending.entry.bulk = count > SMALL_REQUEST_TEXTS

@@ -27,11 +27,6 @@ PARTS_FOR_ACCELERATOR = 8
 PARALLEL_TEXTS = 16
 
 
-def is_large(pending: PendingRequest) -> bool:
-    """Whether a request must not be tokenized by the thread that brings it."""
-    return len(pending.distinct.texts) > SMALL_TEXTS or pending.characters > SMALL_CHARACTERS
-
-
 def tokenize_together(
     model: Model, together: Sequence[PendingRequest]
 ) -> tuple[Sequence[PendingRequest], list[tuple[PendingRequest, ServiceError]]]:

@@ -343,7 +343,8 @@ def test_every_accepted_request_gets_one_outcome_whatever_fails(build, seed):
             return np.zeros((0, 8), np.float32)
         return None
 
-    runtime = FakeRuntime(on_forward=fail, on_prepare=fail, seconds_per_token=2e-7)
+    streams = {"streams": 2, "all_cores": True} if seed % 3 else {}
+    runtime = FakeRuntime(on_forward=fail, on_prepare=fail, seconds_per_token=2e-7, **streams)
     lost = threading.Event()
     batcher = build(runtime, max_queued_tokens=20_000, on_device_lost=lambda _reason: lost.set())
     accepted: list[tuple[Answer, list[str]]] = []
@@ -354,7 +355,8 @@ def test_every_accepted_request_gets_one_outcome_whatever_fails(build, seed):
             count = own.choice([1, 1, 1, 4, 40, 400])
             texts = [text(n, f"{number} {name} {i}") for i, n in enumerate(lengths(name, count))]
             answer = Answer()
-            batcher.submit([(0, request(texts, own.choice([0.001, 0.05, 30])))], answer)
+            calls = [(0, request(texts, own.choice([0.001, 0.05, 30])))]
+            batcher.submit(calls, answer, may_run=own.random() < 0.5)
             if own.random() < 0.05:
                 batcher.cancel(answer)
             else:
