@@ -1,3 +1,3 @@
 """An embedding service: one SentenceTransformer model behind HTTP, shared by every web worker."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
