@@ -22,6 +22,9 @@ INFINITY = ROOT / "build" / "infinity-venv" / "bin" / "infinity_emb"
 Encode = Callable[[list[str]], np.ndarray]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     """A small model, of which every mistake is quick to compute."""
