@@ -99,5 +99,5 @@ def test_fields_that_cannot_be_used_with_tokens_are_rejected(service, fields, fi
 
 
 def test_the_errors_of_tei(service):
-    assert ask(service, "embed_all", inputs=[]).status_code == 422
+    assert ask(service, "embed_all", inputs=[]).status_code == 400
     assert ask(service, "embed_all", inputs="a", prompt_name="nope").status_code == 422
