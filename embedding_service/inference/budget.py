@@ -21,9 +21,6 @@ LONGEST_TEXTS = 2
 # A batch up to this long is always acceptable, since users do not notice the wait.
 UNNOTICED_SECONDS = 0.05
 
-# More tokens than any batch has.
-NO_LIMIT = 1 << 40
-
 # While running: how far one batch corrects the estimated cost, and the largest error it may report. A batch
 # that another process interrupted counts as one that is a fifth slower.
 CORRECTION, MAX_ERROR = 0.1, 0.2
@@ -41,14 +38,10 @@ ROUNDS = 5
 
 @dataclass(slots=True)
 class BatchCost:
-    """What batches cost: `batch_seconds` each, and `token_seconds` for each padded token.
-
-    Batches of more than `most_tokens` are no faster for each token.
-    """
+    """What batches cost: `batch_seconds` each, and `token_seconds` for each padded token."""
 
     batch_seconds: float
     token_seconds: float
-    most_tokens: int = NO_LIMIT
 
     def seconds(self, tokens: float) -> float:
         """How long a batch takes."""
@@ -123,16 +116,16 @@ class BatchBudget:
         enough = (1 - SLOWER) * most * a / (a + SLOWER * b * most)
         longest_wait = max(UNNOTICED_SECONDS, LONGEST_TEXTS * cost.seconds(self._max_seq_length))
         tokens = math.ceil(min(enough, cost.tokens_within(longest_wait)))
-        return min(most, max(self._max_seq_length, round(min(tokens, cost.most_tokens))))
+        return min(most, max(self._max_seq_length, tokens))
 
 
 def measure(
-    run: Callable[[int], float], smallest: int, largest: int, *, seconds: float, while_faster: bool = False
+    run: Callable[[int], float], smallest: int, largest: int, *, seconds: float, enough: int | None = None
 ) -> dict[int, float]:
     """Seconds of a batch by its tokens, from `smallest` in doublings, as far as the time allows.
 
-    `run` runs a batch of this many tokens and returns how long it took. If `while_faster`, doubling ends once
-    it makes a token hardly cheaper, since scratch memory grows with the largest batch.
+    `run` runs a batch of this many tokens and returns how long it took. From `enough` on, doubling ends
+    once it makes a token hardly cheaper, since scratch memory grows with the largest batch.
     """
     fastest: dict[int, float] = {}
     sizes: list[int] = []
@@ -143,7 +136,7 @@ def measure(
         seconds -= first + second
         fastest[size] = min(first, second)
         sizes.append(size)
-        if while_faster and size > smallest:
+        if enough is not None and size >= max(enough, 2 * smallest):
             gain = fastest[size // 2] / fastest[size] * 2
             if gain < 1 + SLOWER:
                 break
@@ -161,8 +154,8 @@ def measure(
     return fastest
 
 
-def fit(measured: Mapping[int, float], *, bounded: bool = False) -> BatchCost:
-    """The cost that fits the measurements best; `bounded` if larger batches than the largest do not pay.
+def fit(measured: Mapping[int, float]) -> BatchCost:
+    """The cost that fits the measurements best.
 
     Errors are weighted by the inverse square root of the time: large batches, which decide the budget, weigh
     more than they would by relative error, and small ones still count.
@@ -175,4 +168,4 @@ def fit(measured: Mapping[int, float], *, bounded: bool = False) -> BatchCost:
     # Noise may make a part that is nearly zero negative.
     token = min(largest, max(float(token), 0.01 * largest))
     batch = max(float(batch), 0.001 * seconds[0])
-    return BatchCost(float(batch), float(token), int(tokens[-1]) if bounded else NO_LIMIT)
+    return BatchCost(float(batch), float(token))

@@ -187,7 +187,7 @@ def read_cost(entry: Entry) -> BatchCost | None:
         cost = msgspec.json.decode((folder / "cost.json").read_bytes(), type=BatchCost)
     except (OSError, msgspec.MsgspecError):
         return None
-    sound = all(0 < part < math.inf for part in (cost.batch_seconds, cost.token_seconds, cost.most_tokens))
+    sound = all(0 < part < math.inf for part in (cost.batch_seconds, cost.token_seconds))
     return cost if sound else None
 
 

@@ -113,9 +113,14 @@ def find_cost(
 
     with ThreadPoolExecutor(len(streams)) as threads:
         measured = measure(
-            run, int(text.lengths[0]), max_batch_tokens, seconds=MEASURING_SECONDS, while_faster=on_cpu
+            run,
+            int(text.lengths[0]),
+            max_batch_tokens,
+            seconds=MEASURING_SECONDS,
+            # A batch may be one text of full length in any case.
+            enough=max_seq_length if on_cpu else None,
         )
-    cost = fit(measured, bounded=on_cpu)
+    cost = fit(measured)
     save_cost(costs, cost)
     return cost
 
