@@ -104,8 +104,8 @@ def test_only_the_last_used_are_kept(tmp_path):
 
 
 def test_a_cost_is_kept(tmp_path):
-    save_cost(entry(tmp_path), BatchCost(0.1, 0.2, 300))
-    assert read_cost(entry(tmp_path)) == BatchCost(0.1, 0.2, 300)
+    save_cost(entry(tmp_path), BatchCost(0.1, 0.2))
+    assert read_cost(entry(tmp_path)) == BatchCost(0.1, 0.2)
 
 
 @pytest.mark.parametrize(
