@@ -63,20 +63,21 @@ class Connection:
     length: int = -1
 
 
+def requests_of(url: str, bodies: Path) -> tuple[tuple[str, int], list[bytes]]:
+    """The server's address, and a request for each body, one a line of the file."""
+    place = urlsplit(url)
+    head = f"POST {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
+    return (place.hostname or "", place.port or 80), [
+        f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        for body in bodies.read_bytes().split(b"\n")
+    ]
+
+
 class Load:
     """The connections of this process."""
 
     def __init__(self, url: str, bodies: Path, clients: int, number: int) -> None:
-        place = urlsplit(url)
-        head = (
-            f"POST {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
-            "Content-Length: "
-        )
-        self._requests = [
-            head.encode() + str(len(body)).encode() + b"\r\n\r\n" + body
-            for body in bodies.read_bytes().split(b"\n")
-        ]
-        self._address = (place.hostname or "", place.port or 80)
+        self._address, self._requests = requests_of(url, bodies)
         self._clients, self._number = clients, number
         self.latencies: list[float] = []
         self.statuses: dict[str, int] = {}

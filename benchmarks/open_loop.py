@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -34,13 +33,7 @@ class Arrivals:
     """Requests to one server at a mean rate; each takes an idle connection, or else opens one."""
 
     def __init__(self, url: str, bodies: Path) -> None:
-        place = urlsplit(url)
-        self._address = (place.hostname or "", place.port or 80)
-        head = f"POST {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
-        self._requests = [
-            f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-            for body in bodies.read_bytes().split(b"\n")
-        ]
+        self._address, self._requests = load.requests_of(url, bodies)
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self.latencies: list[float] = []
         self.refused = 0
@@ -157,12 +150,7 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Latency and goodput against the offered load."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "benchmarks"
-    from matplotlib import pyplot
-
+    pyplot = report.plotter()
     loads = results["loads"]
     figure, axes = pyplot.subplots(2, len(loads), figsize=(3.2 * len(loads), 5), squeeze=False)
     for column, each in enumerate(loads):

@@ -177,14 +177,20 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """A bar chart of each system's rate as a share of the reference's."""
+def plotter() -> Any:
+    """matplotlib's pyplot, whose files are the same for the same figures."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "benchmarks"
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """A bar chart of each system's rate as a share of the reference's."""
+    pyplot = plotter()
     present, reference = _systems(results)
     rows = [row for row in results["scenarios"][::-1] if reference in row["systems"]]
     systems = [system for system in present if system != reference]

@@ -47,7 +47,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A test marked `alone` waits for those that other workers run, and these workers wait for it."""
     folder = Path(os.environ[RUN_FOLDER])
     with (folder / "turn").open("w") as turn, (folder / "running").open("w") as running:
-        # Whoever waits holds the turn, so that the others cannot pass it.
+        # A process that waits holds the turn, so that the others cannot pass it.
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(running, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)

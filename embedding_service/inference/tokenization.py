@@ -31,11 +31,9 @@ def tokenize_together(
     model: Model, together: Sequence[PendingRequest]
 ) -> tuple[Sequence[PendingRequest], list[tuple[PendingRequest, ServiceError]]]:
     """Tokenize whole requests of one context; returns those that are ready, and the errors of the others."""
-    began = time.monotonic()
     lead = together[0]
     try:
-        if began > min([pending.request.deadline for pending in together]):
-            raise DeadlineExceeded("the deadline passed in the queue")
+        began = _begin(together)
         texts = (
             lead.distinct.texts
             if len(together) == 1
@@ -65,9 +63,7 @@ def tokenize_together(
 def tokenize_part(model: Model, pending: PendingRequest, *, idle: bool) -> TokenizedTexts:
     """The next texts of a large request; `idle` if the model is. Raises a ServiceError."""
     try:
-        began = time.monotonic()
-        if began > pending.request.deadline:
-            raise DeadlineExceeded("the deadline passed in the queue")
+        began = _begin([pending])
         parts = 1 if model.on_cpu else PARTS_FOR_ACCELERATOR
         texts = _part(pending.distinct.texts, pending.arrived, parts * PART_TEXTS, parts * PART_CHARACTERS)
         tokenized = _tokenize(model, pending, texts, parallel=idle or not model.on_cpu)
@@ -80,9 +76,7 @@ def tokenize_part(model: Model, pending: PendingRequest, *, idle: bool) -> Token
 def cut_next(model: Model, pending: PendingRequest) -> list[str] | None:
     """Cut the next texts of a request; all of its pieces with the last, else None. Raises a ServiceError."""
     try:
-        began = time.monotonic()
-        if began > pending.request.deadline:
-            raise DeadlineExceeded("the deadline passed in the queue")
+        began = _begin([pending])
         chunks = pending.chunks
         assert chunks is not None
         first = len(chunks)
@@ -111,6 +105,14 @@ def cut_next(model: Model, pending: PendingRequest) -> list[str] | None:
         for text, own in zip(pending.texts, chunks, strict=True)
         for chunk in own
     ]
+
+
+def _begin(together: Sequence[PendingRequest]) -> float:
+    """The time. Raises DeadlineExceeded if a request's deadline has passed."""
+    now = time.monotonic()
+    if now > min([pending.request.deadline for pending in together]):
+        raise DeadlineExceeded("the deadline passed in the queue")
+    return now
 
 
 def failure(error: BaseException, reason: str = "the request could not be tokenized") -> ServiceError:
@@ -145,7 +147,7 @@ def _tokenize(
 
 
 def _part(texts: list[str], first: int, most_texts: int, most_characters: int) -> list[str]:
-    """The texts from `first` on, up to so many texts and characters, but at least one."""
+    """The texts from `first` on, within both limits, but at least one."""
     last, characters = first, 0
     while last < min(len(texts), first + most_texts) and characters < most_characters:
         characters += len(texts[last])

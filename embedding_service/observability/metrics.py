@@ -61,7 +61,7 @@ REQUESTS_WAITING = _gauge(
     "requests_waiting", "Requests that wait for their first batch, sampled once a second.", "livesum"
 )
 REQUESTS_RUNNING = _gauge(
-    "requests_running", "Requests of which a batch has begun, sampled once a second.", "livesum"
+    "requests_running", "Requests whose first batch has begun, sampled once a second.", "livesum"
 )
 OUT_OF_MEMORY_HALVINGS = _counter(
     "out_of_memory_halvings",

@@ -71,7 +71,7 @@ def serve(arguments: Sequence[str], prog: str = "app.py") -> int:
     parser.add_argument("--port", metavar="N", help="the setting PORT")
     # Text Embeddings Inference's options, so that its command lines work.
     parser.add_argument("--hostname", dest="host", help=argparse.SUPPRESS)
-    for name in (*tei_names.OURS, *tei_names.SAME, *tei_names.UNSUPPORTED, "POOLING"):
+    for name in tei_names.OPTIONS:
         option = f"--{name.lower().replace('_', '-')}"
         parser.add_argument(option, nargs="?", const="true", dest=name.lower(), help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))

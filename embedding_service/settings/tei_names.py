@@ -39,6 +39,10 @@ UNSUPPORTED = {
     "UDS_PATH": "use gunicorn's option -b unix:PATH",
 }
 
+# All but the equal ones need a translation, wherever they are given.
+TRANSLATED = (*OURS, *UNSUPPORTED, "POOLING")
+OPTIONS = (*TRANSLATED, *SAME)
+
 BOOLEAN = {
     "AUTO_TRUNCATE": {"true": "truncate", "false": "error"},
     "JSON_OUTPUT": {"true": "json", "false": "text"},
@@ -50,7 +54,7 @@ def translate(given: Mapping[str, str], options: Mapping[str, str]) -> tuple[dic
 
     Raises ConfigError for a value that would change the vectors, or that is not allowed.
     """
-    if not given.get("MODEL_ID") and not options.keys() & {*OURS, *UNSUPPORTED, "POOLING"}:
+    if not given.get("MODEL_ID") and not options.keys() & {*TRANSLATED}:
         return {}, []
     if pooling := given.get("POOLING"):
         raise ConfigError(

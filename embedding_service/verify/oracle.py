@@ -29,7 +29,7 @@ class Oracle:
         return np.asarray(made, np.float32)
 
     def text_of(self, tokens: int) -> str:
-        """A text of about this many tokens, of which each matters."""
+        """A text of about this many tokens, each of which matters."""
         words = (f"{word} {number}" for number in range(tokens) for word in ("river", "stone", "cloud"))
         ids: list[int] = self._model.tokenizer(" ".join(words), truncation=False, verbose=False)["input_ids"]
         text: str = self._model.tokenizer.decode(ids[:tokens], skip_special_tokens=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,18 +41,27 @@ def on_the_machine(bundle: Path, target: Path) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
 
 
-@pytest.mark.deploy
-def test_a_bundle_installs_and_serves_without_a_network(tmp_path, oracle):
+def require_programs() -> None:
     for program, package in {"unshare": "util-linux", "ip": "iproute2", "curl": "curl"}.items():
         require_program(program, package)
+
+
+def served(bundle: Path, target: Path) -> tuple[str, dict[str, Any]]:
+    """The output of the installation and the start, which must succeed, and the answer to a request."""
+    done = on_the_machine(bundle, target)
+    log = target / "service.log"
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{log.read_text() if log.exists() else ''}"
+    return done.stdout, json.loads((target / "answer.json").read_text())
+
+
+@pytest.mark.deploy
+def test_a_bundle_installs_and_serves_without_a_network(tmp_path, oracle):
+    require_programs()
     bundle = build(tmp_path / "bundle", "--weights", "float16")
     files = [path for path in bundle.rglob("*") if path.is_file()]
     assert max(path.stat().st_size for path in files) < 64 << 20
-    done = on_the_machine(bundle, tmp_path / "target")
-    log = tmp_path / "target" / "service.log"
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}{log.read_text() if log.exists() else ''}"
-    assert '"status":"healthy"' in done.stdout
-    answer = json.loads((tmp_path / "target" / "answer.json").read_text())
+    output, answer = served(bundle, tmp_path / "target")
+    assert '"status":"healthy"' in output
     # float16 weights, computed in float32
     assert np.abs(answer["embeddings"] - oracle.encode(["Hello world"])).max() < 1e-3
 
@@ -65,16 +75,12 @@ def test_a_bundle_installs_and_serves_without_a_network(tmp_path, oracle):
 
 @pytest.mark.deploy
 def test_a_prepared_bundle_serves_without_torch(tmp_path, oracle):
-    for program, package in {"unshare": "util-linux", "ip": "iproute2", "curl": "curl"}.items():
-        require_program(program, package)
+    require_programs()
     left_out = ["torch", "transformers", "sentence-transformers"]
     bundle = build(tmp_path / "bundle", "--prepared", "--without", *left_out)
     assert not list(bundle.glob("piece-*/wheels/torch-*"))
-    done = on_the_machine(bundle, tmp_path / "target")
-    log = tmp_path / "target" / "service.log"
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}{log.read_text() if log.exists() else ''}"
-    assert "torch is not installed" in done.stdout
-    answer = json.loads((tmp_path / "target" / "answer.json").read_text())
+    output, answer = served(bundle, tmp_path / "target")
+    assert "torch is not installed" in output
     assert np.abs(answer["embeddings"] - oracle.encode(["Hello world"])).max() < 1e-5
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A small model, of which every mistake is quick to compute."""
+    """A small model, whose mistakes are quick to compute."""
     return str(build("bert", tmp_path_factory.mktemp("bert")))
 
 
