@@ -41,6 +41,8 @@ keepalive = settings.keep_alive_seconds
 # In memory, so that the heartbeat does not wait for a slow disk.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 control_socket_disable = True
+# How long a new worker waits for the state of the model processes, at most; a refusal is known immediately.
+SETTLE_SECONDS = 10.0
 # Every response must go through the worker's socket, which times out slow clients.
 sendfile = False
 # No request header may set SCRIPT_NAME or PATH_INFO, wherever it comes from.
@@ -117,7 +119,8 @@ def post_worker_init(worker: Any) -> None:
     metrics.share(supervisor.folder.metrics)
     context = worker.wsgi.extensions["embedding_service"]
     context.draining = lambda: not worker.alive
-    context.engine.settle(1.0)
+    # Long enough for a busy machine: until then this worker would answer 503 while the others serve.
+    context.engine.settle(SETTLE_SECONDS)
     collector.freeze()
 
 

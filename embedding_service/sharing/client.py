@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 RECONNECT_SECONDS = 0.05
 RETRY_AFTER_SECONDS = 1.0
 
+# How often a new worker looks whether it may begin.
+SETTLE_STEP_SECONDS = 0.005
+
 # How often overdue requests are looked for.
 EXPIRY_SECONDS = 0.1
 
@@ -56,7 +59,8 @@ class ModelConnection:
         self._sending = threading.Lock()
         self._numbers = count()
         self._was_healthy = False
-        self._known = threading.Event()
+        # Whether the model process has reported its state, or is known not to listen.
+        self.known = False
         self.status = Status(state="loading", reason="the model process is starting")
         for target in (self._live, self._send_forever, self._expire_forever):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
@@ -140,10 +144,6 @@ class ModelConnection:
             waiter.outcome = outcome
             waiter.answered.release()
 
-    def settle(self, seconds: float) -> None:
-        """Wait until the model process has reported its state, or is known not to listen."""
-        self._known.wait(seconds)
-
     def _live(self) -> None:
         pause = threading.Event()
         while True:
@@ -152,7 +152,7 @@ class ModelConnection:
                 sock.connect(self._path)
             except OSError:
                 sock.close()
-                self._known.set()
+                self.known = True
                 self._on_refused()
                 pause.wait(RECONNECT_SECONDS)
                 continue
@@ -177,7 +177,7 @@ class ModelConnection:
             case wire.StatusNotice():
                 self.status = message.status
                 self._was_healthy |= message.status.state == "healthy"
-                self._known.set()
+                self.known = True
 
     def _disconnect(self) -> None:
         state, reason = ("loading", "the model process is starting")
@@ -248,9 +248,13 @@ class RemoteEngine:
         return self._gone
 
     def settle(self, seconds: float) -> None:
-        """Wait for each model process's first report, so that a new worker does not start with 503s."""
-        for connection in self._connections or self._connect():
-            connection.settle(seconds)
+        """Wait until a model process is ready or all are known: a new worker should not begin with 503s."""
+        end = time.monotonic() + seconds
+        connections = self._connections or self._connect()
+        while time.monotonic() < end and not all(connection.known for connection in connections):
+            if any(connection.status.state == "healthy" for connection in connections):
+                return
+            time.sleep(SETTLE_STEP_SECONDS)
 
     def close(self) -> None:
         """Nothing to do: the connections end with the process."""

@@ -31,19 +31,22 @@ class Client:
 
 @dataclass
 class Seen:
-    """The results of a load's clients; `latencies` are those of the 200s, in seconds."""
+    """The results of a load's clients: `latencies` of the 200s in seconds, `errors` the bodies of others."""
 
     statuses: Counter[str] = field(default_factory=Counter)
+    errors: Counter[bytes] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, status: str, latency: float, headers: dict[str, str]) -> None:
+    def note(self, status: str, latency: float, headers: dict[str, str], answer: bytes = b"") -> None:
         with self.lock:
             self.statuses[status] += 1
             if status == "200":
                 self.latencies.append(latency)
+            else:
+                self.errors[answer] += 1
             if "retry-after-ms" in headers:
                 self.waits.append(float(headers["retry-after-ms"]) / 1e3)
 
@@ -70,8 +73,8 @@ def closed_loop(
         while time.monotonic() < until and (limit is None or count < limit):
             began = time.monotonic()
             try:
-                status, headers, _ = client.embed(make(number, count))
-                seen.note(str(status), time.monotonic() - began, headers)
+                status, headers, answer = client.embed(make(number, count))
+                seen.note(str(status), time.monotonic() - began, headers, answer)
             except (OSError, http.client.HTTPException) as error:
                 seen.note(type(error).__name__, 0.0, {})
                 client.close()
@@ -103,8 +106,8 @@ def open_loop(
             time.sleep(max(0.0, due - time.monotonic()))
             sending = time.monotonic()
             try:
-                status, headers, _ = client.embed(make(mine))
-                seen.note(str(status), time.monotonic() - sending, headers)
+                status, headers, answer = client.embed(make(mine))
+                seen.note(str(status), time.monotonic() - sending, headers, answer)
             except (OSError, http.client.HTTPException) as error:
                 seen.note(type(error).__name__, 0.0, {})
                 client.close()

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedding_service.engine import Embeddings, EmbedRequest, Timings
+from embedding_service.engine import Embeddings, EmbedRequest, Status, Timings
 from embedding_service.errors import DeadlineExceeded, ModelFailure, Unavailable
 from embedding_service.sharing import wire
-from embedding_service.sharing.client import ModelConnection
+from embedding_service.sharing.client import ModelConnection, RemoteEngine
+from embedding_service.sharing.runtime_folder import RuntimeFolder
+from embedding_service.sharing.supervisor_handle import SupervisorHandle
 from tests.service import wait_until
 
 
@@ -24,12 +26,14 @@ class ModelProcess:
         self._listener.bind(str(path))
         self._listener.listen(1)
         self.numbers: list[int] = []
+        self.is_connected = False
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
     def _read(self) -> None:
         self._sock, _ = self._listener.accept()
         self.channel = wire.Channel(self._sock)
+        self.is_connected = True
         try:
             while True:
                 message = self.channel.receive()
@@ -112,3 +116,52 @@ def test_an_overdue_request_fails_and_is_forgotten(connection, process):
     asked = Asked(connection, "text", seconds=0.1)
     assert isinstance(asked.wait(), DeadlineExceeded)
     assert connection.load == 0
+
+
+@pytest.fixture
+def folder(tmp_path) -> RuntimeFolder:
+    return RuntimeFolder(tmp_path)
+
+
+@pytest.fixture
+def slow(folder) -> Iterator[ModelProcess]:
+    """A model process that accepts a worker, but has not reported its state yet."""
+    process = ModelProcess(folder.socket(0))
+    yield process
+    process.close()
+
+
+def settling(engine: RemoteEngine) -> threading.Thread:
+    thread = threading.Thread(target=engine.settle, args=[120.0])
+    thread.start()
+    return thread
+
+
+def test_a_new_worker_waits_for_the_first_report_of_a_slow_model_process(folder, slow):
+    engine = RemoteEngine(SupervisorHandle(folder), 1)
+    thread = settling(engine)
+    wait_until(lambda: slow.is_connected)
+    assert engine.status().state == "loading"
+    assert thread.is_alive()
+    slow.channel.send(wire.StatusNotice(Status(state="healthy")))
+    thread.join(60)
+    assert not thread.is_alive()
+    assert engine.status().state == "healthy"
+
+
+def test_a_new_worker_waits_for_no_second_model_process(folder, slow):
+    hung = socket.socket(socket.AF_UNIX)
+    with hung:
+        hung.bind(str(folder.socket(1)))
+        hung.listen(1)
+        thread = settling(RemoteEngine(SupervisorHandle(folder), 2))
+        wait_until(lambda: slow.is_connected)
+        slow.channel.send(wire.StatusNotice(Status(state="healthy")))
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_new_worker_does_not_wait_for_a_model_process_that_does_not_listen(folder):
+    thread = settling(RemoteEngine(SupervisorHandle(folder), 1))
+    thread.join(60)
+    assert not thread.is_alive()
