@@ -14,7 +14,7 @@ WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-ci test-long test-nightly reliability test-deploy coverage lint style types schemas format bench bench-host \
+.PHONY: help serve test test-all test-ci test-again test-long test-nightly reliability test-deploy coverage lint style types schemas format bench bench-host \
 	bench-device bench-gpu bench-peer bench-open bench-infinity release dist site audit bundle docker clean
 
 help:  ## list these commands
@@ -30,7 +30,11 @@ test-all: $(VENV)/dev.stamp  ## run every test except those of test-deploy, test
 	$(PYTEST) -m "not deploy and not nightly and not long"
 
 test-ci: $(VENV)/dev.stamp  ## run test-all and test-deploy together, as CI does (as root)
-	$(PYTEST) -m "not nightly and not long"
+	$(PYTEST) -m "not nightly and not long" || $(MAKE) test-again
+
+test-again: $(VENV)/dev.stamp  ## run once more, one after another, the tests that failed last
+	@echo "Running again what failed. A test that passes now depends on what ran beside it, and needs mending:"
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -v
 
 test-long: $(VENV)/dev.stamp  ## run the full overload, soak and fuzz tests (`test-all` has short forms)
 	$(BIN)/python -m pytest -m "long and not deploy"
