@@ -21,7 +21,7 @@ from embedding_service.inference.hardware import (
     share_cores,
 )
 from embedding_service.inference.in_torch import InTorch
-from embedding_service.inference.memory import release
+from embedding_service.inference.memory import WEIGHTS, release
 from embedding_service.inference.model import Model
 from embedding_service.inference.prepared import TOLERANCE, Prepared, Reference
 from embedding_service.inference.preprocessing import RustTokenizer
@@ -111,7 +111,7 @@ def _load_prepared(settings: Config, threads: int) -> Model | None:
     source = resolve(settings.embedding_model, settings.model_revision, verified=False)
     with ThreadPoolExecutor(2) as pool:
         hashing = pool.submit(prepared.keys_of, settings, source)
-        from embedding_service.inference.backends.openvino import WEIGHTS, openvino_backend, read_graph
+        from embedding_service.inference.backends.openvino import openvino_backend, read_graph
 
         keys = hashing.result()
         read = prepared.read(keys.prepared())

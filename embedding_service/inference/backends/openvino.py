@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # larger ones accuracy (docs/decisions/0004-int8.md).
 QUANTIZATION_GROUP = 64
 
-GRAPH, WEIGHTS = "model.xml", "model.bin"
+GRAPH = "model.xml"
 
 # How long nothing must have run before scratch memory is given back. The next batch allocates it again.
 IDLE_SECONDS = 2.0
