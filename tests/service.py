@@ -1,6 +1,8 @@
 """Starts the real service as a user would, on a free port, and waits for it."""
 
+import contextlib
 import fcntl
+import http.client
 import json
 import os
 import signal
@@ -89,20 +91,48 @@ class Service:
             return None
         return response.status_code, response.json()
 
+    def is_healthy(self) -> bool:
+        """Whether the worker that gets this request is healthy."""
+        health = self.health()
+        return health is not None and health[0] == 200
+
     def wait_ready(self, seconds: float = START_SECONDS) -> Self:
-        """Wait for a 200 from /health; fails with the log if the service ends or takes too long."""
+        """Wait until every web worker is healthy; fails with the log if the service ends or takes too long.
+
+        Each notices by itself that the model has come or gone, so the answer of one says nothing of the others.
+        """
 
         def ready() -> bool:
             if self.process.poll() is not None:
                 raise AssertionError(f"the service ended with {self.process.returncode}:\n{self.log()}")
-            health = self.health()
-            return health is not None and health[0] == 200
+            with contextlib.suppress(OSError, http.client.HTTPException, psutil.Error):
+                workers = self.web_workers()
+                return self.is_healthy() and (len(workers) < 2 or self._all_healthy(workers))
+            return False
 
         try:
             wait_until(ready, "a healthy service", seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log()}") from None
         return self
+
+    def _all_healthy(self, workers: list[psutil.Process]) -> bool:
+        """Whether connections that are made at the same time reach every worker, and find it healthy."""
+        with contextlib.ExitStack() as stack:
+            clients = [http.client.HTTPConnection("127.0.0.1", self.port, timeout=60) for _ in range(8)]
+            for client in clients:
+                stack.callback(client.close)
+                client.connect()
+            healthy = set()
+            for client in clients:
+                port = client.sock.getsockname()[1]
+                client.request("GET", "/health")
+                if client.getresponse().status == 200:
+                    healthy.add(port)
+            return all(
+                any(each.raddr and each.raddr.port in healthy for each in worker.net_connections("tcp"))
+                for worker in workers
+            )
 
     def post(self, path: str, json: Any, **arguments: Any) -> requests.Response:
         """POST to the service."""

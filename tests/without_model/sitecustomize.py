@@ -1,11 +1,18 @@
 """Makes a model process that is started with this folder on its PYTHONPATH ready at once: it loads no model.
 
 A text has a token for each word, and its vector follows from its characters. For tests of processes, logs,
-headers and flags.
+headers and flags. While the file that HELD names exists, the model neither loads nor computes.
 """
 
+import os
 import sys
+import time
 from pathlib import Path
+
+
+def wait_while_held(_batch=None):
+    while os.path.exists(os.environ.get("HELD", "")):  # noqa: PTH110
+        time.sleep(0.02)
 
 
 def load(settings):
@@ -16,8 +23,9 @@ def load(settings):
         def length(self, text):
             return len(text.split()) + 2
 
+    wait_while_held()
     local.log.info("Loaded %s (no model) on %s", settings.embedding_model, settings.device)
-    return Words(max_seq_length=settings.max_seq_length)
+    return Words(max_seq_length=settings.max_seq_length, on_forward=wait_while_held)
 
 
 if "embedding_service.sharing.server" in sys.orig_argv:
