@@ -99,7 +99,7 @@ class Service:
     def wait_ready(self, seconds: float = START_SECONDS) -> Self:
         """Wait until every web worker is healthy; fails with the log if the service ends or takes too long.
 
-        Each notices by itself that the model has come or gone, so the answer of one says nothing of the others.
+        Each notices by itself that the model has come or gone, so one says nothing of the others.
         """
 
         def ready() -> bool:

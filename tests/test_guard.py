@@ -27,6 +27,8 @@ def test_a_killed_run_leaves_no_process_and_no_folder(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != RUN_FOLDER}
     command = [sys.executable, "-c", RUN, str(folder)]
     # Its output ends only when the last process that holds it has ended.
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE, timeout=180
+    )
     assert done.returncode == -9
     assert not folder.exists()

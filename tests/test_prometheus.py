@@ -206,12 +206,12 @@ class Prometheus:
     def is_up(self) -> bool:
         try:
             return self.query('up{job="embedding-service"}') == [1.0]
-        except requests.ConnectionError:
+        except requests.RequestException:  # it does not listen yet, or is not ready and answers in plain text
             return False
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(60)
 
     def _get(self, path: str, **parameters: str) -> dict:
         return requests.get(f"{self._url}/{path}", params=parameters, timeout=60).json()

@@ -54,6 +54,7 @@ def chromium(own_process: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     # The driver is given, so that selenium never looks for one elsewhere.
     driver = webdriver.Chrome(options, Driver(require_program("chromedriver", "chromium-driver")))
+    driver.set_script_timeout(120)
     yield driver
     driver.quit()
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import numpy as np
 import psutil
 import pyarrow
@@ -17,9 +19,10 @@ from pyarrow import parquet
 
 from embedding_service import embed_file
 from embedding_service.bulk.paths import Paths
-from embedding_service.engine import Embeddings, EmbedRequest, Timings
-from tests.fakes import FakeEngine
-from tests.service import ROOT, RUN_FOLDER, wait_until
+from embedding_service.engine import Embeddings, EmbedRequest, Status, Timings
+from embedding_service.errors import Unavailable
+from tests.fakes import INFO, FakeEngine, Served
+from tests.service import ROOT, RUN_FOLDER, Service, wait_until
 
 HEADER_BYTES = 128
 
@@ -88,11 +91,53 @@ def rows_in(output: Path, dimension: int = DIMENSION) -> int:
 
 
 class Numbers(FakeEngine):
-    """Embeds the text of a number as that number."""
+    """Embeds the text of a number as that number. After `left` more texts it refuses, and a run waits."""
+
+    left = math.inf
 
     def embed(self, request: EmbedRequest) -> Embeddings:
-        vectors = np.array([[int(text) if text.isdigit() else 0, 0, 1] for text in request.texts], np.float32)
-        return Embeddings(vectors=vectors, tokens=1, truncated=[], timings=Timings())
+        self.left -= len(request.texts)
+        if self.left < 0:
+            raise Unavailable("the limit of this test is reached", retry_after_seconds=0.1)
+        return Embeddings(vectors=self.vectors(request.texts), tokens=1, truncated=[], timings=Timings())
+
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        return np.array([[int(text) if text.isdigit() else 0, 0, 1] for text in texts], np.float32)
+
+
+class Behind(Numbers):
+    """Embeds as the service behind it does."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+        self.current = Status(
+            state="healthy", info=msgspec.structs.replace(INFO, embedding_dimension=DIMENSION)
+        )
+
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        return np.array(self._service.post("/embed", {"texts": texts}).json()["embeddings"], np.float32)
+
+
+def end_midway(
+    served: Served,
+    *command: object,
+    rows: int,
+    spare: int,
+    dimension: int = 3,
+    number: signal.Signals = signal.SIGKILL,
+) -> Run:
+    """Start a run and end it at this many rows; the engine refuses before it has `spare` more."""
+    output = Path(str(command[command.index("-o") + 1]))
+    served.engine.left = rows - rows_in(output, dimension) + spare
+    ended = Run(*command, "--url", served.url)
+    wait_until(lambda: rows_in(output, dimension) >= rows or ended.is_over(), f"{rows} rows", 300)
+    ended.process.send_signal(number)
+    assert ended.wait() in (-number, 130), ended.said
+    assert rows <= rows_in(output, dimension) <= rows + spare
+    assert not output.exists()
+    served.engine.left = math.inf
+    return ended
 
 
 def main(monkeypatch, *arguments: object) -> int:

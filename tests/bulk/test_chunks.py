@@ -1,7 +1,6 @@
 """A run with a row for each piece of a long text."""
 
 import json
-import signal
 import tracemalloc
 
 import msgspec
@@ -17,9 +16,8 @@ from embedding_service.bulk.pipeline import Patient, run
 from embedding_service.bulk.rows import Row
 from embedding_service.engine import Chunk, Embeddings, EmbedRequest
 from embedding_service.errors import TooLarge
-from tests.bulk.running import CHUNKED, JOB, Numbers, Run, main, read_lines, rows_in
+from tests.bulk.running import CHUNKED, JOB, Numbers, Run, end_midway, main, read_lines
 from tests.fakes import Served
-from tests.service import wait_until
 
 
 class InChunks(Numbers):
@@ -44,15 +42,11 @@ def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
     corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
     expected = [(n, i, int(digit)) for n in range(count) for i, digit in enumerate(str(n + 1))]
     served = Served(InChunks())
-    command = (corpus, "-o", output, "--url", served.url, "--overflow", "chunks", "--batch", 64)
+    command = (corpus, "-o", output, "--overflow", "chunks", "--batch", 64)
     try:
         for done in (20_000, 60_000):
-            killed = Run(*command)
-            wait_until(lambda: rows_in(output, 3) >= done or killed.is_over(), "some rows", 300)  # noqa: B023
-            killed.process.kill()
-            assert killed.wait() == -signal.SIGKILL, killed.said
-            assert done <= rows_in(output, 3) < len(expected)
-        finished = Run(*command)
+            killed = end_midway(served, *command, rows=done, spare=10_000)
+        finished = Run(*command, "--url", served.url)
         assert finished.wait(300) == 0, finished.said
     finally:
         served.stop()

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import signal
 
 import hypothesis
 import msgspec
@@ -14,9 +13,8 @@ from hypothesis import strategies
 from embedding_service.bulk.paths import Paths
 from embedding_service.bulk.rows import Row
 from embedding_service.bulk.source import InputFile
-from tests.bulk.running import Numbers, Run, rows_in
+from tests.bulk.running import Numbers, Run, end_midway
 from tests.fakes import Served
-from tests.service import wait_until
 
 
 def test_every_line_of_a_txt_file_is_a_row(tmp_path):
@@ -151,10 +149,7 @@ def test_a_run_over_damaged_csv_resumes_exactly_where_it_stopped(tmp_path):
     corpus.write_text("text,id\n" + "".join(f"{text},0\n" for text in texts))
     served = Served(Numbers())
     try:
-        killed = Run(corpus, "-o", output, "--url", served.url)
-        wait_until(lambda: rows_in(output, 3) >= 5000 or killed.is_over(), "some rows", 300)
-        killed.process.kill()
-        assert killed.wait() == -signal.SIGKILL, killed.said
+        end_midway(served, corpus, "-o", output, rows=5000, spare=5000)
         finished = Run(corpus, "-o", output, "--url", served.url)
         assert finished.wait(300) == 3, finished.said
     finally:

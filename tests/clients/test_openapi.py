@@ -36,13 +36,13 @@ def test_no_request_gets_an_undocumented_response(service, tmp_path):
             Path(sys.executable).with_name("schemathesis"),
             *("run", f"{service.url}/openapi.json", "--checks", ",".join(CHECKS), "--no-color"),
             *("--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1"),
-            *("--generation-database", "none"),
+            *("--generation-database", "none", "--request-timeout", "120"),
         ],
         cwd=tmp_path,
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=840,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in service.log()
@@ -130,7 +130,7 @@ def test_swagger_ui_renders_it_without_another_host(service, tmp_path):
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     ).stdout
     answer = requests.get(f"{service.url}/docs", timeout=60)
     assert "default-src 'none'; script-src 'self';" in answer.headers["Content-Security-Policy"]

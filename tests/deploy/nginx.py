@@ -62,7 +62,7 @@ class Nginx:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
             self.process.terminate()
-            self.process.wait(5)
+            self.process.wait(60)
 
     def _workers(self) -> set[int]:
         pid = self.process.pid
@@ -104,7 +104,7 @@ class Nginx:
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log()
         try:
-            requests.get(f"http://127.0.0.1:{self.plain_port}/", allow_redirects=False, timeout=1)
+            requests.get(f"http://127.0.0.1:{self.plain_port}/", allow_redirects=False, timeout=60)
         except requests.ConnectionError:
             return False
         return True

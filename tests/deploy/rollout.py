@@ -41,10 +41,10 @@ class Pod:
         self.instance = instance
 
     def wait_ready(self) -> None:
-        """Call the startup probe until it succeeds, then the readiness probe."""
-        self._probe("startupProbe")
-        assert self._ask(self._container["livenessProbe"])
-        self._probe("readinessProbe")
+        """Call each probe until it succeeds, as often as the template allows."""
+        for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+            self._probe(name)
+        self.instance.wait_ready()
 
     def terminate(self, leave_service: Callable[[], None]) -> None:
         """Delete the pod: preStop and the removal from the Service begin at once, then SIGTERM."""

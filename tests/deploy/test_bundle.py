@@ -21,7 +21,7 @@ PYTHON="$3" "$1/install.sh" "$2"
 cd "$2"
 HOST=127.0.0.1 .venv/bin/python app.py 2>service.log &
 trap 'kill $!; wait' EXIT
-curl --silent --fail --retry 90 --retry-delay 1 --retry-all-errors http://127.0.0.1:8001/health
+curl --silent --fail --retry 300 --retry-delay 1 --retry-all-errors http://127.0.0.1:8001/health
 curl --silent --fail http://127.0.0.1:8001/embed -H 'Content-Type: application/json' \
   -d '{"texts": ["Hello world"]}' >answer.json
 """

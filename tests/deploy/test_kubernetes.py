@@ -115,7 +115,7 @@ def test_a_rollout_loses_nothing(start_instance, start_nginx) -> None:
             front.send_to([pod.instance.port for pod in pods])
             pods.remove(old)
             old.terminate(lambda: front.send_to([pod.instance.port for pod in pods]))
-        wait_until(lambda: load.answered >= 700 or load.failures, "700 answers")
+        wait_until(lambda: load.answered >= 700 or load.failures, "700 answers", 600)
     finally:
         load.end()
     print(f"{load.answered} answers, slowest {load.slowest_seconds:.2f} s")

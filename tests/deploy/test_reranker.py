@@ -45,7 +45,7 @@ def front(service, tmp_path):
 
 def post(front: Nginx, path: str, body: object) -> requests.Response:
     headers = {"X-Request-ID": "one"}
-    return requests.post(front.url + path, json=body, verify=front.certificate, headers=headers, timeout=30)
+    return requests.post(front.url + path, json=body, verify=front.certificate, headers=headers, timeout=60)
 
 
 def test_a_reranker_answers_its_route_only(front, service):

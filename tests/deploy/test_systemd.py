@@ -55,7 +55,7 @@ def test_its_command_reports_readiness_and_stops_in_time(
     notified = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(notified))
-        manager.settimeout(60)
+        manager.settimeout(180)
         service: Service = start_without_model(shlex.split(section["ExecStart"]), NOTIFY_SOCKET=str(notified))
         assert manager.recv(1000).startswith(b"READY=1")
         assert service.health() is not None

@@ -25,6 +25,10 @@ class FaultyService(Service):
             folder, command, PYTHONPATH=INJECTION, FAULTS_SEEN=str(self._seen), BACKEND="torch", **settings
         )
 
+    def let_go_on(self) -> None:
+        """End what @@slow@@ began."""
+        Path(f"{self._seen}.go-on").touch()
+
     def seen(self) -> str:
         return self._seen.read_text(encoding="utf-8") if self._seen.exists() else ""
 

@@ -74,7 +74,7 @@ def test_ten_times_the_load_it_can_bear(loaded, seconds):
 
 
 def test_callers_over_the_limit_get_429_and_health_still_answers(start_without_model, tmp_path):
-    """From more connections than a worker may have requests in flight; the model computes nothing meanwhile."""
+    """From more connections than a worker may have requests in flight, while the model computes nothing."""
     limit, callers = 100, 300
     service = start_without_model(
         MAX_CONCURRENT_REQUESTS=str(limit), HELD=str(tmp_path / "held")

@@ -195,7 +195,7 @@ def lengths(seed: int, count: int, most: int = 256) -> list[int]:
     return [min(most, max(3, round(random_numbers.lognormvariate(*LOG_NORMAL)))) for _ in range(count)]
 
 
-def request(texts: Sequence[str], seconds: float = 30.0, **fields) -> EmbedRequest:
+def request(texts: Sequence[str], seconds: float = 120.0, **fields) -> EmbedRequest:
     """A request with this many seconds until its deadline."""
     return EmbedRequest(texts=list(texts), deadline=time.monotonic() + seconds, **fields)
 
@@ -214,7 +214,7 @@ class Answer:
         self.outcomes += [outcome for _, outcome in together]
         self._done.set()
 
-    def wait(self, seconds: float = 20.0) -> Embeddings | ServiceError:
+    def wait(self, seconds: float = 120.0) -> Embeddings | ServiceError:
         assert self._done.wait(seconds), f"no outcome within {seconds} s"
         return self.outcomes[0]
 
@@ -227,7 +227,7 @@ class Answer:
         return self._done.is_set()
 
 
-def submit(batcher: Batcher, texts: Sequence[str], seconds: float = 30.0, **fields: Any) -> Answer:
+def submit(batcher: Batcher, texts: Sequence[str], seconds: float = 120.0, **fields: Any) -> Answer:
     """Submit a request for the texts, with a deadline in this many seconds."""
     answer = Answer()
     batcher.submit([(0, request(texts, seconds, **fields))], answer)

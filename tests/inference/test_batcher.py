@@ -230,10 +230,10 @@ def test_a_vector_that_stays_not_finite_fails_its_request_and_names_the_text(bui
 def test_work_whose_deadline_passed_in_the_queue_never_reaches_the_model(build):
     runtime = FakeRuntime()
     batcher, gate = held(build, runtime)
-    late = submit(batcher, [text(9, "late")], seconds=0.05)
-    late_bulk = submit(batcher, [text(9, f"late {i}") for i in range(300)], seconds=0.05)
+    late = submit(batcher, [text(9, "late")], seconds=0.5)
+    late_bulk = submit(batcher, [text(9, f"late {i}") for i in range(300)], seconds=0.5)
     fine = submit(batcher, [text(9, "fine")])
-    past = time.monotonic() + 0.06
+    past = time.monotonic() + 0.5
     wait_until(lambda: time.monotonic() > past)
     gate.open()
     assert isinstance(fine.wait(), Embeddings)
@@ -255,8 +255,8 @@ def test_work_whose_deadline_passed_is_not_tokenized(build):
     batcher = build(runtime)
     first = submit(batcher, [text(5, f"slow {i}") for i in range(100)])
     assert hung.wait(60)
-    late = submit(batcher, [text(5, f"late {i}") for i in range(100)], seconds=0.05)
-    past = time.monotonic() + 0.06
+    late = submit(batcher, [text(5, f"late {i}") for i in range(100)], seconds=0.5)
+    past = time.monotonic() + 0.5
     wait_until(lambda: time.monotonic() > past)
     release.set()
     assert isinstance(late.wait(), DeadlineExceeded)

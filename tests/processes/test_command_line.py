@@ -27,7 +27,7 @@ sys.exit(cli.main(["download", "some/model"]))
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=180)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_sigusr2_starts_the_same_command_again(start_without_model, tmp_path):
     # It outlives the old master, and the fixture stops only that one.
     wait_until(lambda: service.log().count("Loaded ") == 2, "the model of the new master")
     master.terminate()
-    psutil.wait_procs([master], 20)
+    psutil.wait_procs([master], 120)
     assert master not in service.processes()
 
 

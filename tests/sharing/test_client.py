@@ -51,7 +51,7 @@ class ModelProcess:
     def close(self) -> None:
         self._listener.close()
         self.channel.close()
-        self._thread.join(10)
+        self._thread.join(60)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def connection(process, tmp_path) -> ModelConnection:
 class Asked:
     """A request in its own thread, and its outcome."""
 
-    def __init__(self, connection: ModelConnection, text: str, seconds: float = 30.0) -> None:
+    def __init__(self, connection: ModelConnection, text: str, seconds: float = 60.0) -> None:
         self.outcome: Embeddings | Exception | None = None
         request = EmbedRequest(texts=[text], deadline=time.monotonic() + seconds)
         self._thread = threading.Thread(target=self._ask, args=(connection, request))
@@ -84,7 +84,7 @@ class Asked:
             self.outcome = error
 
     def wait(self) -> Embeddings | Exception | None:
-        self._thread.join(10)
+        self._thread.join(60)
         return self.outcome
 
 

@@ -1,8 +1,8 @@
 """Faults in a model process started with this folder on its PYTHONPATH, triggered by words in texts.
 
 @@oom@@ runs out of memory in every batch of more than one text, @@poison@@ raises, @@nan@@ gives a vector
-of NaN unless it is computed alone, @@nan-always@@ also then, @@sticky@@ loses the device, @@slow@@ takes six
-seconds, @@hang@@ never returns, @@freeze@@ never returns and holds the interpreter's lock.
+of NaN unless it is computed alone, @@nan-always@@ also then, @@sticky@@ loses the device, @@slow@@ waits
+until the test lets it go on, @@hang@@ never returns, @@freeze@@ never returns and holds the GIL.
 Each text with such a word that reaches the model is appended to the file that FAULTS_SEEN names.
 """
 
@@ -90,7 +90,8 @@ def inject_into_model(words):
         if "@@sticky@@" in every:
             raise torch.AcceleratorError("injected: an illegal memory access was encountered")
         if "@@slow@@" in every:
-            time.sleep(6)
+            while not Path(f"{os.environ['FAULTS_SEEN']}.go-on").exists():
+                time.sleep(0.02)
         if "@@hang@@" in every:
             time.sleep(3600)
         if "@@freeze@@" in every:
