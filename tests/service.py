@@ -154,11 +154,11 @@ class Service:
     def web_workers(self) -> list[psutil.Process]:
         """The gunicorn workers."""
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "embedding_service.sharing" not in " ".join(_command(child))]
+        return [child for child in children if "embedding_service.sharing" not in " ".join(command_of(child))]
 
     def _running(self, module: str) -> psutil.Process:
         for process in self.processes():
-            if module in _command(process):
+            if module in command_of(process):
                 return process
         raise AssertionError(f"no process runs {module}:\n{self.log()}")
 
@@ -205,7 +205,7 @@ class SharedService(Service):
 _kept: list[Service] = []
 
 
-def _command(process: psutil.Process) -> list[str]:
+def command_of(process: psutil.Process) -> list[str]:
     """The command line of a process, or a name that is not ours if it has just ended."""
     try:
         return process.cmdline()

@@ -21,7 +21,7 @@ from embedding_service import embed_file
 from embedding_service.bulk.paths import Paths
 from embedding_service.engine import Embeddings, EmbedRequest, Status, Timings
 from embedding_service.errors import Unavailable
-from tests.fakes import INFO, FakeEngine, Served
+from tests.fakes import INFO, FakeEngine
 from tests.service import ROOT, RUN_FOLDER, Service, wait_until
 
 HEADER_BYTES = 128
@@ -120,7 +120,8 @@ class Behind(Numbers):
 
 
 def end_midway(
-    served: Served,
+    url: str,
+    engine: Numbers,
     *command: object,
     rows: int,
     spare: int,
@@ -129,14 +130,14 @@ def end_midway(
 ) -> Run:
     """Start a run and end it at this many rows; the engine refuses before it has `spare` more."""
     output = Path(str(command[command.index("-o") + 1]))
-    served.engine.left = rows - rows_in(output, dimension) + spare
-    ended = Run(*command, "--url", served.url)
+    engine.left = rows - rows_in(output, dimension) + spare
+    ended = Run(*command, "--url", url)
     wait_until(lambda: rows_in(output, dimension) >= rows or ended.is_over(), f"{rows} rows", 300)
     ended.process.send_signal(number)
     assert ended.wait() in (-number, 130), ended.said
     assert rows <= rows_in(output, dimension) <= rows + spare
     assert not output.exists()
-    served.engine.left = math.inf
+    engine.left = math.inf
     return ended
 
 

@@ -41,11 +41,11 @@ def test_each_chunk_of_20_000_texts_is_there_once_after_two_kills(tmp_path):
     count, corpus, output = 20_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
     corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
     expected = [(n, i, int(digit)) for n in range(count) for i, digit in enumerate(str(n + 1))]
-    served = Served(InChunks())
+    served = Served(engine := InChunks())
     command = (corpus, "-o", output, "--overflow", "chunks", "--batch", 64)
     try:
         for done in (20_000, 60_000):
-            killed = end_midway(served, *command, rows=done, spare=10_000)
+            killed = end_midway(served.url, engine, *command, rows=done, spare=10_000)
         finished = Run(*command, "--url", served.url)
         assert finished.wait(300) == 0, finished.said
     finally:

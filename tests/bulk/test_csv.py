@@ -147,9 +147,9 @@ def test_a_run_over_damaged_csv_resumes_exactly_where_it_stopped(tmp_path):
     corpus, output = tmp_path / "corpus.csv", tmp_path / "vectors.npy"
     texts = [f"{number}" if number % 7 else '"unclosed' for number in range(1, 20_001)]
     corpus.write_text("text,id\n" + "".join(f"{text},0\n" for text in texts))
-    served = Served(Numbers())
+    served = Served(engine := Numbers())
     try:
-        end_midway(served, corpus, "-o", output, rows=5000, spare=5000)
+        end_midway(served.url, engine, corpus, "-o", output, rows=5000, spare=5000)
         finished = Run(corpus, "-o", output, "--url", served.url)
         assert finished.wait(300) == 3, finished.said
     finally:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -65,11 +64,11 @@ def test_the_key_is_sent_and_a_wrong_one_stops_the_run_at_the_start():
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_honoured(status):
+def test_retry_after_is_honoured(status, monkeypatch):
     refusals = iter([None, refusal(status, "later", Retry_After="7")])
     patient = Patient(Scripted(lambda _texts: next(refusals, None)).embedder(), 10)
     waits: list[float] = []
-    patient.stopping = SimpleNamespace(wait=waits.append)
+    monkeypatch.setattr(patient.stopping, "wait", waits.append)
     assert not patient.embed(numbered("x")).bad
     [waited] = waits
     assert 7 <= waited <= 7 * 1.25

@@ -19,11 +19,17 @@ def interrupt_and_resume(service: Service, folder: Path, oracle, count: int, num
     """Interrupt a run in the middle, resume it, and check the rows of the output."""
     corpus, output = folder / "corpus.jsonl", folder / "vectors.npy"
     texts = write_corpus(corpus, count)
-    command = (corpus, "-o", output, "--batch", 32 if count < 10_000 else 256)
-    served = Served(Behind(service))
+    command = (corpus, "-o", output, "--batch", 16 if count < 10_000 else 256)
+    served = Served(engine := Behind(service))
     try:
         first = end_midway(
-            served, *command, rows=count // 3, spare=count // 3, dimension=DIMENSION, number=number
+            served.url,
+            engine,
+            *command,
+            rows=count // 3,
+            spare=count // 3,
+            dimension=DIMENSION,
+            number=number,
         )
         done = rows_in(output)
         second = Run(*command, "--url", served.url)
@@ -46,7 +52,7 @@ def interrupt_and_resume(service: Service, folder: Path, oracle, count: int, num
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_an_interrupted_run_resumes_with_every_row_once(service, oracle, tmp_path, number):
-    resumed = interrupt_and_resume(service, tmp_path, oracle, 1500, number)
+    resumed = interrupt_and_resume(service, tmp_path, oracle, 600, number)
     assert resumed.peak_mib < 200
 
 
@@ -65,10 +71,10 @@ def test_all_of_100_000_rows_are_written_once_despite_two_kills(tmp_path):
     """Over HTTP, with a model that takes no time, so that every row can be checked."""
     count, corpus, output = 100_000, tmp_path / "corpus.txt", tmp_path / "vectors.npy"
     corpus.write_text("".join(f"{number + 1}\n" for number in range(count)))
-    served = Served(Numbers())
+    served = Served(engine := Numbers())
     try:
         for done in (20_000, 60_000):
-            killed = end_midway(served, corpus, "-o", output, rows=done, spare=20_000)
+            killed = end_midway(served.url, engine, corpus, "-o", output, rows=done, spare=20_000)
         finished = Run(corpus, "-o", output, "--url", served.url)
         assert finished.wait(300) == 0, finished.said
     finally:
@@ -146,8 +152,8 @@ def test_without_a_url_the_model_runs_in_this_process(oracle, tmp_path):
 def test_overload_and_a_killed_model_process_lose_no_row(start, oracle, tmp_path):
     running = start(MAX_CONCURRENT_REQUESTS="2", LOG_LEVEL="debug").wait_ready()
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors.npy"
-    texts = write_corpus(corpus, 1200)
-    embedding = Run(corpus, "-o", output, "--url", running.url, "--batch", 32, "--in-flight", 6)
+    texts = write_corpus(corpus, 400)
+    embedding = Run(corpus, "-o", output, "--url", running.url, "--batch", 16, "--in-flight", 6)
     wait_until(lambda: "429 overloaded" in running.log() or embedding.is_over(), "a refusal", 300)
     running.model_process().kill()
     assert embedding.wait() == 0, embedding.said

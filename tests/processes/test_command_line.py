@@ -1,5 +1,6 @@
 """The commands work from any folder, have --help and --version, and reject unknown arguments."""
 
+import contextlib
 import hashlib
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from embedding_service import __version__
-from tests.service import ROOT, free_port, wait_until
+from tests.service import ROOT, command_of, free_port, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -137,10 +138,9 @@ def test_sigusr2_starts_the_same_command_again(start_without_model, tmp_path):
     service.process.send_signal(signal.SIGUSR2)
 
     def new_master():
-        masters = [p for p in service.processes()[1:] if "app.py" in " ".join(p.cmdline())]
-        return [
-            p for p in masters if p.children() and p.cmdline()[1:] == service.processes()[0].cmdline()[1:]
-        ]
+        first, *others = service.processes()
+        with contextlib.suppress(psutil.Error):  # a process may end in between
+            return [p for p in others if command_of(p)[1:] == command_of(first)[1:] and p.children()]
 
     (master,) = wait_until(new_master, "a new master")
     # It outlives the old master, and the fixture stops only that one.
