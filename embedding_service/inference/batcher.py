@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from embedding_service.engine import EmbedRequest, Outcome, Receiver, Vectors
 from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
-from embedding_service.inference.execution import Computed, execute
+from embedding_service.inference.execution import Computed, execute, recompute
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest, Share, normalize
 from embedding_service.inference.runtime import DeviceLost, Stream
@@ -25,6 +26,7 @@ from embedding_service.inference.tokenization import (
     tokenize_part,
     tokenize_together,
 )
+from embedding_service.inference.tokenized import IntArray
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,8 @@ class Batcher:
         # Reading a request touches nothing that threads share, except the cache.
         self._reading = self._lock if cache_bytes else contextlib.nullcontext()
         self._closed: str | None = None
-        # When each stream began its current batch.
-        self._running: dict[Stream, float] = {}
+        # When each stream, or what computes again, began its current batch.
+        self._running: dict[Stream | ThreadPoolExecutor, float] = {}
         # The streams that sleep, with the lock that wakes each; the one that ran last comes last.
         self._sleeping: dict[Stream, threading.Lock] = {}
         # A thread each: a request that is cut delays no other that is tokenized.
@@ -65,6 +67,8 @@ class Batcher:
         self._large: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         for waiting, step in ((self._to_cut, self._cut), (self._large, self._tokenize)):
             self._start(self._step_forever, waiting, step, name=step.__name__.strip("_"))
+        # Computing again may load the model in torch first, for which no stream waits.
+        self._again = ThreadPoolExecutor(1, "again")
         # Each is released to wake its stream.
         self._woken: dict[Stream, threading.Lock] = {}
         for number, stream in enumerate([*model.streams, *([model.all_cores] if model.all_cores else [])]):
@@ -156,6 +160,7 @@ class Batcher:
                 self._sleeping.popitem()[1].release()
         self._to_cut.put(None)
         self._large.put(None)
+        self._again.shutdown(wait=False, cancel_futures=True)
         self._fail((one, Unavailable(reason, retry_after_seconds=1)) for one in waiting)
 
     @staticmethod
@@ -324,21 +329,37 @@ class Batcher:
                 if fault is not None:
                     raise fault
                 for one, unit in zip(computed, units, strict=True):
-                    ended += self._deliver(one, unit, stream)
+                    if not one.failed and stream is not self._model.all_cores:
+                        self._scheduler.measure(one.padded, one.began, one.ended)
+                    ended += self._deliver(one, unit)
             except Exception as error:
                 reported = _reported(error)
                 ended += [(pending, reported) for pending, _ in shares if self._scheduler.end(pending)]
             following = self._take(stream, goes_on=goes_on)
-        outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
-        for pending, failure in ended:
-            outcome = failure or self._outcome(pending)
-            outcomes.setdefault(pending.receiver, []).append((pending.number, outcome))
-        for receiver, together in outcomes.items():
-            _hand_over(receiver, together)
+        self._answer(ended)
         for one in computed:
             if not one.failed:
-                metrics.record_batch(len(one.vectors), one.tokens, one.padded, one.ended - one.began)
+                metrics.record_batch(one.texts, one.tokens, one.padded, one.ended - one.began)
         return following
+
+    def _recompute(self, pending: PendingRequest, row: IntArray) -> None:
+        """Compute a text of a request again; only that request waits for it."""
+        try:
+            if time.monotonic() > pending.request.deadline:
+                raise DeadlineExceeded("the deadline passed in the queue")
+            if not pending.finished:
+                self._running[self._again] = time.monotonic()
+                one = recompute((pending, row), self._model)
+                unit = one.vectors if self._model.normalized else normalize(one.vectors)
+                with self._lock:
+                    ended = list(self._deliver(one, unit))
+                self._answer(ended)
+        except DeviceLost as error:
+            self._break(error)
+        except Exception as error:
+            self._fail([(pending, _reported(error))])
+        finally:
+            self._running.pop(self._again, None)
 
     def _lower(self) -> None:
         with self._lock:
@@ -356,20 +377,30 @@ class Batcher:
 
     # To the receivers
 
-    def _deliver(self, computed: Computed, unit: Vectors, stream: Stream) -> Iterator[Ended]:
+    def _deliver(self, computed: Computed, unit: Vectors) -> Iterator[Ended]:
         """Give the requests their vectors; yields those that have ended, with their error. Needs the lock."""
+        if self._closed is None:
+            for pending, rows in computed.spoiled:
+                for at in range(len(rows)):
+                    self._again.submit(self._recompute, pending, rows[at : at + 1])
         for (pending, rows), why in computed.failed:
             try:
                 pending.refuse_row(int(rows[0]) - pending.first, ModelFailure(why))
             except ServiceError as error:
                 if self._scheduler.end(pending):
                     yield pending, error
-        if not computed.failed and stream is not self._model.all_cores:
-            self._scheduler.measure(computed.padded, computed.began, computed.ended)
         for pending in self._scheduler.deliver(
             computed.shares, computed.vectors, unit, computed.began, computed.ended
         ):
             yield pending, None
+
+    def _answer(self, ended: Iterable[Ended]) -> None:
+        outcomes: dict[Receiver, list[tuple[int, Outcome]]] = {}
+        for pending, failure in ended:
+            outcome = failure or self._outcome(pending)
+            outcomes.setdefault(pending.receiver, []).append((pending.number, outcome))
+        for receiver, together in outcomes.items():
+            _hand_over(receiver, together)
 
     def _finish(self, pending: PendingRequest) -> None:
         """Answer a request if there is nothing left to compute for it."""
@@ -388,8 +419,7 @@ class Batcher:
     def _fail(self, failures: Iterable[Failure]) -> None:
         with self._lock:
             ended = [(one, error) for one, error in failures if self._scheduler.end(one)]
-        for pending, error in ended:
-            _hand_over(pending.receiver, [(pending.number, error)])
+        self._answer(ended)
 
 
 def _reported(error: Exception) -> ServiceError:

@@ -1,4 +1,4 @@
-"""Runs a batch in a stream: halves it if it fails, and computes vectors again that are not finite."""
+"""Runs a batch in a stream, halves it if it fails, and sets apart texts whose vectors are not finite."""
 
 import logging
 import time
@@ -11,6 +11,7 @@ from embedding_service.engine import Vectors
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import Share, rows_of
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory, Stream
+from embedding_service.inference.tokenized import BoolArray
 from embedding_service.observability import metrics
 
 log = logging.getLogger(__name__)
@@ -20,15 +21,18 @@ log = logging.getLogger(__name__)
 class Computed:
     """The vectors of a batch, of shape (rows, dimension), and when they were computed (monotonic clock).
 
-    `failed` are the texts without a vector, and why: their rows are not finite.
+    `texts`, `tokens` and `padded` count the whole batch. `spoiled` are the texts that had no finite vector,
+    which are no longer among the `shares`; `failed` are those without a vector, and why: their rows are NaN.
     """
 
     shares: list[Share]
     vectors: Vectors
+    texts: int
     tokens: int
     padded: int
     began: float
     ended: float
+    spoiled: list[Share] = field(default_factory=list)
     failed: list[tuple[Share, str]] = field(default_factory=list)
 
 
@@ -49,8 +53,10 @@ def execute(
             continue
         rows = rows_of(batch)
         lengths = rows[0].lengths if len(rows) == 1 else np.concatenate([part.lengths for part in rows])
-        texts = len(lengths)
+        counts = lengths.tolist()
+        texts = len(counts)
         failed: list[tuple[Share, str]] = []
+        spoiled: list[Share] = []
         began = time.monotonic()
         on_start(began)
         try:
@@ -59,8 +65,9 @@ def execute(
                 raise RuntimeError(f"{len(vectors)} vectors came back for {texts} texts")
             ended = time.monotonic()
             if not np.isfinite(vectors).all():
-                vectors = vectors.copy()
-                failed = _recompute(batch, vectors, model)
+                good: BoolArray = np.logical_and.reduce(np.isfinite(vectors), axis=1)
+                batch, spoiled = _where(good, batch), _where(~good, batch)
+                vectors = vectors[good]
         except DeviceLost:
             raise
         except Exception as error:
@@ -78,9 +85,28 @@ def execute(
             failed = [
                 (batch[0], "does not fit in the device's memory" if memory else "could not be embedded")
             ]
-        counts = lengths.tolist()
-        found.append(Computed(batch, vectors, sum(counts), max(counts) * texts, began, ended, failed))
+        padded = max(counts) * texts
+        found.append(Computed(batch, vectors, texts, sum(counts), padded, began, ended, spoiled, failed))
     return found
+
+
+def recompute(text: Share, model: Model) -> Computed:
+    """Compute a vector that was not finite again, alone and in float32. Raises DeviceLost."""
+    metrics.NONFINITE_RECOMPUTATIONS.inc()
+    log.warning("A vector was not finite; computing it again in float32")
+    began = time.monotonic()
+    vectors: Vectors = np.full((1, model.info.embedding_dimension), np.nan, np.float32)
+    failed = []
+    try:
+        vectors = model.exact.forward(rows_of([text])[0])
+    except DeviceLost:
+        raise
+    except Exception:
+        log.exception("Computing a vector again failed")
+    if not np.isfinite(vectors).all():
+        vectors = np.full_like(vectors, np.nan)
+        failed = [(text, "has a vector that is not finite")]
+    return Computed([text], vectors, 1, 0, 0, began, time.monotonic(), failed=failed)
 
 
 def halves(shares: Sequence[Share], at: int) -> tuple[list[Share], list[Share]]:
@@ -97,21 +123,12 @@ def halves(shares: Sequence[Share], at: int) -> tuple[list[Share], list[Share]]:
     return first, second
 
 
-def _recompute(shares: list[Share], vectors: Vectors, model: Model) -> list[tuple[Share, str]]:
-    """Replace each non-finite vector, in place, by one computed alone in float32; returns the others."""
-    failed = []
-    texts = [(pending, rows[at : at + 1]) for pending, rows in shares for at in range(len(rows))]
-    for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
-        metrics.NONFINITE_RECOMPUTATIONS.inc()
-        log.warning("A vector was not finite; computing it again in float32")
-        (one,) = rows_of([texts[row]])
-        try:
-            vectors[row] = model.exact.forward(one)[0]
-        except DeviceLost:
-            raise
-        except Exception:
-            log.exception("Computing a vector again failed")
-        if not np.isfinite(vectors[row]).all():
-            vectors[row] = np.nan
-            failed.append((texts[row], "has a vector that is not finite"))
-    return failed
+def _where(mask: BoolArray, shares: Sequence[Share]) -> list[Share]:
+    """The rows of a batch for which the mask is true."""
+    found, first = [], 0
+    for pending, rows in shares:
+        chosen = rows[mask[first : first + len(rows)]]
+        first += len(rows)
+        if len(chosen):
+            found.append((pending, chosen))
+    return found

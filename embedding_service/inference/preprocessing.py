@@ -1,6 +1,7 @@
 """From texts to the model's input by the Rust tokenizer, without torch."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 from tokenizers import Encoding, Tokenizer
+from tokenizers.normalizers import BertNormalizer
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.runtime import Side
@@ -28,6 +30,7 @@ PROBES = [
 TEXTS_WORTH_A_THREAD = 16
 
 Features = dict[str, Any]
+Encode = Callable[[Sequence[str]], list[Encoding]]
 
 
 class Preprocessor(Protocol):
@@ -95,6 +98,8 @@ class RustTokenizer:
         self.facts = facts
         self._max_length = facts.max_length
         self._by_side: dict[Side | None, Tokenizer] = {None: tokenizer, facts.truncation_side: tokenizer}
+        bert = isinstance(tokenizer.normalizer, BertNormalizer)
+        self._english = English(tokenizer, facts) if bert else None
         self._pad_id = facts.pad_id
         self._pads_left = facts.pads_left
         self._with_type_ids = "token_type_ids" in facts.inputs
@@ -118,10 +123,9 @@ class RustTokenizer:
             texts = [prompt + text for text in texts]
         try:
             tokenizer = self._by_side.get(side) or self._cutting(side)
-            if parallel and self._threads > 1:
-                encodings = self._encode_in_threads(texts, tokenizer)
-            else:
-                encodings = tokenizer.encode_batch_fast(texts)
+            own = self._english if tokenizer is self._by_side[None] else None
+            encode = own.encode if own else tokenizer.encode_batch_fast
+            encodings = self._in_threads(encode, texts) if parallel and self._threads > 1 else encode(texts)
         except TypeError:
             check_unicode(texts)
             raise
@@ -153,11 +157,11 @@ class RustTokenizer:
         self._by_side[side] = other
         return other
 
-    def _encode_in_threads(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[Encoding]:
+    def _in_threads(self, encode: Encode, texts: Sequence[str]) -> list[Encoding]:
         shares = max(1, min(self._threads, len(texts) // TEXTS_WORTH_A_THREAD))
         bounds = [len(texts) * share // shares for share in range(shares + 1)]
         pieces = [texts[first:last] for first, last in pairwise(bounds)]
-        return list(chain.from_iterable(self._pool.map(tokenizer.encode_batch_fast, pieces)))
+        return list(chain.from_iterable(self._pool.map(encode, pieces)))
 
     def pack(self, batch: Batch) -> Features:
         found = [part.tokenized.ids_of(part.rows) for part in batch]
@@ -184,6 +188,42 @@ class RustTokenizer:
 
     def for_copy(self, model: Any) -> "RustTokenizer":
         return self
+
+
+class English:
+    """A tokenizer with BERT's normaliser, which is left out for texts that it would at most lowercase.
+
+    It takes a third of the time, and changes nothing else in printable ASCII. Tokens that are added to the
+    vocabulary are found before it or behind it, so texts that may contain one are not spared it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, facts: TokenizerFacts) -> None:
+        self._tokenizer = tokenizer
+        # With the same model, and so the same vocabulary in memory.
+        self._bare = Tokenizer(tokenizer.model)
+        self._bare.pre_tokenizer = tokenizer.pre_tokenizer
+        self._bare.post_processor = tokenizer.post_processor
+        self._bare.enable_truncation(facts.max_length, direction=facts.truncation_side)
+        normalizer = tokenizer.normalizer
+        self._case = str.lower if normalizer.lowercase else str
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        forms = {normalizer.normalize_str(text).lower() for text in added}
+        self._added = re.compile("|".join(map(re.escape, forms)) or "(?!)")
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """As `encode_batch_fast` of the tokenizer."""
+        bare, whole = self._bare.encode_batch_fast, self._tokenizer.encode_batch_fast
+        if self._is_plain(" ".join(texts)):
+            return bare(list(map(self._case, texts)))
+        plain = [self._is_plain(text) for text in texts]
+        found = {
+            True: iter(bare([self._case(text) for text, so in zip(texts, plain, strict=True) if so])),
+            False: iter(whole([text for text, so in zip(texts, plain, strict=True) if not so])),
+        }
+        return [next(found[so]) for so in plain]
+
+    def _is_plain(self, text: str) -> bool:
+        return text.isascii() and text.isprintable() and not self._added.search(text.lower())
 
 
 def check_unicode(texts: Sequence[str]) -> None:

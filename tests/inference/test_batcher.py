@@ -224,6 +224,48 @@ def test_a_vector_that_stays_not_finite_fails_its_request_and_names_the_text(bui
     expect_vectors(good.wait(), [text(9, "c")])
 
 
+def test_only_the_request_waits_while_a_vector_is_computed_again(build):
+    runtime, waiting, release = FakeRuntime(on_forward=spoiled), threading.Event(), threading.Event()
+
+    def exact(one):
+        waiting.set()
+        assert release.wait(60)
+        return runtime.forward_exact(one)
+
+    runtime.exact.forward = exact
+    batcher = build(runtime)
+    texts = [text(9, "a"), text(9, "nan")]
+    slow = submit(batcher, texts, seconds=120)
+    assert waiting.wait(60)
+    late = submit(batcher, [text(9, "inf")], seconds=0.05)
+    gone = submit(batcher, [text(9, "nan gone")])
+    batcher.cancel(gone)
+    for number in range(3):
+        good = [text(9, number), text(9, f"{number} more")]
+        expect_vectors(submit(batcher, good).wait(60), good)
+    assert not slow.done
+    past = time.monotonic() + 0.06
+    wait_until(lambda: time.monotonic() > past)
+    release.set()
+    expect_vectors(slow.wait(60), texts)
+    assert isinstance(late.wait(60), DeadlineExceeded)
+    wait_until(lambda: batcher.queued_tokens == 0)
+    assert not gone.done
+    assert [tokens.text for tokens in runtime.exactly] == [texts[1]]
+
+
+def test_a_device_that_is_lost_while_a_vector_is_computed_again_is_reported(build):
+    runtime, reasons = FakeRuntime(on_forward=spoiled), []
+
+    def lose(_one):
+        raise DeviceLost("injected")
+
+    runtime.exact.forward = lose
+    batcher = build(runtime, on_device_lost=reasons.append)
+    assert isinstance(submit(batcher, [text(9, "nan")]).wait(60), Unavailable)
+    assert reasons == ["injected"]
+
+
 # 6. Deadlines
 
 

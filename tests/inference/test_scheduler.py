@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedding_service.engine import Vectors
-from embedding_service.inference.execution import Computed, execute
+from embedding_service.inference.execution import Computed, execute, recompute
 from embedding_service.inference.pending import PendingRequest, Share, rows_of
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory
 from embedding_service.inference.scheduler import LOWERED_SECONDS, Scheduler
@@ -135,12 +135,20 @@ def test_running_out_of_memory_is_reported_each_time():
     assert not any(one.failed for one in results)
 
 
-def test_a_vector_that_is_not_finite_is_computed_again():
+def test_texts_whose_vectors_are_not_finite_are_set_apart():
     def spoil(batch: Sequence[Text]) -> Vectors:
-        return np.full((len(batch), 8), np.nan, np.float32)
+        vectors = np.stack([vector_of(one.text) for one in batch])
+        vectors[[one.text == text(5, "b") for one in batch], 1] = np.inf
+        return vectors
 
-    ((computed,), _) = run(FakeRuntime(on_forward=spoil), text(5, "a"))
-    assert np.array_equal(computed.vectors[0], vector_of(text(5, "a")))
+    model = FakeRuntime(on_forward=spoil)
+    ((computed,), _) = run(model, *[text(5, name) for name in "abc"])
+    (pending, rows), (again, (spoiled,)) = *computed.shares, *computed.spoiled
+    assert (again, spoiled, computed.texts, computed.tokens) == (pending, 1, 3, 15)
+    expected = [vector_of(pending.texts[row]) for row in rows.tolist()]
+    assert np.array_equal(computed.vectors, expected)
+    one = recompute(computed.spoiled[0], model)
+    assert np.array_equal(one.vectors, [vector_of(text(5, "b"))])
 
 
 def test_a_lost_device_ends_the_run():
