@@ -1,7 +1,7 @@
 """The engine: the web half's only interface to a model, whether it runs in this process or another."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -12,6 +12,10 @@ from embedding_service.errors import ServiceError, TooLarge
 Vectors = npt.NDArray[np.float32]
 # How long an answer may still be in transit after the request's deadline.
 GRACE_SECONDS = 0.25
+
+# A text, or the ids of its tokens in the model's own vocabulary.
+TokenIds = tuple[int, ...]
+Text = str | TokenIds
 
 State = Literal["loading", "healthy", "unhealthy", "draining"]
 Overflow = Literal["truncate", "error", "mean", "chunks"]
@@ -85,22 +89,31 @@ class TokenVectors(msgspec.Struct, frozen=True, kw_only=True, array_like=True, t
     counts: list[int]
 
 
-Answer = Embeddings | TokenLists | TokenVectors
+class DecodedTexts(msgspec.Struct, frozen=True, array_like=True, tag="decoded"):
+    """The text of each list of token ids."""
+
+    texts: list[str]
+
+
+Answer = Embeddings | TokenLists | TokenVectors | DecodedTexts
 Outcome = Answer | ServiceError
 # Receives outcomes that finished together, each with the number of its request.
 Receiver = Callable[[Sequence[tuple[int, Outcome]]], None]
-AnswerT = TypeVar("AnswerT", Embeddings, TokenLists, TokenVectors)
+AnswerT = TypeVar("AnswerT", Embeddings, TokenLists, TokenVectors, DecodedTexts)
 
 
 class Request(msgspec.Struct, Generic[AnswerT], frozen=True, kw_only=True, array_like=True):
     """Texts, and a `deadline` in seconds on the clock of `time.monotonic()`; the parameter is its answer."""
 
-    texts: list[str]
+    texts: Sequence[Any]
     deadline: float
 
 
 class EmbedRequest(Request[Embeddings], frozen=True, kw_only=True, array_like=True, tag="embed"):
     """Texts to embed, and how.
+
+    Token ids are read as in Text Embeddings Inference: decoded, and tokenized again without special tokens,
+    unless there is a prompt; then with special tokens, but without those among the ids.
 
     `prompt` is put in front of each text as it is; `prompt_name` and `input_type` choose one of the model's.
     A background request waits for all others. `truncation_side` is the end at which over-long texts are
@@ -112,6 +125,7 @@ class EmbedRequest(Request[Embeddings], frozen=True, kw_only=True, array_like=Tr
     `max_characters`, does not fail the others.
     """
 
+    texts: Sequence[Text]
     normalize: bool = True
     prompt_name: str | None = None
     input_type: Literal["query", "document"] | None = None
@@ -129,7 +143,15 @@ class EmbedRequest(Request[Embeddings], frozen=True, kw_only=True, array_like=Tr
 class ListTokensRequest(Request[TokenLists], frozen=True, kw_only=True, array_like=True, tag="tokens"):
     """Texts of any length to split into tokens."""
 
+    texts: Sequence[str]
     add_special_tokens: bool = True
+
+
+class DecodeRequest(Request[DecodedTexts], frozen=True, kw_only=True, array_like=True, tag="decode"):
+    """Token ids to decode."""
+
+    texts: Sequence[Text]
+    skip_special_tokens: bool = True
 
 
 class TokenVectorsRequest(
@@ -137,12 +159,13 @@ class TokenVectorsRequest(
 ):
     """Texts to embed token by token; the prompt as in EmbedRequest. Over-long texts are truncated."""
 
+    texts: Sequence[Text]
     prompt_name: str | None = None
     input_type: Literal["query", "document"] | None = None
     prompt: str | None = None
 
 
-AnyRequest = EmbedRequest | ListTokensRequest | TokenVectorsRequest
+AnyRequest = EmbedRequest | ListTokensRequest | TokenVectorsRequest | DecodeRequest
 
 
 class Int8Ranges(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,9 +231,10 @@ class Engine(Protocol):
         """Release the model's resources."""
 
 
-def check_characters(texts: Sequence[str], most: int) -> None:
-    """Raises TooLarge if a text has more than `most` characters."""
+def check_characters(texts: Sequence[Text], most: int) -> None:
+    """Raises TooLarge if a text has more than `most` characters, or token ids."""
     if len(max(texts, key=len)) > most:
         index = next(i for i, text in enumerate(texts) if len(text) > most)
-        reason = f"has {len(texts[index])} characters; at most {most} are allowed (MAX_TEXT_CHARACTERS)"
+        unit = "characters" if isinstance(texts[index], str) else "token ids"
+        reason = f"has {len(texts[index])} {unit}; at most {most} are allowed (MAX_TEXT_CHARACTERS)"
         raise TooLarge(reason, index=index)

@@ -28,6 +28,8 @@ def allowed(kind: inspect.Type, quoted: Callable[[Any], str] = str) -> str:
             words = (
                 f"a number{_bounds('from', least, most) if above is None else _bounds('above', above, most)}"
             )
+        case inspect.ListType(item_type=inspect.IntType() | inspect.UnionType(types=(inspect.IntType(), *_))):
+            words = "an array of whole numbers"
         case inspect.ListType():
             words = "an array of strings"
         case inspect.StructType() | inspect.DictType():

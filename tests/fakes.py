@@ -7,6 +7,8 @@ import numpy as np
 from werkzeug.serving import make_server
 
 from embedding_service.engine import (
+    DecodedTexts,
+    DecodeRequest,
     Embeddings,
     EmbedRequest,
     Engine,
@@ -48,6 +50,7 @@ BODIES = {
     "/": {"inputs": "x"},
     "/v1": {"inputs": "x"},
     "/tokenize": {"inputs": "x"},
+    "/decode": {"ids": [120]},
     "/similarity": {"inputs": {"source_sentence": "x", "sentences": ["x"]}},
     "/v1/embeddings": {"input": "x"},
     "/embeddings": {"input": "x"},
@@ -98,6 +101,8 @@ class FakeEngine:
             return self.embed_tokens(request)
         if isinstance(request, ListTokensRequest):
             return self.list_tokens(request)
+        if isinstance(request, DecodeRequest):
+            return self.decode(request)
         assert isinstance(request, EmbedRequest)
         return self.embed(request)
 
@@ -124,6 +129,11 @@ class FakeEngine:
                 for text in request.texts
             ]
         )
+
+    def decode(self, request: DecodeRequest) -> DecodedTexts:
+        if self.error is not None:
+            raise self.error
+        return DecodedTexts(["".join(map(chr, ids)) for ids in request.texts])
 
     def status(self) -> Status:
         return self.current

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 import msgspec
 import numpy as np
 
+from embedding_service.engine import Text
 from embedding_service.inference.tokenized import IntArray
 from embedding_service.inference.vector_cache import Cached, VectorCache
 
@@ -16,7 +17,7 @@ class Distinct(msgspec.Struct, eq=False, frozen=True):
     of the request is to be computed.
     """
 
-    texts: list[str]
+    texts: list[Text]
     cached: list[Cached] = []
     inverse: IntArray | None = None
 
@@ -30,12 +31,12 @@ class Distinct(msgspec.Struct, eq=False, frozen=True):
         return 0 if self.inverse is None else int(np.count_nonzero(self.inverse >= len(self.texts)))
 
 
-def distinct(texts: list[str], context: Hashable, cache: VectorCache | None) -> Distinct:
+def distinct(texts: list[Text], context: Hashable, cache: VectorCache | None) -> Distinct:
     """The texts without those that are repeated or cached."""
     if cache is None and len(set(texts)) == len(texts):
         return Distinct(texts)
-    new: dict[str, int] = {}
-    known: dict[str, tuple[int, Cached]] = {}
+    new: dict[Text, int] = {}
+    known: dict[Text, tuple[int, Cached]] = {}
     for text in texts:
         if text not in new and text not in known:
             entry = cache.get(context, text) if cache is not None else None

@@ -4,11 +4,13 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from embedding_service.engine import Vectors
+import numpy as np
+
+from embedding_service.engine import Text, Vectors
 from embedding_service.errors import InvalidRequest, ModelFailure, StartupError
-from embedding_service.inference.preprocessing import Preprocessor, check_unicode
+from embedding_service.inference.preprocessing import Features, Preprocessor, check_unicode
 from embedding_service.inference.streams import SessionStream
 from embedding_service.inference.tokenized import Rows
 
@@ -29,14 +31,21 @@ class InTorch:
         self._embedding_tokens = threading.Lock()
         self._computing = threading.Lock()
 
-    def embed_tokens(self, texts: Sequence[str], prompt: str | None) -> list[Vectors]:
+    def embed_tokens(self, texts: Sequence[Text], prompt: str | None) -> list[Vectors]:
         """As Exact.embed_tokens."""
-        check_unicode(texts)
-        model = self._loaded().model
+        plain = [text for text in texts if isinstance(text, str)]
+        check_unicode(plain)
+        model: Any = self._loaded().model
         import torch
 
-        with self._embedding_tokens:
-            found = model.encode(list(texts), prompt=prompt, output_value="token_embeddings")
+        with self._embedding_tokens, torch.inference_mode():
+            if len(plain) == len(texts):
+                found = model.encode(plain, prompt=prompt, output_value="token_embeddings")
+            else:
+                tokenized = self._preprocessor.prepare(texts, prompt)
+                rows = [Rows(tokenized, np.array([row], np.int32)) for row in range(len(texts))]
+                inputs = [self._preprocessor.pack([row]) for row in rows]
+                found = [model(_on(model.device, each))["token_embeddings"][0] for each in inputs]
         if not all(isinstance(one, torch.Tensor) and one.ndim == 2 for one in found):
             raise InvalidRequest("this model has no vectors of tokens")
         return [one.float().cpu().numpy() for one in found]
@@ -66,3 +75,13 @@ class InTorch:
 
         model = checkpoint.in_float32()
         return SessionStream(self._preprocessor.for_copy(model), open_session(model))
+
+
+def _on(device: Any, inputs: Features) -> Features:
+    """The model's input as tensors on its device."""
+    import torch
+
+    return {
+        name: torch.as_tensor(each).to(device) if name != "prompt_length" else each
+        for name, each in inputs.items()
+    }

@@ -5,14 +5,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from embedding_service.engine import (
     GRACE_SECONDS,
+    Answer,
     AnswerT,
     AnyRequest,
+    DecodedTexts,
+    DecodeRequest,
     Embeddings,
     EmbedRequest,
     ListTokensRequest,
@@ -46,6 +49,7 @@ STEP_TEXTS = 64
 
 FAILURES = {
     ListTokensRequest: "the tokens of the request could not be listed",
+    DecodeRequest: "the token ids of the request could not be decoded",
     TokenVectorsRequest: "the vectors of the request's tokens could not be computed",
 }
 
@@ -73,8 +77,10 @@ class LocalEngine:
         self._model: Model | None = None
         self._closed = False
         # Threads of their own: no kind of request delays another, nor those that go to the batcher directly.
+        tokens = ThreadPoolExecutor(1, "tokens")
         self._threads = {
-            ListTokensRequest: ThreadPoolExecutor(1, "tokens"),
+            ListTokensRequest: tokens,
+            DecodeRequest: tokens,
             TokenVectorsRequest: ThreadPoolExecutor(1, "token vectors"),
         }
         self._status = Status(state="loading", reason=f"loading {settings.embedding_model}")
@@ -121,13 +127,17 @@ class LocalEngine:
             outcome = ModelFailure("the service failed on this request")
         receiver([(number, outcome)])
 
-    def _call(self, request: AnyRequest) -> Embeddings | TokenLists | TokenVectors:
+    def _call(self, request: AnyRequest) -> Answer:
         model = self._model
         if model is None:
             raise Unavailable(self._status.reason, retry_after_seconds=1)
         if isinstance(request, ListTokensRequest):
             return TokenLists(
                 _in_steps(request, lambda texts: model.lister.list(texts, request.add_special_tokens))
+            )
+        if isinstance(request, DecodeRequest):
+            return DecodedTexts(
+                _in_steps(request, lambda lists: model.lister.decode(lists, request.skip_special_tokens))
             )
         if isinstance(request, TokenVectorsRequest):
             _check_size(request, model)
@@ -261,7 +271,7 @@ def _check_size(request: TokenVectorsRequest, model: Model) -> None:
         )
 
 
-def _in_steps(request: Request[AnswerT], step: Callable[[list[str]], list[Item]]) -> list[Item]:
+def _in_steps(request: Request[AnswerT], step: Callable[[Sequence[Any]], list[Item]]) -> list[Item]:
     """The results for some of the texts at a time, so that the deadline is kept."""
     items: list[Item] = []
     for first in range(0, len(request.texts), STEP_TEXTS):

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from embedding_service.engine import EmbedRequest, ModelInfo, TokenVectorsRequest, Vectors
+from embedding_service.engine import EmbedRequest, ModelInfo, Text, TokenVectorsRequest, Vectors
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.budget import BatchBudget
 from embedding_service.inference.preprocessing import Preprocessor
@@ -20,7 +20,7 @@ from embedding_service.inference.tokenized import Rows
 class Exact(Protocol):
     """What is computed in torch whatever the backend, one request at a time. Slow when first asked."""
 
-    def embed_tokens(self, texts: Sequence[str], prompt: str | None) -> list[Vectors]:
+    def embed_tokens(self, texts: Sequence[Text], prompt: str | None) -> list[Vectors]:
         """The vectors of each text's tokens, of shape (tokens, dimension); raises InvalidRequest."""
 
     def forward(self, one: Rows) -> Vectors:

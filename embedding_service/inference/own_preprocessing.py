@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tokenizers import Tokenizer
 
+from embedding_service.engine import Text
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.checkpoint import find_pooling, length_limit
 from embedding_service.inference.prepared import Reference, same_inputs
@@ -19,7 +20,7 @@ from embedding_service.inference.preprocessing import (
     Preprocessor,
     RustTokenizer,
     TokenizerFacts,
-    check_unicode,
+    decode_ids,
     without_limits,
 )
 from embedding_service.inference.runtime import Side
@@ -89,7 +90,7 @@ class OwnPreprocessor:
 
     def prepare(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         prompt: str | None = None,
         task: str | None = None,
         side: Side | None = None,
@@ -100,7 +101,11 @@ class OwnPreprocessor:
             raise InvalidRequest(
                 "cannot be chosen: this model cuts its texts itself", field="truncation_side"
             )
-        check_unicode(texts)
+        own: Any = getattr(self._model[0], "tokenizer", None)
+        index = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
+        if index is not None and not isinstance(own, Tokenizer):
+            raise InvalidRequest("is token ids, which this model cannot read", index=index)
+        texts = decode_ids(own, texts, skip_special_tokens=bool(prompt))
         lengths = np.fromiter((self._count((prompt or "") + text) for text in texts), np.int32, len(texts))
         truncated = lengths > self._max_length if self._cuts else np.zeros(len(texts), np.bool_)
         lengths[truncated] = self._max_length

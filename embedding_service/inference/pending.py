@@ -5,7 +5,16 @@ from collections.abc import Hashable, Sequence
 import msgspec
 import numpy as np
 
-from embedding_service.engine import Chunk, Embeddings, EmbedRequest, Receiver, TextError, Timings, Vectors
+from embedding_service.engine import (
+    Chunk,
+    Embeddings,
+    EmbedRequest,
+    Receiver,
+    Text,
+    TextError,
+    Timings,
+    Vectors,
+)
 from embedding_service.errors import ServiceError, TextTooLong
 from embedding_service.inference.distinct import Distinct
 from embedding_service.inference.fair_queue import QueueEntry
@@ -38,7 +47,7 @@ class PendingRequest(msgspec.Struct, eq=False, kw_only=True):
     caches: bool
     # Whether it needs the model's own vectors, to shorten them or because they stay unnormalised.
     raw: bool
-    texts: list[str]
+    texts: list[Text]
     errors: dict[int, ServiceError] = {}
     chunks: list[list[Chunk]] | None = None
     distinct: Distinct = NONE

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 
+from embedding_service.engine import Text
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.runtime import Side
 from embedding_service.inference.tokenized import Batch, TokenizedTexts
@@ -40,7 +41,7 @@ class Preprocessor(Protocol):
 
     def prepare(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         prompt: str | None = None,
         task: str | None = None,
         side: Side | None = None,
@@ -49,7 +50,7 @@ class Preprocessor(Protocol):
     ) -> TokenizedTexts:
         """Tokenize texts, cut at `side`; `parallel` uses several cores.
 
-        Raises InvalidRequest, with the index, for a text that is not Unicode.
+        Raises InvalidRequest, with the index, for a text that is not Unicode or ids that it cannot read.
         """
 
     def plain(self) -> Tokenizer:
@@ -110,7 +111,7 @@ class RustTokenizer:
 
     def prepare(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         prompt: str | None = None,
         task: str | None = None,
         side: Side | None = None,
@@ -120,15 +121,14 @@ class RustTokenizer:
         prompt_length = None
         if prompt:
             prompt_length = self._prompt_length(prompt) if self._prompt_left_out else None
-            texts = [prompt + text for text in texts]
+        tokenizer = self._by_side.get(side) or self._cutting(side)
         try:
-            tokenizer = self._by_side.get(side) or self._cutting(side)
+            whole = [prompt + text for text in texts] if prompt else texts  # type: ignore[operator]
             own = self._english if tokenizer is self._by_side[None] else None
-            encode = own.encode if own else tokenizer.encode_batch_fast
-            encodings = self._in_threads(encode, texts) if parallel and self._threads > 1 else encode(texts)
+            encode: Any = own.encode if own else tokenizer.encode_batch_fast
+            encodings = self._in_threads(encode, whole) if parallel and self._threads > 1 else encode(whole)
         except TypeError:
-            check_unicode(texts)
-            raise
+            encodings = self._encode_with_ids(texts, prompt or "", tokenizer)
         lists = [encoding.ids for encoding in encodings]
         ends = list(accumulate(map(len, lists)))
         offsets = np.array([0, *ends], np.int32)
@@ -157,7 +157,20 @@ class RustTokenizer:
         self._by_side[side] = other
         return other
 
-    def _in_threads(self, encode: Encode, texts: Sequence[str]) -> list[Encoding]:
+    def _encode_with_ids(self, texts: Sequence[Text], prompt: str, tokenizer: Tokenizer) -> list[Encoding]:
+        """Tokenize texts of which some are token ids, or not Unicode. Raises InvalidRequest."""
+        decoded = decode_ids(tokenizer, texts, skip_special_tokens=bool(prompt))
+        encodings = []
+        for index, text in enumerate(decoded):
+            is_text = isinstance(texts[index], str)
+            encodings += tokenizer.encode_batch_fast(
+                [prompt + text], add_special_tokens=is_text or bool(prompt)
+            )
+            if not is_text and not encodings[-1].ids:
+                raise InvalidRequest("holds token ids that stand for no text", index=index)
+        return encodings
+
+    def _in_threads(self, encode: Encode, texts: Sequence[Any]) -> list[Encoding]:
         shares = max(1, min(self._threads, len(texts) // TEXTS_WORTH_A_THREAD))
         bounds = [len(texts) * share // shares for share in range(shares + 1)]
         pieces = [texts[first:last] for first, last in pairwise(bounds)]
@@ -224,6 +237,22 @@ class English:
 
     def _is_plain(self, text: str) -> bool:
         return text.isascii() and text.isprintable() and not self._added.search(text.lower())
+
+
+def decode_ids(tokenizer: Tokenizer, texts: Sequence[Text], *, skip_special_tokens: bool) -> list[str]:
+    """The texts, those that are token ids decoded. Raises InvalidRequest."""
+    decoded = []
+    for index, text in enumerate(texts):
+        if isinstance(text, str):
+            decoded.append(text)
+        else:
+            for each in text:
+                if tokenizer.id_to_token(each) is None:
+                    reason = f"holds the token id {each}, which is not in the model's vocabulary"
+                    raise InvalidRequest(reason, index=index)
+            decoded.append(tokenizer.decode(text, skip_special_tokens=skip_special_tokens))
+    check_unicode(decoded)
+    return decoded
 
 
 def check_unicode(texts: Sequence[str]) -> None:

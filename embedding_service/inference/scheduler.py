@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from embedding_service.engine import EmbedRequest, Receiver, Vectors, check_characters
+from embedding_service.engine import EmbedRequest, Receiver, Text, Vectors, check_characters
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.inference.admission import Admission
 from embedding_service.inference.distinct import Distinct, distinct
@@ -88,8 +88,8 @@ class Scheduler:
             ),
             caches=self._cache is not None,
             raw=wanted is not None or not request.normalize,
-            # A copy where bad texts are replaced.
-            texts=texts if request.on_error == "fail" else list(texts),
+            # A copy, where bad texts are replaced.
+            texts=list(texts),
         )
         pending.entry.owner = pending
         if request.on_error == "null" and request.max_characters is not None:
@@ -104,7 +104,7 @@ class Scheduler:
             self.look_up(pending, pending.texts)
         return pending
 
-    def look_up(self, pending: PendingRequest, texts: list[str]) -> None:
+    def look_up(self, pending: PendingRequest, texts: list[Text]) -> None:
         """Find what must be computed of a request's texts or pieces. Raises TextTooLong."""
         alone = self._cache is None and len(texts) == 1
         found = pending.distinct = Distinct(texts) if alone else distinct(texts, pending.context, self._cache)

@@ -1,10 +1,11 @@
 """Cuts texts that are longer than the model reads into pieces that it can read whole."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from tokenizers import Tokenizer
 
-from embedding_service.engine import Chunk
+from embedding_service.engine import Chunk, Text
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.preprocessing import check_unicode
 
@@ -23,8 +24,12 @@ class Splitter:
         self._tokenizer = tokenizer
         self._max_length = max_length
 
-    def split(self, texts: Sequence[str], prompt: str | None, overlap: int) -> list[list[Chunk]]:
+    def split(self, sent: Sequence[Text], prompt: str | None, overlap: int) -> list[list[Chunk]]:
         """The pieces of each text; an empty text is one piece. Raises InvalidRequest."""
+        for index, text in enumerate(sent):
+            if not isinstance(text, str):
+                raise InvalidRequest("is token ids, which cannot be cut into pieces", index=index)
+        texts = cast(Sequence[str], sent)
         check_unicode(texts)
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         if self._max_length is None:

@@ -1,11 +1,11 @@
-"""Lists the tokens of a text with their positions, for display."""
+"""Lists the tokens of a text with their positions, for display, and decodes token ids."""
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from embedding_service.engine import TokenizedText
-from embedding_service.inference.preprocessing import check_unicode
+from embedding_service.engine import Text, TokenizedText
+from embedding_service.inference.preprocessing import check_unicode, decode_ids
 
 
 class TokenLister:
@@ -14,6 +14,10 @@ class TokenLister:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """`tokenizer` neither truncates nor pads."""
         self._tokenizer = tokenizer
+
+    def decode(self, lists: Sequence[Text], skip_special_tokens: bool) -> list[str]:
+        """The text of each list of ids. Raises InvalidRequest."""
+        return decode_ids(self._tokenizer, lists, skip_special_tokens=skip_special_tokens)
 
     def list(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenizedText]:
         """The tokens of each text, at offsets in its characters; raises InvalidRequest."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from embedding_service.engine import Text
 from embedding_service.errors import DeadlineExceeded, InvalidRequest, ModelFailure, ServiceError, TooLarge
 from embedding_service.inference.model import Model
 from embedding_service.inference.pending import PendingRequest
@@ -73,7 +74,7 @@ def tokenize_part(model: Model, pending: PendingRequest, *, idle: bool) -> Token
         raise failure(error) from None
 
 
-def cut_next(model: Model, pending: PendingRequest) -> list[str] | None:
+def cut_next(model: Model, pending: PendingRequest) -> list[Text] | None:
     """Cut the next texts of a request; all of its pieces with the last, else None. Raises a ServiceError."""
     try:
         began = _begin([pending])
@@ -124,7 +125,7 @@ def failure(error: BaseException, reason: str = "the request could not be tokeni
 
 
 def _tokenize(
-    model: Model, pending: PendingRequest, texts: list[str], *, parallel: bool, alone: bool = True
+    model: Model, pending: PendingRequest, texts: list[Text], *, parallel: bool, alone: bool = True
 ) -> TokenizedTexts:
     """Tokenize texts of a request that have not arrived yet, or if it is not `alone` of several like it."""
     request, first = pending.request, pending.arrived
@@ -146,7 +147,7 @@ def _tokenize(
             texts = [*texts[:index], "", *texts[index + 1 :]]
 
 
-def _part(texts: list[str], first: int, most_texts: int, most_characters: int) -> list[str]:
+def _part(texts: list[Text], first: int, most_texts: int, most_characters: int) -> list[Text]:
     """The texts from `first` on, within both limits, but at least one."""
     last, characters = first, 0
     while last < min(len(texts), first + most_texts) and characters < most_characters:

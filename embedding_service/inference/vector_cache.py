@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedding_service.engine import Vectors
+from embedding_service.engine import Text, Vectors
 
-Key = tuple[Hashable, str]
+Key = tuple[Hashable, Text]
 
 
 class Cached(NamedTuple):
@@ -39,7 +39,7 @@ class VectorCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, context: Hashable, text: str) -> Cached | None:
+    def get(self, context: Hashable, text: Text) -> Cached | None:
         """Look up a text and mark it most recently used."""
         key = (context, text)
         found = self._entries.get(key)
@@ -47,7 +47,7 @@ class VectorCache:
             self._entries.move_to_end(key)
         return found
 
-    def put(self, context: Hashable, text: str, vector: Vectors, tokens: int, truncated: bool) -> None:
+    def put(self, context: Hashable, text: Text, vector: Vectors, tokens: int, truncated: bool) -> None:
         """Store a copy of the vector, and evict old entries until everything fits."""
         key = (context, text)
         if key in self._entries:

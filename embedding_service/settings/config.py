@@ -121,10 +121,10 @@ class Config:
     served_model_name: str | None = setting(
         None, "Comma-separated names of the model in the API; responses show the first."
     )
-    token_ids: Literal["cl100k_base", "o200k_base"] | None = setting(
+    token_ids: Literal["cl100k_base", "o200k_base", "model"] | None = setting(
         None,
-        "Decode token ids on /v1/embeddings with this vocabulary, for LangChain's defaults; needs the "
-        "package bpe-openai.",
+        "The vocabulary of token ids on /v1/embeddings: one of OpenAI's, for LangChain's defaults, which "
+        "needs the package bpe-openai, or the model's own.",
     )
     cors_origins: str = setting(
         "",

@@ -15,13 +15,12 @@ from embedding_service import engine
 from embedding_service.engine import AnswerT, Embeddings, Engine, ModelInfo, Status, check_characters
 from embedding_service.errors import FingerprintMismatch, InvalidRequest, Overloaded, TooLarge, Unavailable
 from embedding_service.settings.config import Config
-from embedding_service.web.protocol import ApiProtocol, Asked
+from embedding_service.web.protocol import EMPTY, ApiProtocol, Asked
 from embedding_service.web.token_ids import decoder
 
 # Weight of the latest request in the moving average of request times.
 LATEST_WEIGHT = 0.1
 
-EMPTY = "is empty; send at least one text"
 SLASHES = re.compile("/{2,}")
 # https://www.w3.org/TR/trace-context/: version, trace, parent, flags; only versions after 00 may append more.
 TRACEPARENT = re.compile(r"(?!ff|00.{54})[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
@@ -108,7 +107,7 @@ class ServiceRequest(Request):
         `characters`, Overloaded if this worker has too many requests in flight, and FingerprintMismatch.
         """
         service, settings, texts = self.service, self.service.settings, asked.texts
-        if EXPECTED in self.environ and not isinstance(asked, engine.ListTokensRequest):
+        if EXPECTED in self.environ and isinstance(asked, engine.EmbedRequest | engine.TokenVectorsRequest):
             self.fingerprint()
         self.texts = len(texts)
         if not texts:

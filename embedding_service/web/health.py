@@ -34,6 +34,7 @@ InfoAnswer = shape(
     **{name: ModelInfo.__annotations__[name] for name in SAME},
     max_seq_length=int,
     model_id=str,
+    served_model_name=str,
     model_sha=str | None,
     model_dtype=str,
     model_type=ModelType,
@@ -74,6 +75,7 @@ def info() -> Response:
     found = {name: getattr(model, name) for name in SAME} | {
         "max_seq_length": length,
         "model_id": model.model_name,
+        "served_model_name": model.model_name,
         "model_sha": model.revision,
         "model_dtype": model.dtype,
         "model_type": {"embedding": {"pooling": model.pooling}},

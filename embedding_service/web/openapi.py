@@ -12,9 +12,8 @@ from werkzeug.routing import Rule
 
 from embedding_service import __version__
 from embedding_service.errors import InvalidRequest, Unauthorized
-from embedding_service.web.context import EMPTY
 from embedding_service.web.descriptions import EXAMPLES, FIELDS, HEADERS, TAGS
-from embedding_service.web.protocol import ApiProtocol, Failure
+from embedding_service.web.protocol import EMPTY, ApiProtocol, Failure
 from embedding_service.web.protocols import native
 from embedding_service.web.responses import JSON, NPY
 from embedding_service.web.route_spec import RouteSpec, spec_of

@@ -1,14 +1,14 @@
 """How to embed: the fields that most APIs have, and the names and values by which each API means the same."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
-from embedding_service.engine import Embeddings, EmbedRequest, Overflow, TokenVectorsRequest, Vectors
+from embedding_service.engine import Embeddings, EmbedRequest, Overflow, Text, TokenVectorsRequest, Vectors
 from embedding_service.errors import InvalidRequest, ServiceError, TextTooLong
 from embedding_service.web.context import current
 from embedding_service.web.protocol import Asked
@@ -64,7 +64,7 @@ Place = Callable[[int], tuple[str, int | None]]
 
 
 def embed(
-    texts: list[str],
+    texts: Sequence[Text],
     options: Options,
     place: Place | None = None,
     *,
@@ -103,7 +103,7 @@ def embed_tokens(wanted: TokenVectorsRequest) -> list[Vectors]:
 
 
 def understand(
-    texts: list[str],
+    texts: Sequence[Text],
     options: Options,
     on_error: Literal["fail", "null"] = "fail",
     *,

@@ -8,6 +8,9 @@ from flask import Blueprint
 
 from embedding_service.errors import ServiceError, sentence
 
+# A reason that some protocols have a status of their own for.
+EMPTY = "is empty; send at least one text"
+
 
 class Failure(msgspec.Struct, frozen=True):
     """An error before rendering. `index` and `field` are as in ServiceError, with the protocol's names."""

@@ -44,11 +44,12 @@ def _fault(
 ) -> InvalidRequest | None:
     """The error for the first place where the value does not match the type."""
     members = _members(kind)
+    path = field if index is None else f"{field}[{index}]"
     for member in members:
         if isinstance(member, inspect.StructType) and isinstance(value, dict):
-            return _fault_in_fields(member, value, field if index is None else f"{field}[{index}]")
+            return _fault_in_fields(member, value, path)
         if isinstance(member, inspect.ListType) and isinstance(value, list):
-            items = (_fault(member.item_type, item, field, i) for i, item in enumerate(value))
+            items = (_fault(member.item_type, item, path, i) for i, item in enumerate(value))
             return next((fault for fault in items if fault), None)
     if any(_accepts(member, value) for member in members):
         return None

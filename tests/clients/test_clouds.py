@@ -24,6 +24,15 @@ def test_vertex_predicts_a_vector_for_each_instance(service, close):
     assert of_tei.json()["predictions"] == [[vector] for vector in answer.json()["predictions"]]
 
 
+def test_an_instance_of_teis_has_the_fields_of_embed(service, close):
+    inputs = [TEXTS[0], [TEXTS[1], TEXTS[2]], [[101, 7592, 2088, 102]]]
+    instances = [{"type": "embed", "inputs": each, "dimensions": 64} for each in inputs]
+    answer = requests.post(f"{service.url}/vertex", json={"instances": instances}, timeout=60)
+    predictions = answer.json()["predictions"]
+    assert [len(each) for each in predictions] == [1, 2, 1]
+    close([vector for each in predictions for vector in each], [*TEXTS[:3], "hello world"], truncate_dim=64)
+
+
 def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, close):
     instances = [TEXTS[0], {"inputs": TEXTS[1]}, {"content": TEXTS[2]}, {"text": TEXTS[3]}, *TEXTS[4:]]
     answer = requests.post(f"{service.url}/predict", json={"instances": instances}, timeout=60)
@@ -36,8 +45,14 @@ def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, clos
         ({"instances": []}, "instances is empty; send at least one text"),
         ({"instances": "a"}, 'instances must be an array of strings, not "a"'),
         ({"instances": ["a", 1]}, "instances[1] must be a string or an object, not 1"),
-        ({"instances": ["a", {"inputs": 1}]}, "instances[1].inputs must be a string, not 1"),
+        (
+            {"instances": ["a", {"inputs": 1}]},
+            "instances[1].inputs must be a string or an array of strings, not 1",
+        ),
         ({"instances": ["a", {"prompt": "b"}]}, "instances[1] must have its text in one of inputs, content"),
+        ({"instances": ["a", {"inputs": ["b", "c"]}]}, "instances[1] must have one text"),
+        ({"instances": ["a", {"inputs": [[-1]]}]}, "instances[1] holds -1, which is not a token id"),
+        ({"instances": ["a", {"text": "b", "dimensions": 8}]}, "instances must all have the same options"),
         ({"instances": [{"text": "a", "content": "b"}]}, "instances[0] must have its text in one of inputs"),
         (
             {"instances": ["a", {"content": "b", "task_type": "RETRIEVAL_QUERY"}]},
@@ -58,6 +73,9 @@ def test_an_instance_may_be_a_string_or_hold_it_under_another_name(service, clos
         "a number",
         "no text",
         "another name",
+        "several texts",
+        "a negative id",
+        "other options",
         "two texts",
         "a task",
         "too long",

@@ -18,7 +18,7 @@ KINDS = [kind for kind in errors.BY_NAME.values() if kind is not errors.NotFound
 
 # They use the statuses of Text Embeddings Inference.
 AS_TEI = (
-    "/vertex",
+    *("/vertex", "/decode"),
     *("/", "/v1", "/tokenize", "/similarity", "/embed_all", "/invocations", "/predict", "/models/{name}"),
     *("/pipeline/feature-extraction/{name}", "/pipeline/sentence-similarity/{name}"),
 )
@@ -60,7 +60,7 @@ def test_every_embedding_route_is_in_the_table(app):
         (kind, path)
         for kind in KINDS
         for path in BODIES
-        if kind is not errors.FingerprintMismatch or "tokenize" not in path
+        if kind is not errors.FingerprintMismatch or not path.endswith(("tokenize", "/decode"))
     ],
     ids=lambda given: getattr(given, "__name__", given),
 )

@@ -220,6 +220,24 @@ def vocabulary(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
 
 
+def test_token_ids_of_the_models_own_vocabulary(start, oracle):
+    running = start(TOKEN_IDS="model").wait_ready()
+    texts = ["hello world", "東京は日本の首都です 👩‍👩‍👧", "word " * 400]
+    ids = oracle.tokenizer(texts)["input_ids"]
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    answer = client.embeddings.create(model="any", input=ids)
+    # Cut, the last one ends without [SEP], where the text has it.
+    found = np.array([one.embedding for one in answer.data])
+    assert np.abs(found - oracle.encode(texts, normalize_embeddings=True))[:2].max() < 1e-5
+    assert answer.usage.prompt_tokens == len(ids[0]) + len(ids[1]) + 256
+    mixed = running.post("/v1/embeddings", {"input": [texts[0], ids[0]], "dimensions": 64}).json()["data"]
+    assert np.abs(np.subtract(mixed[0]["embedding"], mixed[1]["embedding"])).max() < 1e-6
+    for bad in ([[7592], [-1]], [[7592], [10**9]], [[7592], [10**30]]):
+        refused = running.post("/v1/embeddings", {"input": bad})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith("input[1] holds ")
+
+
 def test_langchain_at_its_defaults_sends_ids_that_are_decoded(start, vocabulary, oracle):
     running = start(TOKEN_IDS="cl100k_base").wait_ready()
     client = OpenAIEmbeddings(base_url=f"{running.url}/v1", api_key="none")

@@ -107,11 +107,104 @@ def test_tokenize_of_one_text(service):
     assert [token["text"] for token in tokens] == ["[CLS]", "hello", "[SEP]"]
 
 
+HELLO = [101, 7592, 2088, 102]
+
+
+@pytest.fixture(scope="module")
+def of_ids(oracle):
+    """The vectors of token ids as Text Embeddings Inference reads them: decoded, and without more tokens."""
+
+    def vectors(ids, kind="sentence_embedding"):
+        import torch
+
+        text = oracle.tokenizer.decode(ids, clean_up_tokenization_spaces=True)
+        inputs = oracle.tokenizer(
+            text, add_special_tokens=False, truncation=True, max_length=256, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            return oracle(dict(inputs))[kind][0].numpy()
+
+    return vectors
+
+
+@pytest.mark.parametrize("path", ["/", "/embed", "/v1", "/invocations"])
+def test_token_ids_are_read_without_further_tokens(service, oracle, of_ids, path):
+    sent = ["hello", [7592, 2088], HELLO, [7592] * 300, [19204, 3989, 999], "hello", [7592, 2088]]
+    answer = service.post(path, {"inputs": sent})
+    expected = [oracle.encode(each) if isinstance(each, str) else of_ids(each) for each in sent]
+    assert np.abs(np.array(answer.json()) - expected).max() < 1e-5
+    assert np.abs(np.array(answer.json()[2]) - oracle.encode("hello world")).max() < 1e-5
+    assert answer.headers["x-compute-tokens"] == str(3 + 2 + 4 + 256 + 3 + 3 + 2)
+    assert answer.headers["x-compute-characters"] == str(5 + 2 + 4 + 300 + 3 + 5 + 2)
+
+
+def test_a_list_of_nothing_but_ids_is_one_text(service, of_ids):
+    (vector,) = service.post("/", {"inputs": [7592, 2088]}).json()
+    assert np.abs(np.array(vector) - of_ids([7592, 2088])).max() < 1e-5
+
+
+def test_ids_with_a_prompt_are_read_like_their_text(prompted, prompted_oracle):
+    answer = prompted.post("/", {"inputs": [HELLO, [7592, 2088]], "prompt_name": "query"})
+    expected = prompted_oracle.encode(["hello world"] * 2, prompt_name="query")
+    assert np.abs(np.array(answer.json()) - expected).max() < 1e-5
+
+
+def test_each_token_id_has_a_vector(service, of_ids):
+    sent = [[7592, 2088], "hello world"]
+    bare, whole = service.post("/embed_all", {"inputs": sent}).json()
+    assert np.abs(np.array(bare) - of_ids([7592, 2088], "token_embeddings")).max() < 1e-4
+    assert np.abs(np.array(whole) - of_ids(HELLO, "token_embeddings")).max() < 1e-4
+
+
+def test_token_ids_that_are_too_many_are_refused_if_asked(service):
+    answer = service.post("/", {"inputs": ["a", [7592] * 300], "truncate": False})
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("inputs[1] has more than 256 tokens")
+
+
+@pytest.mark.parametrize("skip", [True, False, None])
+def test_decode(service, oracle, skip):
+    lists = [HELLO, [19204, 3989, 999], [101, 102]]
+    answer = service.post("/decode", {"ids": lists, "skip_special_tokens": skip})
+    assert answer.json() == oracle.tokenizer.batch_decode(
+        lists, skip_special_tokens=skip is not False, clean_up_tokenization_spaces=True
+    )
+    assert service.post("/decode", {"ids": HELLO}).json() == ["hello world"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error"),
+    [
+        ("/", {"inputs": ["a", [30522]]}, "inputs[1] holds the token id 30522, which is not in the model's"),
+        ("/", {"inputs": ["a", [-1]]}, "inputs[1] holds -1, which is not a token id"),
+        ("/", {"inputs": [[7592], [10**30]]}, f"inputs[1] holds {10**30}, which is not a token id"),
+        ("/", {"inputs": ["a", 7592]}, "inputs mixes token ids with texts"),
+        ("/", {"inputs": [[7592], ["a"]]}, 'inputs[1][0] must be a whole number, not "a"'),
+        ("/", {"inputs": ["a", []]}, "inputs[1] is empty"),
+        ("/", {"inputs": [[7592] * 100_001]}, "inputs[0] has 100001 token ids"),
+        ("/", {"inputs": ["a", [7592]], "overflow": "mean"}, "inputs[1] is token ids, which cannot be cut"),
+        ("/embed_all", {"inputs": ["a", [30522]]}, "inputs[1] holds the token id 30522"),
+        ("/tokenize", {"inputs": [[7592]]}, "inputs[0] must be a string, not an array"),
+        ("/decode", {"ids": [7592, 30522]}, "ids[0] holds the token id 30522"),
+        ("/decode", {"ids": [[7592], [-1]]}, "ids[1] holds -1"),
+        ("/decode", {"ids": []}, "ids is empty"),
+        ("/decode", {"ids": [[7592] * 1000] * 1001}, "ids has 1001000 ids in all"),
+        ("/decode", {"ids": "hello"}, "ids must be an array of whole numbers, not"),
+        ("/decode", {}, "ids is missing"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_error_names_the_token_ids(service, path, body, error):
+    answer = service.post(path, body)
+    assert answer.status_code in (400, 413, 422)
+    assert answer.json()["error"].startswith(error)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
         ("/", {"inputs": []}, 400),
-        ("/", {"inputs": [1, 2]}, 422),
+        ("/", {"inputs": [None, 2]}, 422),
         ("/", {}, 422),
         ("/embed", {"inputs": 3}, 422),
         ("/embed", {"inputs": "x", "dimensions": 1000}, 422),
@@ -120,7 +213,7 @@ def test_tokenize_of_one_text(service):
         ("/embed", {"inputs": "x" * 100_001}, 413),
         ("/tokenize", {"inputs": ["x" * 100_000] * 11}, 413),
         ("/tokenize", {"inputs": [None]}, 422),
-        ("/similarity", {"inputs": {"source_sentence": "x", "sentences": []}}, 422),
+        ("/similarity", {"inputs": {"source_sentence": "x", "sentences": []}}, 400),
         ("/similarity", {"inputs": "x"}, 422),
     ],
     ids=lambda value: str(value)[:40],

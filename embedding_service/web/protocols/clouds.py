@@ -1,5 +1,6 @@
 """Amazon SageMaker (GET /ping, POST /invocations) and Google Vertex AI (POST /predict), with TEI's bodies."""
 
+from itertools import chain
 from typing import Annotated, Any
 
 import msgspec
@@ -7,17 +8,17 @@ import numpy as np
 from flask import Flask, Response
 from msgspec import Meta
 
-from embedding_service.engine import Vectors
+from embedding_service.engine import Text, Vectors
 from embedding_service.errors import InvalidRequest
 from embedding_service.settings.config import Config
 from embedding_service.web.body import BodyDecoder, parse, read
-from embedding_service.web.context import EMPTY
 from embedding_service.web.health import HealthAnswer, health
 from embedding_service.web.options import embed
-from embedding_service.web.protocol import ApiProtocol
+from embedding_service.web.protocol import EMPTY, ApiProtocol
 from embedding_service.web.protocols import tei
 from embedding_service.web.responses import Matrix, answer, vector_headers
 from embedding_service.web.route_spec import RouteSpec, shape
+from embedding_service.web.token_ids import Inputs, texts_of
 
 protocol = ApiProtocol(
     "clouds",
@@ -29,10 +30,10 @@ protocol = ApiProtocol(
 )
 
 
-class VertexInstance(msgspec.Struct, frozen=True):
-    """A text to embed, under one of three names."""
+class VertexInstance(tei.TEIParameters, frozen=True, kw_only=True):
+    """A text to embed, under one of three names, and how; `inputs` may be several on /vertex."""
 
-    inputs: str | None = None
+    inputs: Inputs | None = None
     content: str | None = None
     text: str | None = None
     task_type: Any = None
@@ -81,34 +82,49 @@ def invocations() -> Response:
 @RouteSpec({200: VertexAnswer}, body=_decoder, embeds=True)
 def predict() -> Response:
     """Vertex AI: embed the text of each instance."""
-    return answer({"predictions": _vectors()}, headers=vector_headers())
+    by_instance = _vectors()
+    for index, vectors in enumerate(by_instance):
+        if len(vectors) > 1:
+            raise InvalidRequest("must have one text", field="texts", index=index)
+    return answer({"predictions": np.concatenate(by_instance)}, headers=vector_headers())
 
 
 @protocol.post("/vertex")
 @RouteSpec({200: TEIVertexAnswer}, body=_decoder, embeds=True)
 def vertex() -> Response:
     """The same as in TEI, where a prediction is a list of vectors."""
-    return answer({"predictions": _vectors()[:, np.newaxis]}, headers=vector_headers())
+    return answer({"predictions": _vectors()}, headers=vector_headers())
 
 
-def _vectors() -> Vectors:
+def _vectors() -> list[Vectors]:
+    """The vectors of each instance."""
     body = parse(_decoder)
     if not body.instances:
         raise InvalidRequest(EMPTY, field="texts")
-    texts = [
-        each if isinstance(each, str) else _text_of(each, index) for index, each in enumerate(body.instances)
-    ]
-    return embed(texts, body.parameters or tei.TEIParameters()).vectors
+    instances = [VertexInstance(inputs=each) if isinstance(each, str) else each for each in body.instances]
+    texts = [_texts_of(each, index) for index, each in enumerate(instances)]
+    options, *others = {tei.merged(each, body.parameters) for each in instances}
+    if others:
+        raise InvalidRequest("must all have the same options", field="texts")
+    if options.overflow == "chunks":
+        raise InvalidRequest('is "chunks"; a text has one vector here', field="overflow")
+    owners = [index for index, own in enumerate(texts) for _ in own]
+    vectors = embed(list(chain.from_iterable(texts)), options, lambda at: ("instances", owners[at])).vectors
+    return np.split(vectors, np.cumsum([len(own) for own in texts])[:-1])
 
 
-def _text_of(instance: VertexInstance, index: int) -> str:
+def _texts_of(instance: VertexInstance, index: int) -> list[Text]:
     if instance.task_type is not None:
         raise InvalidRequest(
             "has a task_type, which is not supported; send parameters.prompt_name", field="texts", index=index
         )
-    texts = [text for text in (instance.inputs, instance.content, instance.text) if text is not None]
-    if len(texts) != 1:
+    sent = [each for each in (instance.inputs, instance.content, instance.text) if each is not None]
+    if len(sent) != 1:
         raise InvalidRequest(
             "must have its text in one of inputs, content and text", field="texts", index=index
         )
-    return texts[0]
+    try:
+        return texts_of(sent[0])
+    except InvalidRequest as error:
+        error.index = index
+        raise

@@ -1,12 +1,14 @@
 """OpenAI, and those that follow it: POST /v1/embeddings, GET /v1/models, and their other addresses."""
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 from flask import Response
 from msgspec import Meta
 
+from embedding_service.engine import Text
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.web.body import BodyDecoder, read, try_decode
 from embedding_service.web.context import current
@@ -20,6 +22,7 @@ from embedding_service.web.responses import (
     vector_headers,
 )
 from embedding_service.web.route_spec import RouteSpec, shape
+from embedding_service.web.token_ids import Inputs, texts_of
 
 STARTED = int(time.time())
 
@@ -101,9 +104,9 @@ class OpenAIEmbedBody(Options, frozen=True, kw_only=True):
 
 
 class TokenIdsBody(msgspec.Struct, frozen=True):
-    """The body of clients that tokenize texts themselves, with the vocabulary of an OpenAI model."""
+    """The body of clients that tokenize texts themselves."""
 
-    input: list[int | list[int]]
+    input: Inputs
 
 
 OpenAIEmbedding = shape(
@@ -164,8 +167,8 @@ _token_ids_decoder = msgspec.json.Decoder(TokenIdsBody)
 @RouteSpec({200: OpenAIEmbedAnswer}, body=_decoder, embeds=True)
 def embeddings(name: str = "") -> Response:
     """Embed one or more texts, as vectors of length 1. Azure's clients name the model in the path."""
-    body = _parse()
-    result = embed(_texts(body.input), body, advice='"truncation": true')
+    body, texts = _parse()
+    result = embed(texts, body, advice='"truncation": true')
     if body.output_dtype is not None and body.embedding_type is not None:
         raise InvalidRequest("cannot be sent together with output_dtype", field="embedding_type")
     field = "output_dtype" if body.embedding_type is None else "embedding_type"
@@ -258,26 +261,22 @@ def _text_of(sent: JinaInput, index: int) -> str:
     return sent.text
 
 
-def _parse() -> OpenAIEmbedBody:
+def _parse() -> tuple[OpenAIEmbedBody, Sequence[Text]]:
     raw = read()
     try:
-        return _decoder.decode(raw)
+        body = _decoder.decode(raw)
     except InvalidRequest:
-        if ids := _token_ids(raw):
-            if decode := current().service.decode_ids:
-                body = msgspec.json.decode(raw) | {"input": decode(ids)}
-                return _decoder.decode(msgspec.json.encode(body))
+        sent = try_decode(_token_ids_decoder, raw)
+        texts = texts_of(sent.input) if sent else []
+        if all(isinstance(text, str) for text in texts):
+            raise
+        decode = current().service.decode_ids
+        if decode is None:
             raise InvalidRequest(
                 "holds token ids from another model's vocabulary; send texts "
                 "(in LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False)",
                 field="input",
             ) from None
-        raise
-
-
-def _token_ids(raw: bytes) -> list[list[int]]:
-    """The token ids of each text; none if the input is anything else."""
-    body = try_decode(_token_ids_decoder, raw)
-    sent = body.input if body else []
-    ids = [each for each in sent if isinstance(each, int)]
-    return [ids] if ids and len(ids) == len(sent) else [each for each in sent if not isinstance(each, int)]
+        others = msgspec.json.decode(raw) | {"input": []}
+        return _decoder.decode(msgspec.json.encode(others)), decode(texts)
+    return body, _texts(body.input)

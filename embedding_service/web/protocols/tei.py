@@ -1,22 +1,30 @@
 """Text Embeddings Inference, and Hugging Face's pipelines: `inputs` -> bare vectors, or tokens."""
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 import msgspec
 from flask import Response
 
-from embedding_service.engine import ListTokensRequest, TokenizedText, TokenVectorsRequest
+from embedding_service.engine import (
+    DecodeRequest,
+    ListTokensRequest,
+    Text,
+    TokenizedText,
+    TokenVectorsRequest,
+)
 from embedding_service.errors import InvalidRequest, TooLarge
 from embedding_service.web.body import BodyDecoder, parse, read, texts_and_inputs
-from embedding_service.web.context import EMPTY, current
+from embedding_service.web.context import current
 from embedding_service.web.options import Options, Prompt, embed_tokens
 from embedding_service.web.options import embed as embed_texts
-from embedding_service.web.protocol import ApiProtocol, Failure
+from embedding_service.web.protocol import EMPTY, ApiProtocol, Failure
 from embedding_service.web.protocols import cohere
 from embedding_service.web.responses import Matrices, Matrix, Texts, Vector, answer, listed, vector_headers
 from embedding_service.web.route_spec import RouteSpec
+from embedding_service.web.token_ids import IdLists, Inputs, texts_of
 
-# A token takes about sixty bytes of JSON, so /tokenize accepts fewer characters than /embed.
+# A token takes about sixty bytes of JSON, so /tokenize accepts fewer characters than /embed, and /decode ids.
 MAX_TOKENIZE_CHARACTERS = 1_000_000
 
 # TEI's statuses and error types, if they differ from the native protocol's.
@@ -63,16 +71,16 @@ class TEIParameters(Options, frozen=True, kw_only=True):
 
 
 class TEIEmbedBody(TEIParameters, frozen=True, kw_only=True):
-    """Texts to embed. Hugging Face's pipelines send the other fields in `parameters`."""
+    """Texts to embed, or token ids. Hugging Face's pipelines send the other fields in `parameters`."""
 
-    inputs: Texts
+    inputs: Inputs
     parameters: TEIParameters | None = None
 
 
 class TEIEmbedAllBody(msgspec.Struct, frozen=True, kw_only=True):
     """Texts to embed token by token."""
 
-    inputs: Texts
+    inputs: Inputs
     truncate: Literal[True] | None = None
     prompt_name: str | None = None
     prompt: Prompt | None = None
@@ -83,6 +91,13 @@ class TokenizeBody(msgspec.Struct, frozen=True):
 
     inputs: Texts
     add_special_tokens: bool | None = True
+
+
+class DecodeBody(msgspec.Struct, frozen=True):
+    """Token ids to decode: those of one text, or a list for each."""
+
+    ids: IdLists
+    skip_special_tokens: bool | None = True
 
 
 class Token(TypedDict):
@@ -112,6 +127,7 @@ class SimilarityBody(msgspec.Struct, frozen=True):
 embed_decoder = BodyDecoder(TEIEmbedBody)
 embed_all_decoder = BodyDecoder(TEIEmbedAllBody)
 _tokenize_decoder = BodyDecoder(TokenizeBody)
+_decode_decoder = BodyDecoder(DecodeBody)
 _similarity_decoder = BodyDecoder(SimilarityBody)
 
 
@@ -124,7 +140,7 @@ def similarity() -> Response:
 
 def _compare(body: SimilarityBody) -> Response:
     if not body.inputs.sentences:
-        raise InvalidRequest("is empty; send at least one sentence", field="inputs.sentences")
+        raise InvalidRequest(EMPTY, field="inputs.sentences")
     result = embed_texts(
         [body.inputs.source_sentence, *body.inputs.sentences],
         body.parameters or TEIParameters(),
@@ -155,10 +171,8 @@ def embed(name: str = "") -> Response:
 def embed_raw(raw: bytes) -> Response:
     """The response to a body that has been read."""
     body = embed_decoder.decode(raw)
-    inner = msgspec.structs.asdict(body.parameters or TEIParameters())
-    given = {name: getattr(body, name) if value is None else value for name, value in inner.items()}
-    texts = listed(body.inputs)
-    result = embed_texts(texts, TEIParameters(**given))
+    texts = texts_of(body.inputs)
+    result = embed_texts(texts, merged(body, body.parameters))
     headers = vector_headers()
     headers += [
         ("x-compute-characters", str(sum(map(len, texts)))),
@@ -167,13 +181,21 @@ def embed_raw(raw: bytes) -> Response:
     return answer(result.vectors, headers=headers)
 
 
+def merged(outer: TEIParameters, inner: TEIParameters | None) -> TEIParameters:
+    """The options that one of the two gives; the inner one wins."""
+    given = msgspec.structs.asdict(inner or TEIParameters())
+    return TEIParameters(
+        **{name: getattr(outer, name) if value is None else value for name, value in given.items()}
+    )
+
+
 @protocol.post("/embed_all")
 @RouteSpec({200: Matrices}, body=embed_all_decoder, reads_tokens=True)
 def embed_all() -> Response:
     """Embed each token; returns a list of vectors for each text, including those of special tokens."""
     body = parse(embed_all_decoder)
     request = TokenVectorsRequest(
-        texts=listed(body.inputs),
+        texts=texts_of(body.inputs),
         deadline=current().deadline,
         prompt_name=body.prompt_name,
         prompt=body.prompt,
@@ -187,17 +209,33 @@ def tokenize() -> Response:
     """List the tokens of texts of any length, with the characters that each token covers."""
     body = parse(_tokenize_decoder)
     texts = listed(body.inputs)
-    characters = sum(map(len, texts))
-    if characters > MAX_TOKENIZE_CHARACTERS:
-        raise TooLarge(
-            f"has {characters} characters in all; at most {MAX_TOKENIZE_CHARACTERS} are allowed",
-            field="texts",
-        )
+    _check_total(texts, "characters")
     request = ListTokensRequest(
         texts=texts, deadline=current().deadline, add_special_tokens=body.add_special_tokens is not False
     )
     tokenized = current().call(request).texts
     return answer([_tokens(text, tokens) for text, tokens in zip(texts, tokenized, strict=True)])
+
+
+@protocol.post("/decode")
+@RouteSpec({200: list[str]}, body=_decode_decoder)
+def decode() -> Response:
+    """Decode token ids of the model's vocabulary into texts."""
+    body = parse(_decode_decoder)
+    current().asked = {"texts": ("ids", None)}
+    lists = texts_of(body.ids)
+    _check_total(lists, "ids")
+    request = DecodeRequest(
+        texts=lists, deadline=current().deadline, skip_special_tokens=body.skip_special_tokens is not False
+    )
+    return answer(current().call(request).texts)
+
+
+def _check_total(texts: Sequence[Text], unit: str) -> None:
+    if (total := sum(map(len, texts))) > MAX_TOKENIZE_CHARACTERS:
+        raise TooLarge(
+            f"has {total} {unit} in all; at most {MAX_TOKENIZE_CHARACTERS} are allowed", field="texts"
+        )
 
 
 def _tokens(text: str, tokenized: TokenizedText) -> list[Token]:
