@@ -25,7 +25,8 @@ from embedding_service.inference.preprocessing import Preprocessor, RustTokenize
 from embedding_service.inference.source import Source
 from embedding_service.inference.store import Entry
 from embedding_service.inference.streams import SessionStream
-from embedding_service.inference.warm_up import WarmUp, find_cost, warm_up
+from embedding_service.inference.tokenized import Rows
+from embedding_service.inference.warm_up import WarmUp, find_cost, medium, warm_up
 from embedding_service.settings.config import Config
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def _assemble(
     checkpoint: Checkpoint, preprocessor: Preprocessor, backend: Backend, keys: Keys, threads: int
 ) -> Model:
     settings, source = checkpoint.settings, checkpoint.source
-    streams = [SessionStream(preprocessor, session) for session in backend.sessions]
+    streams = [SessionStream(preprocessor, session, pads=backend.pads) for session in backend.sessions]
     all_cores = SessionStream(preprocessor, backend.all_cores) if backend.all_cores else None
     warm = warm_up(
         streams,
@@ -113,6 +114,9 @@ def _assemble(
         costs=_cost_entry(keys, checkpoint, backend, threads),
         tolerance=EXACTNESS.get(checkpoint.dtype, 1e-3),
     )
+    if isinstance(preprocessor, RustTokenizer):
+        example = preprocessor.pack_unpadded([Rows.all_of(medium(preprocessor, checkpoint.max_seq_length))])
+        backend.record(example, checkpoint.max_seq_length, warm.max_batch_tokens)
     in_torch = checkpoint if backend.name == "torch" else None
 
     def read() -> Checkpoint:

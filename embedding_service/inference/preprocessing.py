@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from tokenizers.normalizers import BertNormalizer
 from embedding_service.engine import Text
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.runtime import Side
-from embedding_service.inference.tokenized import Batch, TokenizedTexts
+from embedding_service.inference.tokenized import Batch, IntArray, TokenizedTexts, joined
 
 # Texts that reveal differences from the model's own tokenization: case, space, other scripts, emoji.
 PROBES = [
@@ -82,6 +83,28 @@ class TokenizerFacts(msgspec.Struct, frozen=True, kw_only=True):
     # Whether pooling leaves the prompt out; its length is then counted without a special token at its end.
     prompt_left_out: bool
     special_ids: list[int]
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Unpadded:
+    """A batch that the device pads to its `width`, masks included; `ids` are parts, one after another."""
+
+    lengths: IntArray
+    ids: list[IntArray]
+    width: int
+    facts: TokenizerFacts
+    prompt_length: int | None = None
+
+    def write(self, room: IntArray, rows: int) -> int:
+        """Write the lengths, in the room for those of `rows` texts, and the ids; returns how much is used.
+
+        A row without a text gets one token, since none would divide by zero.
+        """
+        count = len(self.lengths)
+        room[:count], room[count:rows] = self.lengths, 1
+        end = rows + int(self.lengths.sum())
+        np.concatenate(self.ids, out=room[rows:end])
+        return end
 
 
 class RustTokenizer:
@@ -177,6 +200,7 @@ class RustTokenizer:
         return list(chain.from_iterable(self._pool.map(encode, pieces)))
 
     def pack(self, batch: Batch) -> Features:
+        batch = joined(batch)
         found = [part.tokenized.ids_of(part.rows) for part in batch]
         lengths = batch[0].lengths if len(batch) == 1 else np.concatenate([part.lengths for part in batch])
         width = max(lengths.tolist())
@@ -198,6 +222,14 @@ class RustTokenizer:
         if prompt_length is not None:
             packed["prompt_length"] = prompt_length
         return packed
+
+    def pack_unpadded(self, batch: Batch) -> Unpadded:
+        """What `pack` gives, before anything is padded."""
+        batch = joined(batch)
+        lengths = batch[0].lengths if len(batch) == 1 else np.concatenate([part.lengths for part in batch])
+        ids = [part.tokenized.ids_of(part.rows) for part in batch]
+        prompt_length: Any = batch[0].tokenized.group
+        return Unpadded(lengths, ids, int(lengths.max()), self.facts, prompt_length)
 
     def for_copy(self, model: Any) -> "RustTokenizer":
         return self

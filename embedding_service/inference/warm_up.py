@@ -52,8 +52,6 @@ def warm_up(
     """
     short, long = short_and_long(preprocessor, max_seq_length)
     if not on_cpu:
-        for stream in streams:
-            stream.record_ahead(medium(preprocessor, max_seq_length), max_seq_length, max_batch_tokens)
         max_batch_tokens = fit_memory(streams, short, long, max_batch_tokens, max_seq_length)
     alone = (all_cores or streams[0]).forward(batch_of(short, 1))
     beside = preprocessor.prepare(["up up up up up up"])

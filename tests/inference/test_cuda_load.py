@@ -10,9 +10,11 @@ from sentence_transformers import SentenceTransformer
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from embedding_service.inference import warm_up
+from embedding_service.inference.backends import torch as torch_backend
 from embedding_service.inference.backends.torch import CudaSession
 from embedding_service.inference.device import prepare_libraries
 from embedding_service.inference.pending import normalize
+from embedding_service.inference.preprocessing import RustTokenizer
 from tests.inference.running import alone, load
 from tests.inference.test_cuda_path import CUDA, Watch, WithoutGuards, cuda  # noqa: F401
 
@@ -66,14 +68,15 @@ class Machine:
         monkeypatch.setattr(CudaSession, "run", lambda session, inputs: self._watched(session, inputs))  # noqa: PLW0108
         monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: self._read(tensor))  # noqa: PLW0108
         # Graphs need batches with content; tests/inference/test_cuda_graphs.py has them.
-        monkeypatch.setattr(CudaSession, "record_ahead", lambda *_arguments: None)
+        monkeypatch.setattr(torch_backend, "record_graphs", lambda *_arguments: None)
         monkeypatch.setattr(torch.nn.Module, "_apply", apply)
 
     def _watched(self, session, inputs):
         # Modes are per thread, and only one thread at a time may enter a FakeTensorMode.
         with self._one_at_a_time:
             self.sessions.append(session)
-            inputs = {name: self._without_content(value) for name, value in inputs.items()}
+            if isinstance(inputs, dict):
+                inputs = {name: self._without_content(value) for name, value in inputs.items()}
             with self.mode, self.watch, WithoutGuards():
                 return self._run(session, inputs)
 
@@ -85,6 +88,8 @@ class Machine:
     def _read(self, tensor):
         if not isinstance(tensor, FakeTensor):
             return self._numpy(tensor)
+        if tensor.dtype == torch.int32:  # the batch's tokens, on the host
+            return np.zeros(tuple(tensor.shape), np.int32)
         self.answers.append(tensor)
         return np.zeros(tuple(tensor.shape), np.float32)
 
@@ -117,7 +122,9 @@ def test_a_model_is_loaded_and_warmed_up_on_the_device(tiny, cuda, monkeypatch, 
     assert len({id(session._stream) for session in machine.sessions}) == 2
     watch = machine.watch
     assert (watch.waits, watch.outside) == ([], [])
-    assert set(watch.copies) == {("cuda", torch.int64), ("cpu", torch.float32)}
+    # A tokenizer that is not the service's own gives arrays of int64.
+    tokens = torch.int32 if isinstance(model.preprocessor, RustTokenizer) else torch.int64
+    assert set(watch.copies) == {("cuda", tokens), ("cpu", torch.float32)}
     assert {(one.device.type, one.dtype) for one in machine.answers} == {("cpu", torch.float32)}
     if dtype != torch.float32:
         # Computed on the CPU, from the weights in the files.

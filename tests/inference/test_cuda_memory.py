@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from embedding_service.errors import StartupError
 from embedding_service.inference import warm_up
+from embedding_service.inference.backends import torch as torch_backend
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.model import Model
 from embedding_service.inference.warm_up import batch_of
@@ -94,6 +95,8 @@ class Counting(TorchDispatchMode):
 
 
 class Stream:
+    device = torch.device("cpu")
+
     def wait_stream(self, _other) -> None:
         pass
 
@@ -112,6 +115,8 @@ class Event:
 @pytest.fixture
 def device(tiny, monkeypatch):
     monkeypatch.setattr(warm_up, "MEASURING_SECONDS", 0)
+    # In a thread of its own, which would take memory at any time.
+    monkeypatch.setattr(torch_backend, "record_graphs", lambda *_arguments: None)
     device = Device()
     oracle = SentenceTransformer(str(tiny("bert")), device="cpu")
     device.expected = oracle.encode(long_texts(BATCH_SIZE + 1), normalize_embeddings=True)

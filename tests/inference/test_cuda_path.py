@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embedding_service.inference.backends.torch import CudaSession
+from embedding_service.inference.own_preprocessing import tokenizer_facts
+from embedding_service.inference.preprocessing import RustTokenizer
+from embedding_service.inference.tokenized import Rows
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
@@ -38,6 +41,8 @@ class WithoutGuards(TorchFunctionMode):
             return aten.clone(tensor, memory_format=torch.contiguous_format)
         if function is torch.Tensor.copy_:
             return aten.copy_(*arguments, **named)
+        if function is torch.Tensor.__invert__:
+            return aten.bitwise_not(tensor)
         if function is torch.Tensor.float:
             return self._to(tensor, dtype=torch.float32)
         if function is torch.Tensor.to:
@@ -177,14 +182,15 @@ def features(model: SentenceTransformer, texts: list[str]) -> dict[str, np.ndarr
 def test_a_batch_stays_on_the_device_and_waits_once(model_folder, cuda, monkeypatch, dtype, texts):
     said, streams = cuda
     model = SentenceTransformer(str(model_folder), device="cpu", model_kwargs={"dtype": dtype}).eval()
-    inputs = features(model, texts)
+    tokenizer = RustTokenizer(tokenizer_facts(model, 256, list(features(model, texts))))
+    batch = tokenizer.pack_unpadded([Rows.all_of(tokenizer.prepare(texts))])
     mode = FakeTensorMode()
     fake_on_cuda(model, mode)
-    from_numpy = torch.from_numpy
-    monkeypatch.setattr(torch, "from_numpy", lambda array: mode.from_tensor(from_numpy(array)))
     returned: list[torch.Tensor] = []
 
     def numpy(tensor):
+        if tensor.dtype == torch.int32:  # the batch's tokens, on the host
+            return np.zeros(tuple(tensor.shape), np.int32)
         assert said[-1] == "synchronize", "the vectors are read before they are there"
         returned.append(tensor)
         return np.zeros(tuple(tensor.shape), np.float32)
@@ -192,15 +198,15 @@ def test_a_batch_stays_on_the_device_and_waits_once(model_folder, cuda, monkeypa
     monkeypatch.setattr(torch.Tensor, "numpy", numpy)
     session = CudaSession(model)
     with mode, Watch(streams) as watch, WithoutGuards():
-        vectors = session.run(dict(inputs))
+        vectors = session.run(batch)
     assert vectors.shape == (len(texts), 384)
     assert (returned[0].device.type, returned[0].dtype) == ("cpu", torch.float32)
     assert watch.on_device["linear"] + watch.on_device["addmm"] + watch.on_device["mm"] > 30
     assert watch.outside == []
     assert watch.waits == []
-    assert watch.copies == [*[("cuda", torch.int64)] * len(inputs), ("cpu", torch.float32)]
-    # For the inputs and the vectors: the host has to wait for copies from or to other memory.
-    assert said == [*["pin"] * (len(inputs) + 1), "record", "synchronize"]
+    assert watch.copies == [("cuda", torch.int32), ("cpu", torch.float32)]
+    # For the tokens and the vectors: the host has to wait for copies from or to other memory.
+    assert said == ["pin", "pin", "record", "synchronize"]
 
 
 def test_a_weight_left_on_the_host_is_found(model_folder, cuda, monkeypatch):

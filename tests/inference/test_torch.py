@@ -18,6 +18,7 @@ from embedding_service.inference.runtime import DeviceLost, OutOfMemory
 from embedding_service.inference.tokenized import Rows, TokenizedTexts
 from embedding_service.inference.warm_up import fit_memory
 from tests.inference.running import alone, embed, load, request, texts
+from tests.service import wait_until
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -278,17 +279,17 @@ def test_cuda_float16_is_near_encode(model_folder, oracle):
 def test_cuda_graphs_run_and_give_the_vectors_of_single_launches(model_folder):
     model = load(model_folder, device="cuda", dtype="float32")
     session: CudaSession = model.streams[0]._session  # type: ignore[attr-defined]
-    graphs = session._graphs
+    wait_until(lambda: session.graphs is not None, "the limit of graphs")
+    graphs = session.graphs
     assert graphs and graphs.max_tokens >= 256
     source = random.Random(3)
     for count in (1, 7, 40):
         batch = [Rows.all_of(model.preprocessor.prepare(texts(source, count), None, None))]
-        features = model.preprocessor.pack(batch)
-        assert graphs.fit(features)
-        session._graphs = graphs
-        graphed = session.run(dict(features))
-        session._graphs = None
-        assert np.abs(session.run(dict(features)) - graphed).max() < 2e-3
+        unpadded = model.preprocessor.pack_unpadded(batch)  # type: ignore[attr-defined]
+        session.record(graphs, graphs.shapes.around(len(unpadded.lengths), unpadded.width))
+        assert graphs.launch(unpadded) is not None
+        alone = session.run_with(None, unpadded)
+        assert np.abs(session.run_with(graphs, unpadded) - alone).max() < 2e-3
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from embedding_service.engine import Vectors
+from embedding_service.inference.preprocessing import Unpadded
 
 # At every start, this package reports OpenVINO's use to another host, from a child that it forks off this
 # process with all its threads. Such a child can hang, and it remains, since it ignores SIGTERM as we do.
@@ -16,18 +17,11 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 class Session(Protocol):
     """Executes one forward pass at a time, on a stream or cores of its own."""
 
-    def run(self, features: dict[str, Any]) -> Vectors:
+    def run(self, features: Any) -> Vectors:
         """Sentence embeddings, float32 of shape (texts, dimension), on the CPU.
 
         `features` holds numpy arrays of shape (texts, width), or what the model's own `preprocess`
-        returned. Raises OutOfMemory or DeviceLost.
-        """
-
-    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
-        """Prepare for batches of other sizes, if the runtime is faster for it.
-
-        `example` holds the features of one text. No text has more than `max_width` tokens, and no batch
-        more than `max_tokens`.
+        returned, or is Unpadded, for a backend that pads. Raises OutOfMemory or DeviceLost.
         """
 
 
@@ -35,6 +29,8 @@ class Session(Protocol):
 class Backend:
     """The sessions that may run at once; `all_cores` uses every core for a batch that runs alone.
 
+    A backend that `pads` takes batches without padding. `record` is called once the model is ready, with a
+    batch of one text and the most tokens of a text and of a batch, and prepares for batches of other sizes.
     `rest` is called from time to time, and gives memory back if nothing has run for a while.
     """
 
@@ -42,4 +38,6 @@ class Backend:
     version: str
     sessions: list[Session]
     all_cores: Session | None = None
+    pads: bool = False
+    record: Callable[[Unpadded, int, int], None] = lambda *_: None
     rest: Callable[[], None] = lambda: None

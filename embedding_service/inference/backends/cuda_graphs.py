@@ -9,14 +9,15 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from embedding_service.engine import Vectors
+from embedding_service.inference.preprocessing import TokenizerFacts, Unpadded
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ TOLERANCE = 0.05
 NARROWEST = 16
 
 Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
-Arrays = Mapping[str, np.ndarray]
+Shape = tuple[int, int]
 
 _one_at_a_time = threading.Lock()
 
@@ -48,15 +49,30 @@ def _undisturbed() -> Iterator[None]:
             gc.enable()
 
 
+def model_input(
+    tokens: torch.Tensor, rows: int, width: int, facts: TokenizerFacts, *, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """What a model reads, as int64 of shape (rows, width), made on the device from lengths and ids.
+
+    `tokens` is as Unpadded writes it; the padding is on the right or the `left`.
+    """
+    lengths = tokens[:rows].long().unsqueeze(1)
+    columns = torch.arange(width, device=tokens.device).unsqueeze(0)
+    places = columns - (width - lengths) if left else columns
+    real = (places >= 0) & (places < lengths)
+    firsts = rows + lengths.cumsum(0) - lengths
+    ids = tokens[(firsts + places).clamp(0, tokens.shape[0] - 1)].long()
+    # Not torch.where, which copies a number to the device.
+    made = {"input_ids": ids.masked_fill(~real, facts.pad_id), "attention_mask": real.long()}
+    if "token_type_ids" in facts.inputs:
+        made["token_type_ids"] = torch.zeros_like(ids)
+    return made
+
+
 def padded(number: int, step: int) -> int:
     """The next multiple of `step` or of a quarter of the last power of two: four sizes for each doubling."""
-    step = max(step, _octave(number) // 4)
+    step = max(step, (1 << number.bit_length() - 1) // 4)
     return -(-number // step) * step
-
-
-def _octave(number: int) -> int:
-    """The largest power of two that is not more than this."""
-    return 1 << (number.bit_length() - 1)
 
 
 class Shapes:
@@ -68,137 +84,132 @@ class Shapes:
     def __init__(self, max_width: int) -> None:
         self._max_width = max_width
 
-    def around(self, rows: int, width: int) -> tuple[int, int]:
+    def around(self, rows: int, width: int) -> Shape:
         """The smallest shape that holds a batch."""
         return padded(rows, 1), min(self._max_width, padded(width, NARROWEST))
 
-    def up_to(self, tokens: int) -> list[tuple[int, int]]:
+    def up_to(self, tokens: int) -> list[Shape]:
         """Every shape of at most this many tokens, padding included, the smallest first."""
-        widths = {self.around(1, width)[1] for width in range(1, self._max_width + 1)}
-        found = {self.around(rows, width) for width in widths for rows in range(1, tokens // width + 1)}
-        return sorted(
-            (shape for shape in found if shape[0] * shape[1] <= tokens),
-            key=lambda shape: (shape[0] * shape[1], shape),
-        )
+        shapes, width = [], 0
+        while width < self._max_width:
+            rows, width = self.around(1, width + 1)
+            while rows * width <= tokens:
+                shapes.append((rows, width))
+                rows = padded(rows + 1, 1)
+        return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
 
 
 class CudaGraphs:
     """The recorded shapes of one session, which runs one batch at a time on its own stream.
 
-    `forward` computes vectors from the inputs called `names`; one must be `attention_mask`.
+    A batch whose shape is not recorded is launched kernel by kernel; `want` is told of a new shape.
     """
 
     def __init__(
-        self, forward: Forward, names: list[str], max_width: int, device: torch.device, stream: Any
+        self,
+        forward: Forward,
+        facts: TokenizerFacts,
+        max_width: int,
+        stream: Any,
+        want: Callable[[Shape], None],
     ) -> None:
+        self.shapes = Shapes(max_width)
         self.max_tokens = 0
         self._forward = forward
-        self._names = names
-        self._shapes = Shapes(max_width)
-        self._device = device
+        self._facts = facts
         self._stream = stream
+        self._want = want
         self._pool: Any = None
-        # None for a shape that cannot be recorded.
-        self._recorded: dict[tuple[int, int], _Graph | None] = {}
+        # None for a shape that is not recorded yet, or cannot be.
+        self._recorded: dict[Shape, _Graph | None] = {}
 
-    def fit(self, features: Arrays) -> bool:
-        """Whether a graph can compute this batch: arrays of one shape, padded on the right if at all.
-
-        What counts is the shape to which the batch is padded: three tokens a text become sixteen.
-        """
-        if list(features) != self._names:
-            return False
-        mask = features["attention_mask"]
-        rows, width = self._shapes.around(*mask.shape)
-        return rows * width <= self.max_tokens and bool(mask[:, 0].all())
-
-    def run(self, features: Arrays) -> torch.Tensor | None:
+    def launch(self, batch: Unpadded) -> torch.Tensor | None:
         """Launch a batch; returns where its vectors will be, float32 of shape (rows, dimension).
 
-        Records the shape if it is new; returns None if that fails. The next batch of this shape overwrites
-        the vectors.
+        Returns None if there is no graph for it: of a text whose prompt pooling leaves out, or of more
+        tokens, as it is padded, than is worthwhile. The next batch of this shape overwrites the vectors.
         """
-        rows, width = features["attention_mask"].shape
-        shape = self._shapes.around(rows, width)
-        if shape not in self._recorded:
-            self._record(shape)
-        recorded = self._recorded[shape]
-        if recorded is None:
+        count = len(batch.lengths)
+        shape = self.shapes.around(count, batch.width)
+        if batch.prompt_length is not None or shape[0] * shape[1] > self.max_tokens:
             return None
-        staged = recorded.staging.numpy()
-        # Token 0 is in every vocabulary, and the mask hides it.
-        staged.fill(0)
-        for place, name in enumerate(self._names):
-            staged[place, :rows, :width] = features[name]
-        # A row without any token would divide by zero.
-        staged[self._names.index("attention_mask"), rows:, 0] = 1
-        recorded.inputs.copy_(recorded.staging, non_blocking=True)
-        recorded.graph.replay()
-        return recorded.vectors[:rows]
-
-    def find_limit(self, run: Callable[[Arrays], Vectors], example: Arrays, most: int) -> None:
-        """Set `max_tokens` to the largest size for which a graph is worthwhile, at most `most`.
-
-        It stays 0 if padding to a shape changes the model's vectors. `run` embeds a batch and waits for it.
-        `example` is a batch of one text.
-        """
-        expected = run(example)
-        self.max_tokens = most
-        if np.abs(run(example) - expected).max() > TOLERANCE * np.abs(expected).max():
-            log.warning("CUDA graphs change this model's vectors and are not used, which is slower")
-            self.max_tokens = 0
-            return
-        # As wide as a shape, so that both ways compute the same.
-        width = example["attention_mask"].shape[1]
-        missing = self._shapes.around(1, width)[1] - width
-        one = {name: np.pad(array, [(0, 0), (0, missing)]) for name, array in example.items()}
-        limit, rows = 0, 1
-        while (tokens := rows * (width + missing)) <= most:
-            batch = {name: np.repeat(array, rows, axis=0) for name, array in one.items()}
-            self.max_tokens = 0
-            launched = _seconds(run, batch)
-            self.max_tokens = most
-            if _seconds(run, batch) > WORTHWHILE * launched:
-                self.max_tokens = limit
-                return
-            limit, rows = tokens, 2 * rows
-
-    def record_ahead(self, seconds: float) -> int:
-        """Record shapes, the smallest first, for this long; returns how many are recorded.
-
-        The others are recorded when they first occur.
-        """
-        end = time.monotonic() + seconds
-        for shape in self._shapes.up_to(self.max_tokens):
-            if time.monotonic() > end:
-                break
-            if shape not in self._recorded:
-                self._record(shape)
-        return sum(graph is not None for graph in self._recorded.values())
-
-    def _record(self, shape: tuple[int, int]) -> None:
-        try:
-            self._recorded[shape] = self._new_graph(shape)
-        except RuntimeError as error:
+        if shape not in self._recorded:
             self._recorded[shape] = None
+            self._want(shape)
+        graph = self._recorded[shape]
+        if graph is None:
+            return None
+        used = batch.write(graph.staging.numpy(), shape[0])
+        graph.tokens[:used].copy_(graph.staging[:used], non_blocking=True)
+        graph.graph.replay()
+        return graph.vectors[:count]
+
+    def find_limit(
+        self,
+        run: Callable[[Unpadded, bool], Vectors],
+        record: Callable[[Shape], None],
+        example: Unpadded,
+        most: int,
+    ) -> int:
+        """The largest number of tokens for which a graph is worthwhile, at most `most`.
+
+        It is 0 if padding to a shape changes the model's vectors. `run` embeds a batch, with a graph or
+        without, and waits for it. `example` is a batch of one text.
+        """
+        length, ids = int(example.lengths[0]), example.ids[0]
+        half = -(-length // 2)
+        shorter = replace(example, lengths=np.array([half], np.int32), ids=[ids[:half]], width=half)
+        expected = np.concatenate([run(example, False), run(shorter, False)])
+        both = replace(example, lengths=np.array([length, half], np.int32), ids=[ids, ids[:half]])
+        self.max_tokens = most
+        record(self.shapes.around(2, length))
+        if not np.abs(run(both, True) - expected).max() <= TOLERANCE * np.abs(expected).max():
+            log.warning("CUDA graphs change this model's vectors and are not used, which is slower")
+            return 0
+        # As wide as a shape, so that both ways compute the same.
+        rows, width = self.shapes.around(1, length)
+        limit = 0
+        while rows * width <= most:
+            batch = replace(example, lengths=np.full(rows, length, np.int32), ids=[ids] * rows, width=width)
+            record((rows, width))
+            if _seconds(run, batch, True) > WORTHWHILE * _seconds(run, batch, False):
+                return limit
+            limit, rows = rows * width, 2 * rows
+        return most
+
+    def record(self, shape: Shape) -> None:
+        """Record a shape, unless it has been; called in the session's stream while no batch runs there."""
+        if self._recorded.get(shape) is not None:
+            return
+        self._recorded[shape] = None
+        try:
+            self._recorded[shape] = self._new_graph(*shape)
+        except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             log.warning("No CUDA graph for batches of %d × %d tokens, which are slower: %s", *shape, reason)
 
-    def _new_graph(self, shape: tuple[int, int]) -> "_Graph":
+    def __len__(self) -> int:
+        return sum(graph is not None for graph in self._recorded.values())
+
+    def _new_graph(self, rows: int, width: int) -> "_Graph":
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        staging = torch.ones((len(self._names), *shape), dtype=torch.int64).pin_memory()
-        inputs = staging.to(self._device)
-        named = dict(zip(self._names, inputs, strict=True))
+        # Every row one token until there is a batch; token 1 is in every vocabulary.
+        staging = torch.ones(rows + rows * width, dtype=torch.int32).pin_memory()
+        tokens = staging.to(self._stream.device)
         graph = torch.cuda.CUDAGraph()
+
+        def forward() -> torch.Tensor:
+            return self._forward(model_input(tokens, rows, width, self._facts))
+
         with _undisturbed():
             # In their first pass libraries allocate memory and choose kernels, which is not for a graph.
-            self._forward(dict(named))
+            forward()
             # Other threads go on; only what this one does belongs to the graph.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                vectors = self._forward(dict(named))
-        return _Graph(graph, staging, inputs, vectors)
+                vectors = forward()
+        return _Graph(graph, staging, tokens, vectors)
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -207,16 +218,16 @@ class _Graph:
 
     graph: Any
     staging: torch.Tensor
-    inputs: torch.Tensor
+    tokens: torch.Tensor
     vectors: torch.Tensor
 
 
-def _seconds(run: Callable[[Arrays], Vectors], batch: Arrays) -> float:
-    """The shortest of three runs; one before that records or prepares."""
-    run(batch)
+def _seconds(run: Callable[[Unpadded, bool], Vectors], batch: Unpadded, with_graph: bool) -> float:
+    """The shortest of three runs, after one that prepares."""
+    run(batch, with_graph)
     took = []
     for _ in range(3):
         began = time.perf_counter()
-        run(batch)
+        run(batch, with_graph)
         took.append(time.perf_counter() - began)
     return min(took)

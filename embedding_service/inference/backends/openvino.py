@@ -97,9 +97,6 @@ class OpenVINOSession:
         self._names = [port.get_any_name() for port in compiled.inputs]
         self._leaves_prompt_out = POOLED_MASK in self._names
 
-    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
-        """A graph of OpenVINO takes every shape."""
-
     def run(self, features: dict[str, Any]) -> Vectors:
         if self._leaves_prompt_out:
             pooled = features["attention_mask"].copy()
@@ -125,9 +122,6 @@ class AllCoresSession:
         self._session = one_core
         self._compile_again = compile_again
         self._seconds_left = seconds
-
-    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
-        """A graph of OpenVINO takes every shape."""
 
     def run(self, features: dict[str, Any]) -> Vectors:
         began = time.perf_counter()

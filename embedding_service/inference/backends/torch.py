@@ -1,6 +1,12 @@
 """The forward pass in PyTorch, on the CPU, CUDA or MPS."""
 
 import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -9,7 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends import Backend
-from embedding_service.inference.backends.cuda_graphs import CudaGraphs
+from embedding_service.inference.backends.cuda_graphs import CudaGraphs, Shape, model_input
+from embedding_service.inference.preprocessing import TokenizerFacts, Unpadded
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -17,16 +24,21 @@ log = logging.getLogger(__name__)
 # While one batch computes, the next one is packed and copied, and the last one's vectors are delivered.
 CUDA_STREAMS = 2
 
-# How long each stream may record CUDA graphs at the start.
-RECORDING_SECONDS = 1.0
+# How long CUDA graphs are recorded before their shapes occur.
+RECORDING_SECONDS = 2.0
 
 
 def torch_backend(model: SentenceTransformer) -> Backend:
     """The model on its device: two streams on CUDA, one batch at a time on all cores elsewhere."""
-    count = CUDA_STREAMS if model.device.type == "cuda" else 1
-    return Backend(
-        name="torch", version=torch.__version__, sessions=[open_session(model) for _ in range(count)]
-    )
+    if model.device.type != "cuda":
+        return Backend(name="torch", version=torch.__version__, sessions=[TorchSession(model)])
+    sessions = [CudaSession(model) for _ in range(CUDA_STREAMS)]
+
+    def record(example: Unpadded, max_width: int, max_tokens: int) -> None:
+        arguments = [sessions, example, max_width, max_tokens, queue.SimpleQueue()]
+        threading.Thread(target=record_graphs, args=arguments, name="graphs", daemon=True).start()
+
+    return Backend(name="torch", version=torch.__version__, sessions=[*sessions], pads=True, record=record)
 
 
 def open_session(model: SentenceTransformer) -> "TorchSession":
@@ -41,11 +53,8 @@ class TorchSession:
         self._model = model
         self._device = model.device
 
-    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
-        """Only CUDA has graphs."""
-
     @torch.inference_mode()
-    def run(self, features: dict[str, Any]) -> Vectors:
+    def run(self, features: Any) -> Vectors:
         try:
             return self._compute(features)
         except RuntimeError as error:
@@ -57,7 +66,7 @@ class TorchSession:
             torch.cuda.empty_cache()
         raise failure
 
-    def _compute(self, features: dict[str, Any]) -> Vectors:
+    def _compute(self, features: Any) -> Vectors:
         vectors: Vectors = self._embed(features).cpu().numpy()
         return vectors
 
@@ -80,11 +89,17 @@ class TorchSession:
 
 
 class CudaSession(TorchSession):
-    """Computes on a CUDA stream of its own, and waits for that stream alone."""
+    """Computes on a CUDA stream of its own, and waits for that stream alone.
+
+    Once it has `graphs`, batches that these hold are launched in one call.
+    """
 
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__(model)
-        self._graphs: CudaGraphs | None = None
+        self.graphs: CudaGraphs | None = None
+        self._graphs_to_use: CudaGraphs | None = None
+        # A graph is recorded in another thread, while no batch runs here.
+        self._turn = threading.Lock()
         # The current device of a thread is the first one, which would hold pinned memory and events.
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -93,7 +108,26 @@ class CudaSession(TorchSession):
             # Blocking: the thread sleeps instead of turning in a loop on a core.
             self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
-    def _compute(self, features: dict[str, Any]) -> Vectors:
+    def run(self, features: Any) -> Vectors:
+        return self.run_with(self.graphs, features)
+
+    def run_with(self, graphs: CudaGraphs | None, features: Any) -> Vectors:
+        """Run a batch with graphs that others do not use yet, or without any."""
+        with self._turn:
+            self._graphs_to_use = graphs
+            return super().run(features)
+
+    @torch.inference_mode()
+    def record(self, graphs: CudaGraphs, shape: Shape) -> None:
+        """Record a shape between two batches."""
+        with self._turn, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            graphs.record(shape)
+
+    def new_graphs(self, facts: TokenizerFacts, max_width: int, want: Callable[[Shape], None]) -> CudaGraphs:
+        """Graphs for this session, none of them recorded."""
+        return CudaGraphs(self._forward, facts, max_width, self._stream, want)
+
+    def _compute(self, features: Any) -> Vectors:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             vectors = self._launch(features)
             host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
@@ -103,32 +137,69 @@ class CudaSession(TorchSession):
         # A copy, so that pinned memory is free for the next batch at once.
         return host.numpy().copy()
 
-    def _launch(self, features: dict[str, Any]) -> torch.Tensor:
-        graphs = self._graphs
-        vectors = graphs.run(features) if graphs is not None and graphs.fit(features) else None
-        return self._embed(features) if vectors is None else vectors
+    def _launch(self, features: Any) -> torch.Tensor:
+        if not isinstance(features, Unpadded):
+            return self._embed(features)
+        graphs = self._graphs_to_use
+        vectors = graphs.launch(features) if graphs is not None else None
+        return self._launch_kernels(features) if vectors is None else vectors
 
-    @torch.inference_mode()
-    def record_ahead(self, example: dict[str, Any], max_width: int, max_tokens: int) -> None:
-        if "attention_mask" not in example or not all(
-            isinstance(one, np.ndarray) for one in example.values()
-        ):
-            return
-        graphs = CudaGraphs(self._forward, list(example), max_width, self._device, self._stream)
-        self._graphs = graphs
-        try:
-            graphs.find_limit(lambda batch: self.run(dict(batch)), example, max_tokens)
-        except OutOfMemory:
-            # The warm-up looks for the largest size that fits.
-            self._graphs = None
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            count = graphs.record_ahead(RECORDING_SECONDS)
-        log.info("CUDA graphs: for batches of up to %d tokens, %d recorded", graphs.max_tokens, count)
+    def _launch_kernels(self, batch: Unpadded) -> torch.Tensor:
+        rows, facts = len(batch.lengths), batch.facts
+        staging = torch.empty(rows + int(batch.lengths.sum()), dtype=torch.int32, pin_memory=True)
+        batch.write(staging.numpy(), rows)
+        tokens = staging.to(self._device, non_blocking=True)
+        placed = model_input(tokens, rows, batch.width, facts, left=facts.pads_left)
+        prompt = {} if batch.prompt_length is None else {"prompt_length": batch.prompt_length}
+        return self._forward(placed | prompt)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device from pinned memory, so that the copy runs beside the launching of kernels."""
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def record_graphs(
+    sessions: Sequence[CudaSession],
+    example: Unpadded,
+    max_width: int,
+    max_tokens: int,
+    wanted: "queue.SimpleQueue[tuple[int, Shape] | None]",
+) -> None:
+    """Record the sessions' graphs while they serve: for some time ahead, then the shapes that occur.
+
+    These come through `wanted`, each with the number of its session, until None does.
+    """
+
+    def want(at: int, shape: Shape) -> None:
+        wanted.put((at, shape))
+
+    made = [
+        session.new_graphs(example.facts, max_width, partial(want, at)) for at, session in enumerate(sessions)
+    ]
+
+    def record(at: int, shape: Shape) -> None:
+        sessions[at].record(made[at], shape)
+
+    def run(batch: Unpadded, with_graph: bool) -> Vectors:
+        return sessions[0].run_with(made[0] if with_graph else None, batch)
+
+    try:
+        limit = made[0].find_limit(run, partial(record, 0), example, max_tokens)
+    except Exception as error:
+        # If the device is lost, the next batch says so too.
+        log.warning("CUDA graphs are not used, which is slower: %s", error)
+        return
+    for session, graphs in zip(sessions, made, strict=True):
+        graphs.max_tokens = limit
+        session.graphs = graphs
+    end = time.monotonic() + RECORDING_SECONDS
+    for shape, at in product(made[0].shapes.up_to(limit), range(len(sessions))):
+        if time.monotonic() > end:
+            break
+        record(at, shape)
+    log.info("CUDA graphs: for batches of up to %d tokens, %d recorded", limit, sum(map(len, made)))
+    for at, shape in iter(wanted.get, None):
+        record(at, shape)
 
 
 def _failure(error: RuntimeError, device: str) -> OutOfMemory | DeviceLost | None:
