@@ -208,11 +208,15 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's state; `info` is set once a model is loaded."""
+    """The engine's state; `info` is set once a model is loaded, and `devices` if there are several processes.
+
+    Then there is the device and the state of each.
+    """
 
     state: State
     reason: str = ""
     info: ModelInfo | None = None
+    devices: list[tuple[str, State]] = []
 
 
 class Engine(Protocol):

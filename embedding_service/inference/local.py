@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from prometheus_client import Gauge
 
 from embedding_service.engine import (
     GRACE_SECONDS,
@@ -75,6 +76,7 @@ class LocalEngine:
         self._batcher: Batcher | None = None
         self._sampler: Sampler | None = None
         self._model: Model | None = None
+        self._ready: Gauge | None = None
         self._closed = False
         # Threads of their own: no kind of request delays another, nor those that go to the batcher directly.
         tokens = ThreadPoolExecutor(1, "tokens")
@@ -208,6 +210,7 @@ class LocalEngine:
             )
             self._sampler = Sampler(self._batcher, find_gpu(model.info.device))
             _publish(model.info)
+            self._ready = metrics.describe_process(self._settings.process, model.info.device)
             if not self._closed:
                 self._set(Status(state="healthy", info=model.info))
             if self._closed:
@@ -232,6 +235,8 @@ class LocalEngine:
     def _set(self, status: Status) -> None:
         self._status = status
         metrics.MODEL_READY.set(status.state == "healthy")
+        if self._ready is not None:
+            self._ready.set(status.state == "healthy")
         self._on_status(status)
 
 

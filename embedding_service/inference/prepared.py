@@ -86,6 +86,8 @@ class Keys:
         """The entry of what batches cost on this CPU."""
         s = self._settings
         facts = [backend, dtype, sessions, threads, device, s.batch_size, s.max_seq_length, cpu_model()]
+        if s.device_processes > 1:
+            facts.append(s.device_processes)
         return self._entry("costs", s.attn_implementation, *facts)
 
     def _entry(self, kind: str, *facts: object) -> Entry:

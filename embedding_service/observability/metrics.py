@@ -82,6 +82,14 @@ MODEL_INFO = _gauge(
     "livemax",
     ("model", "revision", "device", "dtype", "backend", "dimension", "max_seq_length", "fingerprint"),
 )
+_PROCESS = ("process", "device")
+PROCESS_READY = _gauge(
+    "process_ready", "1 for each model process that is ready, by its place in DEVICE.", "livemax", _PROCESS
+)
+PROCESS_TEXTS = _counter("process_texts", "Texts that each model process has embedded.", _PROCESS)
+PROCESS_BATCH_SECONDS = _counter(
+    "process_batch_seconds", "Duration of the forward passes of each model process.", _PROCESS
+)
 BUILD_INFO = _gauge("build_info", "1 for the version of the service.", "livemax", ("version",))
 
 GPU_MEMORY_USED = _gauge("gpu_memory_used_bytes", "Memory in use on the model's GPU.", "livemax", ("gpu",))
@@ -126,12 +134,21 @@ def record_request(
 
 
 _padding: Any = PADDING_TOKENS._value
+# The texts and seconds of this model process.
+_process: list[Any] = []
+
+
+def describe_process(place: int, device: str) -> Gauge:
+    """Count batches by the place of this model process in DEVICE, too; returns the gauge of its readiness."""
+    labels = (str(place), device)
+    _process[:] = [PROCESS_TEXTS.labels(*labels)._value, PROCESS_BATCH_SECONDS.labels(*labels)._value]
+    return PROCESS_READY.labels(*labels)
 
 
 def record_batch(texts: int, tokens: int, padded_tokens: int, seconds: float) -> None:
     """Count a forward pass."""
     multiprocess.add(
-        [(_padding, padded_tokens - tokens)],
+        [(_padding, padded_tokens - tokens), *zip(_process, (texts, seconds), strict=False)],
         [(BATCH_TEXTS, texts), (BATCH_TOKENS, tokens), (BATCH_SECONDS, seconds)],
     )
 

@@ -21,7 +21,7 @@ def build() -> Flask:
     supervisor = supervisor_handle.inherited()
     engine: Engine
     if supervisor is not None:
-        engine = RemoteEngine(supervisor, len(settings.devices))
+        engine = RemoteEngine(supervisor, settings.devices)
     else:
         logs.check(settings)
         logs.setup(settings)

@@ -179,7 +179,8 @@ class Config:
     log_file: str | None = setting(
         None, "File to log to instead of standard error; reopened after log rotation."
     )
-    # Not read, but known to a model process: how many there are, and how many on its device.
+    # Not read, but known to a model process: its place, how many there are, and how many on its device.
+    process: int = 0
     model_processes: int = 1
     device_processes: int = 1
 
@@ -200,6 +201,7 @@ class Config:
         return dataclasses.replace(
             self,
             device=self.devices[index],
+            process=index,
             model_processes=len(ordinals),
             device_processes=ordinals.count(ordinals[index]),
         )

@@ -6,14 +6,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, cast
 
 import msgspec
 
 from embedding_service.engine import GRACE_SECONDS, AnswerT, AnyRequest, Outcome, Request, Status
-from embedding_service.errors import DeadlineExceeded, ModelFailure, ServiceError, Unavailable
+from embedding_service.errors import DeadlineExceeded, ModelFailure, Overloaded, ServiceError, Unavailable
 from embedding_service.sharing import wire
 from embedding_service.sharing.supervisor_handle import SupervisorHandle
 
@@ -34,6 +34,7 @@ class Waiter(msgspec.Struct, eq=False):
 
     due: float
     answered: Any
+    size: int
     outcome: Outcome | None = None
 
 
@@ -58,6 +59,9 @@ class ModelConnection:
         # Held by the thread that sends.
         self._sending = threading.Lock()
         self._numbers = count()
+        self._counting = threading.Lock()
+        # The characters of the requests that are not yet answered.
+        self.load = 0
         self._was_healthy = False
         # Whether the model process has reported its state, or is known not to listen.
         self.known = False
@@ -65,21 +69,19 @@ class ModelConnection:
         for target in (self._live, self._send_forever, self._expire_forever):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
-    @property
-    def load(self) -> int:
-        """Requests not yet answered."""
-        return len(self._waiters)
-
     def call(self, request: Request[AnswerT]) -> AnswerT:
         """Send the request and wait for its answer."""
-        waiter = Waiter(request.deadline + GRACE_SECONDS, threading.Lock())
+        size = sum(map(len, request.texts)) + len(request.texts)
+        waiter = Waiter(request.deadline + GRACE_SECONDS, threading.Lock(), size)
         waiter.answered.acquire()
         number = next(self._numbers)
         self._waiters[number] = waiter
+        with self._counting:
+            self.load += size
         channel = self._channel
         if channel is None:
             # Checked only now: if the connection is lost in between, `_disconnect` has seen this waiter.
-            self._waiters.pop(number, None)
+            self._finish(number, self._lost())
             raise self._lost()
         if len(self._waiters) == 1 and self._sending.acquire(blocking=False):
             # Nothing can go with it, so it does not wait for the sender's turn.
@@ -141,6 +143,8 @@ class ModelConnection:
     def _finish(self, number: int, outcome: Outcome) -> None:
         waiter = self._waiters.pop(number, None)
         if waiter is not None:
+            with self._counting:
+                self.load -= waiter.size
             waiter.outcome = outcome
             waiter.answered.release()
 
@@ -200,19 +204,16 @@ class ModelConnection:
 class RemoteEngine:
     """Embeds in the model processes that the supervisor keeps; requests go to the least loaded.
 
-    If a process is lost, what it had not answered goes to another one, once: a request that ends every
-    process that it reaches must not reach all of them.
+    What one refuses because too much waits there, another may take. If a process is lost, what it had not
+    answered goes to another one, once: a request that ends every process that it reaches must not reach all.
 
     Survives a fork (gunicorn --preload): each process makes its own connections, when it first needs them.
     """
 
-    def __init__(
-        self,
-        supervisor: SupervisorHandle,
-        model_processes: int,
-    ) -> None:
+    def __init__(self, supervisor: SupervisorHandle, devices: Sequence[str]) -> None:
         self._supervisor = supervisor
-        self._socket_paths = [str(supervisor.folder.socket(index)) for index in range(model_processes)]
+        self._devices = devices
+        self._socket_paths = [str(supervisor.folder.socket(index)) for index in range(len(devices))]
         self._gone = False
         self._connecting = threading.Lock()
         self._connections: list[ModelConnection] = []
@@ -220,20 +221,30 @@ class RemoteEngine:
         os.register_at_fork(after_in_child=self._leave)
 
     def call(self, request: Request[AnswerT]) -> AnswerT:
-        connection = self._least_loaded()
+        connection = self._least_loaded(self._ready())
         try:
             return connection.call(request)
         except Unavailable:
             if connection.status.state == "healthy":
                 raise
-        return self._least_loaded().call(request)
+        except Overloaded:
+            others = [other for other in self._ready() if other is not connection]
+            if not others:
+                raise
+            return self._least_loaded(others).call(request)
+        return self._least_loaded(self._ready()).call(request)
 
-    def _least_loaded(self) -> ModelConnection:
+    def _ready(self) -> list[ModelConnection]:
         connections = self._connections or self._connect()
-        ready = [connection for connection in connections if connection.status.state == "healthy"]
+        return [connection for connection in connections if connection.status.state == "healthy"]
+
+    def _least_loaded(self, ready: list[ModelConnection]) -> ModelConnection:
         if not ready:
             raise Unavailable(self.status().reason, retry_after_seconds=RETRY_AFTER_SECONDS)
-        return ready[0] if len(ready) == 1 else min(ready, key=lambda connection: connection.load)
+        if len(ready) == 1:
+            return ready[0]
+        first = next(self._turns) % len(ready)
+        return min(ready[first:] + ready[:first], key=lambda connection: connection.load)
 
     def status(self) -> Status:
         if self._gone:
@@ -242,7 +253,12 @@ class RemoteEngine:
         if len(statuses) == 1:
             return statuses[0]
         order = ("healthy", "unhealthy", "loading", "draining")
-        return min(statuses, key=lambda status: order.index(status.state))
+        best = min(statuses, key=lambda status: order.index(status.state))
+        devices = [
+            (status.info.device if status.info else device, status.state)
+            for device, status in zip(self._devices, statuses, strict=True)
+        ]
+        return msgspec.structs.replace(best, devices=devices)
 
     def must_restart(self) -> bool:
         return self._gone
@@ -262,6 +278,8 @@ class RemoteEngine:
     def _connect(self) -> list[ModelConnection]:
         with self._connecting:
             if not self._connections:
+                # Which of equally loaded ones is next: other workers, which also choose, begin with others.
+                self._turns = count(os.getpid())
                 self._connections = [ModelConnection(path, self._refused) for path in self._socket_paths]
         return self._connections
 

@@ -26,6 +26,7 @@ HealthAnswer = shape(
 LiveAnswer = shape("LiveAnswer", "The process is alive.", status=Literal["alive"])
 Pooling = shape("Pooling", "How token vectors are combined into one.", pooling=str)
 ModelType = shape("ModelType", "What the model is for.", embedding=Pooling)
+DeviceAnswer = shape("DeviceAnswer", "A model process: its device and state.", device=str, status=State)
 # What /info says of the model in the same words as the engine.
 SAME = ("model_name", "embedding_dimension", "device", "batch_size", "backend", "fingerprint", "prompts")
 InfoAnswer = shape(
@@ -45,6 +46,7 @@ InfoAnswer = shape(
     auto_truncate=bool,
     version=str,
     default_prompt_name=str | None,
+    devices=list[DeviceAnswer],  # type: ignore[valid-type]
 )
 
 
@@ -70,7 +72,7 @@ def live() -> Response:
 def info() -> Response:
     """The model and the limits, under our names and those of Text Embeddings Inference."""
     service = current().service
-    model, settings = service.require_info(), service.settings
+    model, settings, status = service.require_info(), service.settings, service.status()
     length = service.max_tokens(model)
     found = {name: getattr(model, name) for name in SAME} | {
         "max_seq_length": length,
@@ -87,6 +89,10 @@ def info() -> Response:
         "auto_truncate": True,
         "version": __version__,
         "default_prompt_name": model.default_prompt_name,
+        "devices": [
+            {"device": device, "status": state}
+            for device, state in status.devices or [(model.device, status.state)]
+        ],
     }
     return answer(found)
 

@@ -1,14 +1,16 @@
 """DEVICE=cpu,cpu: two model processes behind one service, each with its share of the cores."""
 
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
 import pytest
+import requests
 
 from embedding_service.inference.cores import available_cores
-from tests.service import Service, command_of, wait_until
+from tests.service import ROOT, Service, command_of, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,11 @@ def pair(own_process, tmp_path_factory):
 
 def model_processes(service: Service) -> list[psutil.Process]:
     return [p for p in service.processes() if "embedding_service.sharing.server" in command_of(p)]
+
+
+def devices(service: Service) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = requests.get(f"{service.url}/info", timeout=60).json()["devices"]
+    return found
 
 
 def ask(service: Service, texts: list[str]) -> np.ndarray:
@@ -45,6 +52,18 @@ def test_requests_go_to_the_less_loaded_process_and_all_vectors_are_right(pair, 
             for texts, answer in zip(batches, answers, strict=True):
                 expected = oracle.encode(texts, normalize_embeddings=True)
                 assert np.abs(answer.result() - expected).max() < 1e-5
+
+
+def test_info_and_metrics_name_each_process(pair):
+    wait_until(lambda: devices(pair) == [{"device": "cpu", "status": "healthy"}] * 2, "two ready devices")
+    served = re.compile(r'^embedding_process_texts_total\{device="cpu",process="(\d)"\} (\d+)', re.MULTILINE)
+
+    def both_count() -> bool:
+        ask(pair, ["a text for whichever is next"])
+        found = dict(served.findall(requests.get(f"{pair.url}/metrics", timeout=60).text))
+        return sorted(found) == ["0", "1"] and all(float(count) > 0 for count in found.values())
+
+    wait_until(both_count, "texts of both processes")
 
 
 def test_the_cores_are_divided(pair):
@@ -70,3 +89,42 @@ def test_what_a_killed_process_had_not_answered_is_answered_by_the_other(pair, o
     expected = oracle.encode([text for texts in batches for text in texts], normalize_embeddings=True)
     assert np.abs(np.concatenate(vectors) - expected).max() < 1e-5
     wait_until(lambda: pair.log().count("Loaded ") == 3, "the lost process to come back")
+
+
+def test_a_device_that_is_lost_under_load_loses_no_request_and_comes_back(own_process, tmp_path, oracle):
+    """One of three devices fails in the middle of a batch."""
+    service = Service(
+        tmp_path,
+        DEVICE="cpu,cpu,cpu",
+        BACKEND="torch",
+        PYTHONPATH=str(ROOT / "tests" / "faults" / "injection"),
+        FAULTS_SEEN=str(tmp_path / "seen"),
+    ).wait_ready()
+    try:
+        ready = [{"device": "cpu", "status": "healthy"}] * 3
+        wait_until(lambda: devices(service) == ready, "three ready devices")
+        batches = [[f"text {number} of request {turn}" for number in range(4)] for turn in range(30)]
+        batches[10][0] += " @@sticky-once@@"
+        expected = [oracle.encode(texts, normalize_embeddings=True) for texts in batches]
+        lost, stop = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            while not stop.is_set():
+                if [one["status"] for one in devices(service)].count("healthy") == 2:
+                    lost.set()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            with ThreadPoolExecutor(8) as clients:
+                answers = list(clients.map(lambda texts: ask(service, texts), batches))
+            assert lost.wait(120)
+            wait_until(lambda: devices(service) == ready, "three ready devices again")
+        finally:
+            stop.set()
+            watcher.join()
+        for answer, right in zip(answers, expected, strict=True):
+            assert np.abs(answer - right).max() < 1e-5
+        assert service.log().count("The device is lost") == 1
+    finally:
+        service.stop()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from embedding_service.engine import Embeddings, EmbedRequest, Status, Timings
-from embedding_service.errors import DeadlineExceeded, ModelFailure, Unavailable
+from embedding_service.errors import DeadlineExceeded, ModelFailure, Overloaded, Unavailable
 from embedding_service.sharing import wire
 from embedding_service.sharing.client import ModelConnection, RemoteEngine
 from embedding_service.sharing.runtime_folder import RuntimeFolder
@@ -71,13 +71,13 @@ def connection(process, tmp_path) -> ModelConnection:
 class Asked:
     """A request in its own thread, and its outcome."""
 
-    def __init__(self, connection: ModelConnection, text: str, seconds: float = 60.0) -> None:
+    def __init__(self, connection: ModelConnection | RemoteEngine, text: str, seconds: float = 60.0) -> None:
         self.outcome: Embeddings | Exception | None = None
         request = EmbedRequest(texts=[text], deadline=time.monotonic() + seconds)
         self._thread = threading.Thread(target=self._ask, args=(connection, request))
         self._thread.start()
 
-    def _ask(self, connection: ModelConnection, request: EmbedRequest) -> None:
+    def _ask(self, connection: ModelConnection | RemoteEngine, request: EmbedRequest) -> None:
         try:
             self.outcome = connection.call(request)
         except Exception as error:
@@ -138,7 +138,7 @@ def settling(engine: RemoteEngine) -> threading.Thread:
 
 
 def test_a_new_worker_waits_for_the_first_report_of_a_slow_model_process(folder, slow):
-    engine = RemoteEngine(SupervisorHandle(folder), 1)
+    engine = RemoteEngine(SupervisorHandle(folder), ["cpu"])
     thread = settling(engine)
     wait_until(lambda: slow.is_connected)
     assert engine.status().state == "loading"
@@ -154,7 +154,7 @@ def test_a_new_worker_waits_for_no_second_model_process(folder, slow):
     with hung:
         hung.bind(str(folder.socket(1)))
         hung.listen(1)
-        thread = settling(RemoteEngine(SupervisorHandle(folder), 2))
+        thread = settling(RemoteEngine(SupervisorHandle(folder), ["cpu", "cpu"]))
         wait_until(lambda: slow.is_connected)
         slow.channel.send(wire.StatusNotice(Status(state="healthy")))
         thread.join(60)
@@ -162,6 +162,82 @@ def test_a_new_worker_waits_for_no_second_model_process(folder, slow):
 
 
 def test_a_new_worker_does_not_wait_for_a_model_process_that_does_not_listen(folder):
-    thread = settling(RemoteEngine(SupervisorHandle(folder), 1))
+    thread = settling(RemoteEngine(SupervisorHandle(folder), ["cpu"]))
     thread.join(60)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def several(folder) -> Iterator[tuple[RemoteEngine, list[ModelProcess]]]:
+    """An engine with three model processes, all ready."""
+    processes = [ModelProcess(folder.socket(place)) for place in range(3)]
+    engine = RemoteEngine(SupervisorHandle(folder), [f"cuda:{place}" for place in range(3)])
+    for process in processes:
+        wait_until(lambda process=process: process.is_connected)
+        process.channel.send(wire.StatusNotice(Status(state="healthy")))
+    wait_until(lambda: [state for _, state in engine.status().devices] == ["healthy"] * 3)
+    yield engine, processes
+    for process in processes:
+        process.close()
+
+
+def test_requests_go_where_the_fewest_characters_wait(several):
+    engine, processes = several
+    large = Asked(engine, "many characters " * 100)
+    wait_until(lambda: sum(len(process.numbers) for process in processes) == 1)
+    small = []
+    for sent in range(2, 12):
+        small.append(Asked(engine, "few"))
+        wait_until(lambda sent=sent: sum(len(process.numbers) for process in processes) == sent)
+    assert sorted(len(process.numbers) for process in processes) == [1, 5, 5]
+    for process in processes:
+        process.answer()
+    assert all(isinstance(one.wait(), Embeddings) for one in [large, *small])
+
+
+def test_one_at_a_time_they_go_to_each_in_turn(several):
+    engine, processes = several
+    for turn in range(1, 10):
+        asked = Asked(engine, "text")
+        wait_until(lambda turn=turn: sum(len(process.numbers) for process in processes) == turn)
+        for process in processes:
+            process.answer()
+        assert isinstance(asked.wait(), Embeddings)
+    assert [len(process.numbers) for process in processes] == [3, 3, 3]
+
+
+def test_what_one_refuses_because_too_much_waits_there_another_takes(several):
+    engine, processes = several
+    asked = Asked(engine, "text")
+    wait_until(lambda: any(process.numbers for process in processes))
+    (first,) = [process for process in processes if process.numbers]
+    for message in wire.replies([(first.numbers[0], Overloaded("the queue is full"))]):
+        first.channel.send(message)
+    others = [process for process in processes if process is not first]
+    wait_until(lambda: any(process.numbers for process in others))
+    for process in others:
+        process.answer()
+    assert isinstance(asked.wait(), Embeddings)
+
+
+def test_what_a_lost_device_has_not_answered_goes_to_another_and_its_state_is_known(several):
+    engine, processes = several
+    asked = []
+    for sent in range(1, 10):
+        asked.append(Asked(engine, f"text {sent}"))
+        wait_until(lambda sent=sent: sum(len(process.numbers) for process in processes) == sent)
+    assert [len(process.numbers) for process in processes] == [3, 3, 3]
+    lost = processes[1]
+    lost.channel.send(wire.StatusNotice(Status(state="unhealthy", reason="the device is lost")))
+    for message in wire.replies(
+        [(number, Unavailable("lost", retry_after_seconds=1)) for number in lost.numbers]
+    ):
+        lost.channel.send(message)
+    wait_until(lambda: sum(len(process.numbers) for process in (processes[0], processes[2])) == 9)
+    assert engine.status().state == "healthy"
+    assert engine.status().devices == [("cuda:0", "healthy"), ("cuda:1", "unhealthy"), ("cuda:2", "healthy")]
+    for process in (processes[0], processes[2]):
+        process.answer()
+    assert all(isinstance(one.wait(), Embeddings) for one in asked)
+    lost.channel.send(wire.StatusNotice(Status(state="healthy")))
+    wait_until(lambda: engine.status().devices[1] == ("cuda:1", "healthy"))

@@ -1,8 +1,9 @@
 """Faults in a model process started with this folder on its PYTHONPATH, triggered by words in texts.
 
 @@oom@@ runs out of memory in every batch of more than one text, @@poison@@ raises, @@nan@@ gives a vector
-of NaN unless it is computed alone, @@nan-always@@ also then, @@sticky@@ loses the device, @@slow@@ waits
-until the test lets it go on, @@hang@@ never returns, @@freeze@@ never returns and holds the GIL.
+of NaN unless it is computed alone, @@nan-always@@ also then, @@sticky@@ loses the device, @@sticky-once@@
+loses the device of the process that first computes it, @@slow@@ waits until the test lets it go on, @@hang@@
+never returns, @@freeze@@ never returns and holds the GIL.
 Each text with such a word that reaches the model is appended to the file that FAULTS_SEEN names.
 """
 
@@ -89,6 +90,8 @@ def inject_into_model(words):
             raise RuntimeError("injected: a text the model cannot take")
         if "@@sticky@@" in every:
             raise torch.AcceleratorError("injected: an illegal memory access was encountered")
+        if "@@sticky-once@@" in every and lose_once():
+            raise torch.AcceleratorError("injected: an illegal memory access was encountered")
         if "@@slow@@" in every:
             while not Path(f"{os.environ['FAULTS_SEEN']}.go-on").exists():
                 time.sleep(0.02)
@@ -99,6 +102,15 @@ def inject_into_model(words):
         return forward(self, *arguments, **named)
 
     SentenceTransformer.forward = faulty_forward
+
+
+def lose_once():
+    """Whether this is the first process that asks."""
+    try:
+        Path(f"{os.environ['FAULTS_SEEN']}.lost").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def note(texts):
