@@ -7,16 +7,23 @@ packing and delivering. There is one client process for each web worker; a clien
 soon as it has a response.
 
 python -m benchmarks.simulated_device --tokens-per-second 200000
+
+With --devices, it measures instead how many requests the service answers with so many devices, each in a
+model process of its own. They have to be slow enough that the cores of this machine are not the limit.
+
+python -m benchmarks.simulated_device --devices 1 4 --tokens-per-second 4000
 """
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import socket
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +33,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from benchmarks import load as load_generator
+from benchmarks.systems import ROOT, Service
 from benchmarks.texts import Texts
 from embedding_service.engine import EmbedRequest, Vectors
 from embedding_service.inference import local, source
@@ -143,13 +152,58 @@ def web_workers(
             os.waitpid(pid, 0)
 
 
+def several(counts: list[int], tokens_per_second: float, seconds: float) -> None:
+    """Measure the service on several devices: 64 clients, each request 8 texts of 64 tokens."""
+    texts = Texts(source.resolve(source.DEFAULT_MODEL, None).folder).of_length(64, 1024)
+    print("| devices | requests/s | times the first | p50 / p99 ms | errors | CPU of a core |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    first = None
+    for count in counts:
+        with tempfile.TemporaryDirectory() as scratch:
+            service = Service(
+                Path(scratch),
+                ",".join(["cpu"] * count),
+                PYTHONPATH=str(ROOT / "benchmarks" / "simulated"),
+                SIMULATED_TOKENS_PER_SECOND=str(tokens_per_second),
+            )
+            try:
+                service.wait_ready()
+                while not _all_ready(service):
+                    time.sleep(0.1)
+                bodies = Path(scratch, "bodies.txt")
+                requests = [texts[start : start + 8] for start in range(0, len(texts), 8)]
+                bodies.write_bytes(b"\n".join(service.body(request, "base64") for request in requests))
+                load_generator.measure(service.url, bodies, 64, seconds / 4, 1)
+                before = sum(service.cpu_by_role().values())
+                found = load_generator.measure(service.url, bodies, 64, seconds, 1)
+                used = sum(service.cpu_by_role().values()) - before
+            finally:
+                service.stop()
+        rate = found["requests"] / found["seconds"]
+        first = first or rate
+        print(
+            f"| {count} | {rate:.1f} | {rate / first:.2f} | {found['p50_ms']:.0f} / {found['p99_ms']:.0f} "
+            f"| {found['errors']:.0f} | {used / found['seconds']:.0%} |",
+            flush=True,
+        )
+
+
+def _all_ready(service: Service) -> bool:
+    with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/info", timeout=60) as answer:
+        return all(device["status"] == "healthy" for device in json.load(answer)["devices"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens-per-second", type=float, default=200_000)
     parser.add_argument("--launch-ms", type=float, default=0.5)
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--devices", type=int, nargs="+", help="measure the service on so many devices")
     arguments = parser.parse_args()
+    if arguments.devices:
+        several(arguments.devices, arguments.tokens_per_second, arguments.seconds)
+        return
     logging.basicConfig(level=logging.WARNING)
     metrics.share(Path(tempfile.mkdtemp()))
     sentences = Texts(source.resolve(source.DEFAULT_MODEL, None).folder).sentences(4096)

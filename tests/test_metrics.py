@@ -29,7 +29,7 @@ from tests.service import Service, wait_until
 ALL = {value._name: value for name, value in vars(metrics).items() if name.isupper() and name[0] != "_"}
 
 # Metrics that need a loaded model or a GPU.
-LATER = {"embedding_model_info", *(name for name in ALL if "_gpu_" in name)}
+LATER = {"embedding_model_info", *(name for name in ALL if "_gpu_" in name or "_process_" in name)}
 
 
 class Scraped:

@@ -160,8 +160,7 @@ class Stream:
 
 class Event:
     def __init__(self, recorder, blocking) -> None:
-        assert blocking
-        self._recorder = recorder
+        self._recorder, self.blocking = recorder, blocking
 
     def record(self, stream) -> None:
         assert self._recorder.current[-1] is stream
@@ -201,9 +200,16 @@ def test_a_cuda_session_copies_through_pinned_memory_on_its_own_stream(monkeypat
 
 def test_cuda_has_two_streams_and_no_session_shares_one(monkeypatch):
     Recorder(monkeypatch)
-    sessions = torch_backend(SimpleNamespace(device=torch.device("cuda:0"))).sessions
+    sessions = torch_backend(SimpleNamespace(device=torch.device("cuda:0")), 1).sessions
     assert len(sessions) == backend.CUDA_STREAMS == 2
     assert len({id(vars(session)["_stream"]) for session in sessions}) == 2
+
+
+@pytest.mark.parametrize(("cores", "sleeps"), [(1, True), (7, True), (8, False), (64, False)])
+def test_only_where_cores_are_plenty_threads_spin_while_they_wait_for_the_device(monkeypatch, cores, sleeps):
+    Recorder(monkeypatch)
+    sessions = torch_backend(SimpleNamespace(device=torch.device("cuda:0")), cores).sessions
+    assert [vars(session)["_done"].blocking for session in sessions] == [sleeps] * 2
 
 
 def test_cuda_multiplies_float32_in_tf32(monkeypatch):

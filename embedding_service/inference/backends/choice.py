@@ -46,7 +46,7 @@ def choose_backend(
         )
     asked = wanted == "openvino" or int8
     if not asked and (wanted == "torch" or not (possible and can_run_openvino())):
-        return _in_torch(checkpoint)
+        return _in_torch(checkpoint, threads)
     try:
         return convert(checkpoint, references, keys, threads=threads)
     except ModuleNotFoundError as error:
@@ -58,14 +58,14 @@ def choose_backend(
             line = shorten(str(error), 300, placeholder=" …")
             raise StartupError(f"OpenVINO cannot run this model: {line}") from error
         log.warning("OpenVINO cannot run this model, using torch: %s", error)
-        return _in_torch(checkpoint)
+        return _in_torch(checkpoint, threads)
 
 
-def _in_torch(checkpoint: Checkpoint) -> Backend:
+def _in_torch(checkpoint: Checkpoint, threads: int) -> Backend:
     if checkpoint.on_cpu and checkpoint.dtype == "bfloat16":
         checkpoint.model.to(torch.bfloat16)
         log.info("bfloat16 runs in torch; without avx512_bf16 or AMX in the CPU, float32 is faster")
-    return torch_backend(checkpoint.model)
+    return torch_backend(checkpoint.model, threads)
 
 
 def convert(checkpoint: Checkpoint, references: Sequence[Reference], keys: Keys, *, threads: int) -> Backend:

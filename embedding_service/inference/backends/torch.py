@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from embedding_service.engine import Vectors
 from embedding_service.inference.backends import Backend
 from embedding_service.inference.backends.cuda_graphs import CudaGraphs, Shape, model_input
+from embedding_service.inference.device import may_spin
 from embedding_service.inference.preprocessing import TokenizerFacts, Unpadded
 from embedding_service.inference.runtime import DeviceLost, OutOfMemory
 
@@ -28,11 +29,11 @@ CUDA_STREAMS = 2
 RECORDING_SECONDS = 2.0
 
 
-def torch_backend(model: SentenceTransformer) -> Backend:
-    """The model on its device: two streams on CUDA, one batch at a time on all cores elsewhere."""
+def torch_backend(model: SentenceTransformer, cores: int) -> Backend:
+    """The model on its device: two streams on CUDA, one batch at a time on all `cores` elsewhere."""
     if model.device.type != "cuda":
         return Backend(name="torch", version=torch.__version__, sessions=[TorchSession(model)])
-    sessions = [CudaSession(model) for _ in range(CUDA_STREAMS)]
+    sessions = [CudaSession(model, spins=may_spin(cores)) for _ in range(CUDA_STREAMS)]
 
     def record(example: Unpadded, max_width: int, max_tokens: int) -> None:
         arguments = [sessions, example, max_width, max_tokens, queue.SimpleQueue()]
@@ -94,7 +95,8 @@ class CudaSession(TorchSession):
     Once it has `graphs`, batches that these hold are launched in one call.
     """
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, *, spins: bool = False) -> None:
+        """It `spins`, or else sleeps, while it waits for the device."""
         super().__init__(model)
         self.graphs: CudaGraphs | None = None
         self._graphs_to_use: CudaGraphs | None = None
@@ -105,8 +107,7 @@ class CudaSession(TorchSession):
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             # The weights may still be on their way.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            # Blocking: the thread sleeps instead of turning in a loop on a core.
-            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event(blocking=not spins)  # type: ignore[no-untyped-call]
 
     def run(self, features: Any) -> Vectors:
         return self.run_with(self.graphs, features)
