@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 
 from embedding_service.engine import Vectors
@@ -12,6 +11,20 @@ from embedding_service.inference import source
 
 # Lengths at which other servers cut texts.
 CUTS = (32, 64, 127, 128, 254, 255, 256, 257, 258, 384, 510, 511, 512, 514, 1024, 2048, 4096, 8192)
+# Mistakes with the vectors of a text's tokens, and with their ids.
+POOLINGS: dict[str, Callable[[Vectors], Vectors]] = {
+    "the first token's vector": lambda tokens: tokens[0],
+    "the last token's vector": lambda tokens: tokens[-1],
+    "the mean of all tokens": lambda tokens: tokens.mean(0),
+    "the largest number of each dimension": lambda tokens: tokens.max(0),
+    "special tokens are left out": lambda tokens: (tokens[1:-1] if len(tokens) > 2 else tokens).mean(0),
+}
+SPECIAL: dict[str, Callable[[list[int]], list[int]]] = {
+    "none are added": lambda ids: ids[1:-1],
+    "the last is missing": lambda ids: ids[:-1],
+    "the first is missing": lambda ids: ids[1:],
+    "they are added twice": lambda ids: [ids[0], *ids, ids[-1]],
+}
 
 
 class Oracle:
@@ -37,33 +50,35 @@ class Oracle:
 
     def mistakes(self, texts: list[str]) -> Iterator[tuple[str, Vectors]]:
         """The vectors that a mistake would give, after the mistake in words."""
-        limit, tokenizer = self._model.max_seq_length, self._model.tokenizer
+        model, limit, tokenizer = self._model, self._model.max_seq_length, self._model.tokenizer
         longest = max(map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"]))
-        config = getattr(getattr(self._model[0], "auto_model", None), "config", None)
-        positions = getattr(config, "max_position_embeddings", 8192)
-        for cut in CUTS:
-            if cut != limit and cut < longest and cut <= positions:
-                vectors = self._changed(texts, self._model, "max_seq_length", cut)
-                yield f"texts are cut at {cut} tokens, not at {limit}", vectors
-        other = "left" if tokenizer.truncation_side == "right" else "right"
-        yield "texts are cut at their other end", self._changed(texts, tokenizer, "truncation_side", other)
+        config = getattr(getattr(model[0], "auto_model", None), "config", None)
+        most = min(longest - 1, getattr(config, "max_position_embeddings", 8192))
+        for cut in (cut for cut in CUTS if cut != limit and cut <= most):
+            yield (
+                f"texts are cut at {cut} tokens, not at {limit}",
+                self._with(model, "max_seq_length", cut, texts),
+            )
+        end = "left" if tokenizer.truncation_side == "right" else "right"
+        yield "texts are cut at their other end", self._with(tokenizer, "truncation_side", end, texts)
         for name, prompt in self.prompts.items():
             yield f"the prompt {name!r} is put in front of the texts", self.encode(texts, prompt)
         yield "upper and lower case are not told apart", self.encode([text.lower() for text in texts])
         try:
-            tokens = self._model.encode(texts, output_value="token_embeddings")
-            lists, are_special = self._ids(texts)
+            tokens = model.encode(texts, output_value="token_embeddings")
+            ids = tokenizer(texts, truncation=True, max_length=limit, return_special_tokens_mask=True)
         except (KeyError, AttributeError, TypeError, ValueError):
             return  # a model without tokens of its own, or without a tokenizer
         for words, pool in POOLINGS.items():
-            yield words, unit(np.stack([pool(each.float().numpy()) for each in tokens]))
-        if are_special:
-            for words, change in SPECIAL.items():
-                changed = [change(ids) for ids in lists]
-                if all(changed):
-                    yield words, self._forward(changed)
+            yield f"another pooling: {words}", unit(np.stack([pool(each.float().numpy()) for each in tokens]))
+        for words, change in SPECIAL.items():
+            changed = [change(each) for each in ids["input_ids"]]
+            if all(changed) and all(mask[0] and mask[-1] for mask in ids["special_tokens_mask"]):
+                padded = tokenizer.pad({"input_ids": changed}, return_tensors="pt")
+                vectors = model(padded)["sentence_embedding"].detach().numpy()
+                yield f"special tokens differ: {words}", unit(vectors)
 
-    def _changed(self, texts: list[str], target: Any, name: str, value: Any) -> Vectors:
+    def _with(self, target: Any, name: str, value: Any, texts: list[str]) -> Vectors:
         """The vectors with another value of an attribute."""
         before = getattr(target, name)
         setattr(target, name, value)
@@ -72,40 +87,8 @@ class Oracle:
         finally:
             setattr(target, name, before)
 
-    def _ids(self, texts: list[str]) -> tuple[list[list[int]], bool]:
-        """The tokens of each text, and whether the first and the last of all are special."""
-        made = self._model.tokenizer(
-            texts, truncation=True, max_length=self._model.max_seq_length, return_special_tokens_mask=True
-        )
-        return made["input_ids"], all(mask[0] and mask[-1] for mask in made["special_tokens_mask"])
-
-    def _forward(self, lists: list[list[int]]) -> Vectors:
-        padded = self._model.tokenizer.pad({"input_ids": lists}, return_tensors="pt")
-        with torch.inference_mode():
-            vectors: Vectors = self._model(dict(padded))["sentence_embedding"].float().numpy()
-        return unit(vectors)
-
-
-Pool = Callable[[Vectors], Vectors]
-POOLINGS: dict[str, Pool] = {
-    "another pooling: the first token's vector": lambda tokens: tokens[0],
-    "another pooling: the last token's vector": lambda tokens: tokens[-1],
-    "another pooling: the mean of all tokens": lambda tokens: tokens.mean(0),
-    "another pooling: the largest number of each dimension": lambda tokens: tokens.max(0),
-    "another pooling: special tokens are left out": lambda tokens: (
-        tokens[1:-1] if tokens[2:].size else tokens
-    ).mean(0),
-}
-SPECIAL: dict[str, Callable[[list[int]], list[int]]] = {
-    "special tokens differ: none are added": lambda ids: ids[1:-1],
-    "special tokens differ: the last is missing": lambda ids: ids[:-1],
-    "special tokens differ: the first is missing": lambda ids: ids[1:],
-    "special tokens differ: they are added twice": lambda ids: [ids[0], *ids, ids[-1]],
-}
-
 
 def unit(vectors: Vectors) -> Vectors:
     """The vectors at length 1; one of zeros stays."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: Vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-    return scaled
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)

@@ -1,8 +1,11 @@
 """What a server is asked, how its vectors differ, and what is wrong with them in words."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from math import inf
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -11,34 +14,41 @@ from embedding_service.engine import Vectors
 from embedding_service.verify.oracle import Oracle, unit
 from embedding_service.verify.server import Refused, Server
 
-SCRIPTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "Der schnelle Fuchs: Äpfel, Öl und Übermut, groß wie Straße.",
-    "Le garçon naïf a mangé une crème brûlée à Noël.",
-    "Быстрая коричневая лиса прыгает через ленивую собаку.",
-    "東京は日本の首都です。",
-    "中文句子没有空格。",
-    "한국어 문장입니다.",
-    "اللغة العربية تكتب من اليمين إلى اليسار.",
-    "भारत की राजधानी नई दिल्ली है।",
-    "ภาษาไทยไม่มีช่องว่างระหว่างคำ",
-    "Ελληνικά και עברית",
-]
-CASE = ["Apple released a new phone", "apple released a new phone", "APPLE RELEASED A NEW PHONE", "US", "us"]
-SPACES = ["two  spaces", "two spaces", " before", "after ", "a\ttab", "a\nline", "a\r\nline", "no\u00a0break"]
-EMOJI = ["👍", "👩‍👩‍👧 family", "flags 🇩🇪🇯🇵", "cafe\u0301", "café", "ﬁne ligature", "x² + y²", "a\u200bb"]
-WORDS = [
-    "Donaudampfschifffahrtskapitän",
-    "https://example.com/a?b=c#d",
-    "3.14159",
-    "C++",
-    "def f(x):",
-]
-PAIRS = [f"{first} {second}" for first in SCRIPTS[:8] for second in CASE + WORDS + ["", "yes", "no"]]
 # Vectors of lower precision are still this near to the right ones.
 NEAR_COSINE = 0.98
 # A mistake explains the vectors if it leaves this share of the difference.
 EXPLAINED = 0.3
+
+
+class Probe(NamedTuple):
+    """Texts, how many go in a request, how many requests at a time, and an option besides."""
+
+    name: str
+    texts: list[str]
+    batch: int = 1
+    at_a_time: int = 1
+    option: Mapping[str, Any] = MappingProxyType({})
+    is_long: bool = False
+
+
+def probes(oracle: Oracle, options: tuple[str, ...]) -> Iterator[Probe]:
+    """All probes of a server that has these options."""
+    texts: dict[str, list[str]] = msgspec.json.decode(Path(__file__).with_name("texts.json").read_bytes())
+    yield from (Probe(name, group) for name, group in texts.items())
+    for name, eighths in {"long": (3, 5, 7), "over-long": (16, 24)}.items():
+        sizes = [share * oracle.max_tokens // 8 for share in eighths]
+        yield Probe(name, [oracle.text_of(size) for size in sizes], is_long=True)
+    scripts, ends = texts["scripts"], texts["case"] + texts["words"] + ["", "yes", "no"]
+    pairs = [f"{first} {second}" for first in scripts[:8] for second in ends]
+    yield from (Probe(f"batch of {size}", pairs[:size], size) for size in (1, 2, 8, 32, 64))
+    yield Probe("reversed batch", pairs[31::-1], batch=32)
+    yield Probe("the same batch again", pairs[:32], batch=32)
+    yield Probe("concurrent calls", pairs[:48], at_a_time=8)
+    prompts = [*oracle.prompts.values()][:3] or ["search_query: "]
+    fewer = oracle.encode(scripts[:1]).shape[1] // 2
+    for name, value in [*(("prompt", prompt) for prompt in prompts), ("dimensions", fewer)]:
+        if name in options:
+            yield Probe(name, scripts[:4], batch=4, option={name: value})
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -68,102 +78,69 @@ class Verifier:
 
     def run(self) -> Iterator[Result]:
         """The results of all probes, each when it is known."""
-        alone = {"scripts": SCRIPTS, "case": CASE, "spaces": SPACES, "emoji": EMOJI, "words": WORDS}
-        for name, texts in (alone | {"empty": ["", " "]}).items():
-            yield self._probe(name, texts, self._alone)
-        tokens = self._oracle.max_tokens
-        for name, sizes in {
-            "long": [share * tokens // 8 for share in (3, 5, 7)],
-            "over-long": [2 * tokens, 3 * tokens],
-        }.items():
-            yield self._probe(name, [self._oracle.text_of(size) for size in sizes], self._alone, is_long=True)
-        for size in (1, 2, 8, 32, 64):
-            yield self._probe(f"batch of {size}", PAIRS[:size], self._server.embed)
-        yield self._probe("reversed batch", PAIRS[31::-1], self._server.embed)
-        yield self._probe("the same batch again", PAIRS[:32], self._server.embed)
-        with ThreadPoolExecutor(8) as pool:
-            yield self._probe(
-                "concurrent calls",
-                PAIRS[:48],
-                lambda texts: np.concatenate([*pool.map(lambda text: self._server.embed([text]), texts)]),
-            )
-        api = self._server.api
-        if api.prompt:
-            for prompt in [*self._oracle.prompts.values()][:3] or ["search_query: "]:
-                yield self._option("prompt", {api.prompt: prompt}, prompt=prompt)
-        if api.dimensions:
-            fewer = self._oracle.encode(SCRIPTS[:1]).shape[1] // 2
-            yield self._option("dimensions", {api.dimensions: fewer}, dimensions=fewer)
+        for probe in probes(self._oracle, self._server.api.options):
+            right = self._oracle.encode(probe.texts, **probe.option)
+            found: dict[str, Any] = {"largest_difference": inf, "lowest_cosine": -1.0}
+            try:
+                vectors = self._ask(probe)
+                if probe.option and self._is_same(vectors, self._ask(probe._replace(option={}))):
+                    raise Refused("ignored")
+                if not vectors.size:
+                    found["finding"] = "the number of dimensions varies"
+                elif vectors.shape != right.shape:
+                    found["finding"] = f"another model: {vectors.shape[1]} dimensions, not {right.shape[1]}"
+                elif not np.isfinite(vectors).all():
+                    found["finding"] = "vectors hold numbers that are not finite"
+                else:
+                    cosine = float((unit(vectors) * right).sum(axis=1).min())
+                    found = {"largest_difference": _difference(vectors, right), "lowest_cosine": cosine}
+                    found["finding"] = self._finding(probe, vectors, right)
+            except Refused as refusal:
+                found = {"refused": str(refusal)}
+            yield Result(probe.name, len(probe.texts), **found)
 
-    def _alone(self, texts: list[str]) -> Vectors:
-        return np.concatenate([self._server.embed([text]) for text in texts])
+    def _ask(self, probe: Probe) -> Vectors:
+        """The server's vectors; without any number if not all are equally long."""
+        parts = [probe.texts[at : at + probe.batch] for at in range(0, len(probe.texts), probe.batch)]
+        with ThreadPoolExecutor(probe.at_a_time) as pool:
+            vectors = [*pool.map(lambda texts: self._server.embed(texts, **probe.option), parts)]
+        is_even = len({each.shape[1] for each in vectors}) == 1
+        return np.concatenate(vectors if is_even else [each[:, :0] for each in vectors])
 
-    def _probe(
-        self, name: str, texts: list[str], ask: Callable[[list[str]], Vectors], is_long: bool = False
-    ) -> Result:
-        """Compare the answers to `ask`, and those of single texts too if these differ."""
-        try:
-            vectors = ask(texts)
-            right = self._oracle.encode(texts)
-            result = self._compare(name, texts, vectors, right, is_long)
-            if not result.finding or ask == self._alone or len(texts) == 1:
-                return result
-            if _difference(vectors[:8], self._alone(texts[:8])) <= self._tolerance:
-                return result
-        except Refused as refusal:
-            return Result(name, len(texts), refused=str(refusal))
-        except ValueError:
-            return Result(name, len(texts), finding="the number of dimensions varies")
-        finding = "the vector of a text depends on its batch"
-        if _difference(np.sort(vectors, axis=0), np.sort(right, axis=0)) <= self._tolerance:
-            finding = "the vectors are in another order than the texts"
-        return msgspec.structs.replace(result, finding=finding)
-
-    def _option(self, name: str, fields: dict[str, Any], **given: Any) -> Result:
-        texts = SCRIPTS[:4]
-        try:
-            vectors, plain = self._server.embed(texts, **fields), self._server.embed(texts)
-        except Refused as refusal:
-            return Result(name, len(texts), refused=str(refusal))
-        if vectors.shape == plain.shape and _difference(vectors, plain) <= self._tolerance:
-            return Result(name, len(texts), refused="ignored")
-        return self._compare(name, texts, vectors, self._oracle.encode(texts, **given), is_long=False)
-
-    def _compare(
-        self, name: str, texts: list[str], vectors: Vectors, right: Vectors, is_long: bool
-    ) -> Result:
-        nothing = Result(name, len(texts), float("inf"), -1.0)
-        if vectors.shape != right.shape:
-            words = f"another model: {vectors.shape[1]} dimensions, not {right.shape[1]}"
-            return msgspec.structs.replace(nothing, finding=words)
-        if not np.isfinite(vectors).all():
-            return msgspec.structs.replace(nothing, finding="vectors hold numbers that are not finite")
-        scaled = unit(vectors)
-        cosines = (scaled * right).sum(axis=1)
-        result = Result(name, len(texts), _difference(vectors, right), float(cosines.min()))
-        if result.largest_difference <= self._tolerance:
-            return result
-        findings = []
+    def _finding(self, probe: Probe, vectors: Vectors, right: Vectors) -> str | None:
+        """What is wrong with these vectors; None if they are right."""
+        if self._is_same(vectors, right):
+            return None
+        alone = probe._replace(texts=probe.texts[:8], batch=1)
+        if probe.batch > 1 < len(right) and not self._is_same(vectors[:8], self._ask(alone)):
+            if self._is_same(np.sort(vectors, axis=0), np.sort(right, axis=0)):
+                return "the vectors are in another order than the texts"
+            return "the vector of a text depends on its batch"
+        findings, scaled = [], unit(vectors)
         if np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > max(self._tolerance, 1e-2):
             findings.append("vectors are not normalised")
         wrong = np.flatnonzero(np.abs(scaled - right).max(axis=1) > self._tolerance)[:6]
         if len(wrong):
-            findings.append(self._explain([texts[i] for i in wrong], scaled[wrong], right[wrong], is_long))
-        return msgspec.structs.replace(result, finding="; ".join(findings) or "lower precision")
+            findings.append(self._mistake(probe, wrong, scaled[wrong], right[wrong]))
+        where = f"with {probe.name}: " if probe.option else ""
+        return where + ("; ".join(findings) or "lower precision")
 
-    def _explain(self, texts: list[str], found: Vectors, right: Vectors, is_long: bool) -> str:
-        """The mistake that comes nearest to these vectors."""
-        nearest, words = EXPLAINED * _difference(found, right), ""
-        for mistake, vectors in self._oracle.mistakes(texts):
-            if vectors.shape == found.shape and (difference := _difference(found, vectors)) < nearest:
-                nearest, words = difference, mistake
+    def _mistake(self, probe: Probe, places: Iterable[int], vectors: Vectors, right: Vectors) -> str:
+        """The mistake that comes nearest to the vectors of the texts at these places."""
+        nearest, words = EXPLAINED * _difference(vectors, right), ""
+        for mistake, wrong in self._oracle.mistakes([probe.texts[place] for place in places]):
+            if wrong.shape == vectors.shape and _difference(vectors, wrong) < nearest:
+                nearest, words = _difference(vectors, wrong), mistake
         if words:
             return words
-        if (found * right).sum(axis=1).min() >= NEAR_COSINE:
+        if (vectors * right).sum(axis=1).min() >= NEAR_COSINE:
             return "lower precision"
         # If short texts are another model's, long ones are no fault of their own.
-        self._is_another = self._is_another or not is_long
+        self._is_another = self._is_another or not probe.is_long
         return "another model" if self._is_another else "long texts are read differently"
+
+    def _is_same(self, one: Vectors, other: Vectors) -> bool:
+        return one.shape == other.shape and _difference(one, other) <= self._tolerance
 
 
 def _difference(one: Vectors, other: Vectors) -> float:
