@@ -20,6 +20,9 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
 KEY = "the-key-of-prometheus"
 
+KEDA = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "keda.yaml").read_text())
+(SCALING,) = (trigger["metadata"] for trigger in KEDA["spec"]["triggers"])
+
 NAME = re.compile(r"\bembedding_\w+")
 METRICS = [
     described
@@ -52,7 +55,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_dashboard_and_the_alerts_use_metrics_that_exist():
-    for query in [*queries(), *(rule["expr"] for rule in alerts())]:
+    for query in [*queries(), SCALING["query"], *(rule["expr"] for rule in alerts())]:
         assert set(NAME.findall(query)) <= KNOWN, query
 
 
@@ -147,6 +150,33 @@ def rule_test(
     return promtool("test", "rules", file)
 
 
+def test_keda_gets_one_number_the_requests_of_all_pods(tmp_path):
+    """It refuses a query with more than one result."""
+    series = {
+        'embedding_requests_waiting{pod="embedding-service-5f7c-a",job="kubernetes-pods"}': "5x10",
+        'embedding_requests_waiting{pod="embedding-service-5f7c-b",job="kubernetes-pods"}': "7x10",
+        'embedding_requests_running{pod="embedding-service-5f7c-a",job="kubernetes-pods"}': "1x10",
+        'embedding_requests_running{pod="another-service-5f7c-a",job="kubernetes-pods"}': "100x10",
+    }
+    query = {"expr": SCALING["query"], "eval_time": "5m", "exp_samples": [{"labels": "{}", "value": 13}]}
+    done = rule_test(tmp_path, series, [query])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_scaled_object_has_fields_that_keda_knows():
+    """Names and types are those of KEDA's CustomResourceDefinition and of its Prometheus scaler."""
+    assert (KEDA["apiVersion"], KEDA["kind"]) == ("keda.sh/v1alpha1", "ScaledObject")
+    deployment = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "base" / "deployment.yaml").read_text())
+    assert KEDA["spec"]["scaleTargetRef"] == {"name": deployment["metadata"]["name"]}
+    assert set(KEDA["spec"]) == {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "triggers"}
+    assert 0 <= KEDA["spec"]["minReplicaCount"] <= KEDA["spec"]["maxReplicaCount"]
+    assert [set(trigger) for trigger in KEDA["spec"]["triggers"]] == [{"type", "metadata"}]
+    assert KEDA["spec"]["triggers"][0]["type"] == "prometheus"
+    # All of these are strings, also numbers.
+    assert set(SCALING) == {"serverAddress", "query", "threshold"}
+    assert all(isinstance(value, str) for value in SCALING.values()) and float(SCALING["threshold"]) > 0
+
+
 def firing(minutes: int, **matches: str) -> dict:
     """How many of the matching alerts fire at this minute: 1 or none."""
     selector = ",".join(f'{name}="{value}"' for name, value in ({"alertstate": "firing"} | matches).items())
@@ -177,7 +207,8 @@ class Prometheus:
         (folder / "key").write_text(KEY)
         (job,) = settings["scrape_configs"]
         job["authorization"] = {"credentials_file": "key"}
-        job["static_configs"] = [{"targets": [f"127.0.0.1:{service.port}"]}]
+        labels = {"pod": "embedding-service-5f7c-a"}  # which Prometheus adds in a cluster
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{service.port}"], "labels": labels}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
         port = free_port()
         self._url = f"http://127.0.0.1:{port}/api/v1"
@@ -262,6 +293,12 @@ def test_every_query_of_the_dashboard_returns_finite_series(scraped):
         wait_until(all_there, "a series for every query")
     except AssertionError as error:
         raise AssertionError(f"{error}; without: {missing}") from None
+
+
+def test_the_query_of_keda_returns_one_finite_number(scraped):
+    _, prometheus = scraped
+    (value,) = wait_until(lambda: prometheus.query(SCALING["query"]), "the gauges of requests")
+    assert math.isfinite(value) and value >= 0
 
 
 def test_the_gpu_queries_are_valid_without_a_gpu(scraped):

@@ -41,6 +41,8 @@ NOT_RUN = {
     "HF_HOME=/tmp/models embedding-service download": "needs the hub",
     "embedding-service calibrate": "tests/test_quantization.py runs it",
     "embedding-service verify": "tests/verify runs it",
+    "aiperf ": "needs other versions of our packages; tests/clients/test_load_tools.py sends its requests",
+    "vllm bench ": "needs vLLM; tests/clients/test_load_tools.py sends its requests",
     "gunicorn -w 4": "runs until it is stopped; tests/processes/test_ways_to_start.py runs it",
     "./install.sh": "needs a bundle; tests/deploy/test_bundle.py runs it",
     "cd /opt/embedding-service": "needs a bundle; tests/deploy/test_bundle.py runs it",
