@@ -59,7 +59,7 @@ class Config:
     device: str = setting(
         "auto",
         "Where the model runs: auto (CUDA if there is one, else the CPU), cpu, mps, cuda, cuda:N, or a "
-        "comma-separated list with one model process for each device.",
+        "comma-separated list with one model process for each, in which a device may be repeated.",
         allowed="auto, cpu, mps, cuda, cuda:N, or a list such as cuda:0,cuda:1",
         pattern=DEVICE_PATTERN,
     )

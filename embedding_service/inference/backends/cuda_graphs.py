@@ -56,11 +56,13 @@ def model_input(
 
     `tokens` is as Unpadded writes it; the padding is on the right or the `left`.
     """
-    lengths = tokens[:rows].long().unsqueeze(1)
+    lengths = tokens[:rows].long()
+    # Summed in one dimension: in two, a single thread of the device would go through all rows.
+    firsts = (rows + lengths.cumsum(0) - lengths).unsqueeze(1)
+    lengths = lengths.unsqueeze(1)
     columns = torch.arange(width, device=tokens.device).unsqueeze(0)
     places = columns - (width - lengths) if left else columns
     real = (places >= 0) & (places < lengths)
-    firsts = rows + lengths.cumsum(0) - lengths
     ids = tokens[(firsts + places).clamp(0, tokens.shape[0] - 1)].long()
     # Not torch.where, which copies a number to the device.
     made = {"input_ids": ids.masked_fill(~real, facts.pad_id), "attention_mask": real.long()}
