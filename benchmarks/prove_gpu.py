@@ -342,7 +342,8 @@ def lost_device(step: Step) -> None:
         statuses: dict[int, int] = {}
         lost = back = None
         wrong = 0
-        while back is None and time.monotonic() - began < 25:
+        most = 300 if step.dry else 25
+        while back is None and time.monotonic() - began < most:
             status, got = ask(running, texts)
             statuses[status] = statuses.get(status, 0) + 1
             if got is None:
