@@ -20,7 +20,7 @@ from embedding_service.errors import StartupError
 from embedding_service.inference import sampling
 from embedding_service.inference.batcher import Batcher
 from embedding_service.inference.runtime import OutOfMemory
-from embedding_service.observability import metrics
+from embedding_service.observability import metrics, tei_metrics
 from embedding_service.sharing import runtime_folder
 from tests.conftest import ROOT
 from tests.inference.fake_runtime import DIMENSION, FakeRuntime
@@ -415,7 +415,7 @@ def test_a_missing_driver_is_not_an_error(driver, monkeypatch, caplog):
 COSTS = """
 import sys, timeit
 from pathlib import Path
-from embedding_service.observability import metrics
+from embedding_service.observability import metrics, tei_metrics
 metrics.share(Path(sys.argv[1]))
 def request():
     metrics.record_request(("/embed", "POST", 200), 0.012, (1.2, 3.4, 8.8), 1)
@@ -441,7 +441,7 @@ def test_counting_costs_little(tmp_path):
 FORKS = """
 import os, sys
 from pathlib import Path
-from embedding_service.observability import metrics
+from embedding_service.observability import metrics, tei_metrics
 folder = Path(sys.argv[1])
 metrics.TRUNCATED_TEXTS.inc(1)  # before the folder is known
 metrics.QUEUED_TOKENS.set(10)
@@ -483,3 +483,83 @@ def test_the_documentation_describes_every_metric():
         for name, metric in ALL.items()
     }
     assert documented == expected
+
+
+# What Text Embeddings Inference 1.9.3 has, after requests of each kind.
+OF_TEI = {
+    *("te_queue_size", "te_request_count", "te_request_success", "te_request_failure", "te_request_duration"),
+    *("te_request_tokenization_duration", "te_request_queue_duration", "te_request_inference_duration"),
+    *("te_embed_count", "te_embed_success", "te_batch_next_size", "te_batch_next_tokens"),
+    *("te_embed_duration", "te_embed_tokenization_duration", "te_embed_queue_duration"),
+    *("te_embed_inference_duration", "te_request_input_length"),
+}
+
+
+def scrape_as_tei(service: Service) -> Scraped:
+    answer = requests.get(f"{service.url}/metrics?names=tei", timeout=60)
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    return Scraped(answer.text)
+
+
+def test_metrics_under_teis_names_count_the_same(two_workers):
+    service = two_workers
+    before = scrape_as_tei(service)
+    good = [("/embed", {"inputs": [f"text {number}", f"{number} more words"]}) for number in range(10)]
+    good += [("/v1/embeddings", {"input": [f"as OpenAI {number}"]}) for number in range(5)]
+    answers = [service.post(path, body) for path, body in good]
+    tokens = sum(int(answer.headers["x-compute-tokens"]) for answer in answers)
+    assert service.post("/embed_all", {"inputs": "token by token"}).status_code == 200
+    for bad in ([], [[-1]], ["x"] * 5000):
+        assert service.post("/", {"inputs": bad}).status_code >= 400
+    # These do not embed.
+    assert service.post("/tokenize", {"inputs": "a"}).status_code == 200
+    assert service.post("/decode", {"ids": [101]}).status_code == 200
+    assert service.post("/nothing", {}).status_code == 404
+
+    def counted():
+        """Whether the last batch is counted, whose duration comes last, after its answers."""
+        found = scrape(service)
+        ran = found.value("embedding_batch_texts_sum") - before.value("te_batch_next_size_sum")
+        counts = [found.value(f"embedding_batch_{name}_count") for name in ("texts", "duration_seconds")]
+        return ran == 25 and counts[0] == counts[1]
+
+    wait_until(counted, "the count of every batch")
+    after = scrape_as_tei(service)
+
+    def gained(name: str, **labels: str) -> float:
+        # The parser gives counters the ending that they have in OpenMetrics.
+        name = f"{name}_total" if tei_metrics.TYPES.get(name) == "counter" else name
+        return after.value(name, **labels) - before.value(name, **labels)
+
+    assert gained("te_request_count") == 15 + 1 + 3
+    assert gained("te_request_success") == 15 + 1
+    assert gained("te_request_failure") == gained("te_request_failure", err="validation") == 3
+    assert gained("te_request_duration_count") == 15 + 1 + 3
+    for phase in ("tokenization", "queue", "inference"):
+        assert gained(f"te_request_{phase}_duration_count") == 15
+        assert gained(f"te_request_{phase}_duration_bucket", le="+Inf") == 15
+    assert gained("te_request_inference_duration_sum") > 0
+    assert gained("te_embed_count") == gained("te_embed_success") == 25
+    assert gained("te_batch_next_tokens_sum") == tokens
+    assert gained("te_batch_next_size_count") == gained("te_batch_next_tokens_bucket", le="+Inf")
+    assert after.samples("te_queue_size")
+    own = scrape(service)
+    assert after.value("te_batch_next_tokens_sum") == own.value("embedding_batch_tokens_sum")
+    for le in ("1.0", "8.0", "+Inf"):
+        theirs = after.value("te_batch_next_size_bucket", le=le)
+        assert theirs == own.value("embedding_batch_texts_bucket", le=le)
+
+
+def test_teis_names_are_types_of_its_own_and_the_documentation_lists_them(start_without_model):
+    found = scrape_as_tei(start_without_model().wait_ready()).families
+    assert {name: family.type for name, family in found.items()} == tei_metrics.TYPES
+    assert found.keys() <= OF_TEI
+    written = (ROOT / "docs" / "metrics.md").read_text()
+    assert all(f"`{name}`" in written for name in OF_TEI)
+
+
+def test_other_names_are_refused(two_workers):
+    answer = requests.get(f"{two_workers.url}/metrics?names=other", timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"] == "names is 'other'; it must be tei, or left out"

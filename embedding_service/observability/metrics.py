@@ -1,13 +1,13 @@
 """All metrics. Every process of the service counts, and any of them can report the totals."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.exposition import choose_encoder
 
 from embedding_service import __version__
-from embedding_service.observability import multiprocess
+from embedding_service.observability import multiprocess, tei_metrics
 
 # prometheus-client uses this class for the value of every metric.
 values.ValueClass = multiprocess.SharedValue
@@ -163,10 +163,19 @@ def record_cache(hits: int, misses: int) -> None:
 
 def exposition(accept: str) -> tuple[bytes, str]:
     """The response to a scrape: the values of all processes, and the content type."""
-    source = registry
-    folder = multiprocess.shared_folder()
-    if folder is not None:
-        source = CollectorRegistry()
-        source.register(multiprocess.AllProcesses(folder))
     encode, content_type = choose_encoder(accept)
-    return encode(source), content_type
+    return encode(_all_processes()), content_type
+
+
+def tei_exposition(routes: Container[str]) -> tuple[bytes, str]:
+    """The same with the names of Text Embeddings Inference; `routes` are those that embed."""
+    return tei_metrics.exposition(_all_processes().collect(), routes), tei_metrics.CONTENT_TYPE
+
+
+def _all_processes() -> CollectorRegistry:
+    folder = multiprocess.shared_folder()
+    if folder is None:
+        return registry
+    source = CollectorRegistry()
+    source.register(multiprocess.AllProcesses(folder))
+    return source

@@ -1,10 +1,10 @@
 """GET /metrics, and the series that are there from the start."""
 
-from flask import Blueprint, Flask, Response, request
+from flask import Blueprint, Flask, Response, current_app, request
 
-from embedding_service.errors import ServiceError
+from embedding_service.errors import InvalidRequest, ServiceError
 from embedding_service.observability import metrics
-from embedding_service.web.route_spec import RouteSpec
+from embedding_service.web.route_spec import RouteSpec, spec_of
 
 blueprint = Blueprint("monitoring", __name__)
 
@@ -28,9 +28,26 @@ def prepare(app: Flask) -> None:
                     metrics.request_series(rule.rule, method, status)
 
 
+def _embedding_routes() -> set[str]:
+    views = current_app.view_functions
+    specs = {rule.rule: spec_of(views[rule.endpoint]) for rule in current_app.url_map.iter_rules()}
+    return {route for route, spec in specs.items() if spec and (spec.embeds or spec.reads_tokens)}
+
+
 @blueprint.get("/metrics")
-@RouteSpec({200: str}, media=("text/plain", "application/openmetrics-text"))
+@RouteSpec(
+    {200: str},
+    media=("text/plain", "application/openmetrics-text"),
+    query={"names": ["tei"]},
+    raises=(InvalidRequest,),
+)
 def scrape() -> Response:
-    """All metrics of all processes, in the format that the scraper asks for."""
-    body, content_type = metrics.exposition(request.headers.get("Accept", ""))
+    """All metrics of all processes, in the format that the scraper asks for, or under TEI's names."""
+    names = request.args.get("names")
+    if names not in (None, "tei"):
+        raise InvalidRequest(f"is {names[:50]!r}; it must be tei, or left out", field="names")
+    if names is None:
+        body, content_type = metrics.exposition(request.headers.get("Accept", ""))
+    else:
+        body, content_type = metrics.tei_exposition(_embedding_routes())
     return Response(body, content_type=content_type)

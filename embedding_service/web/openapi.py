@@ -169,11 +169,13 @@ def _operation(route: Route, schemas: Schemas) -> dict[str, Any]:
         "description": description.strip() or summary,
         "responses": _responses(own, route.outcomes(), schemas),
     }
-    if route.rule.arguments:
-        described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in sorted(route.rule.arguments)
-        ]
+    described["parameters"] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in sorted(route.rule.arguments)
+    ] + [
+        {"name": name, "in": "query", "schema": {"type": "string", "enum": list(values)}}
+        for name, values in own.query.items()
+    ]
     if own.body is not None:
         content: dict[str, Any] = {"schema": schemas.one_of(route.bodies, "oneOf")}
         names = [kind.__name__ for kind in route.bodies]

@@ -1,6 +1,6 @@
 """Declares what a view accepts, returns and raises; the OpenAPI document is built from this."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import msgspec
@@ -30,7 +30,8 @@ class RouteSpec(msgspec.Struct, frozen=True):
     """Describes the decorated view.
 
     `answers` maps each status to its body's type: a tuple for alternatives, None for no body. `media` lists
-    their content types; errors are always JSON. `body` is the decoder that the view uses. The headers of an
+    their content types; errors are always JSON. `query` has the values that each field of the query may have.
+    `body` is the decoder that the view uses. The headers of an
     answer count the tokens that were read if the view `reads_tokens`, and also say where the time went if it
     `embeds`. `public` views need no key; `described` ones appear in the OpenAPI document. `variant` is
     another protocol's view, which handles requests to the same route that have its fields.
@@ -38,6 +39,7 @@ class RouteSpec(msgspec.Struct, frozen=True):
 
     answers: Mapping[int, Any]
     media: tuple[str, ...] = ("application/json",)
+    query: Mapping[str, Sequence[str]] = {}
     body: BodyDecoder[Any] | None = None
     raises: tuple[type[ServiceError], ...] = ()
     reads_tokens: bool = False
