@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -203,6 +204,22 @@ def test_cuda_has_two_streams_and_no_session_shares_one(monkeypatch):
     sessions = torch_backend(SimpleNamespace(device=torch.device("cuda:0")), 1).sessions
     assert len(sessions) == backend.CUDA_STREAMS == 2
     assert len({id(vars(session)["_stream"]) for session in sessions}) == 2
+
+
+def test_the_thread_that_records_graphs_ends_before_python_does(monkeypatch):
+    Recorder(monkeypatch)
+    ends: list = []
+    recorded: list = []
+    before = set(threading.enumerate())
+    monkeypatch.setattr(backend.atexit, "register", ends.append)
+    monkeypatch.setattr(
+        backend, "record_graphs", lambda *arguments: recorded.extend(iter(arguments[-1].get, None))
+    )
+    torch_backend(SimpleNamespace(device=torch.device("cuda:0")), 1).record(None, 256, 8192)
+    (thread,) = set(threading.enumerate()) - before
+    (end,) = ends
+    end()
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("cores", "sleeps"), [(1, True), (7, True), (8, False), (64, False)])

@@ -1,5 +1,6 @@
 """The forward pass in PyTorch, on the CPU, CUDA or MPS."""
 
+import atexit
 import logging
 import queue
 import threading
@@ -36,8 +37,17 @@ def torch_backend(model: SentenceTransformer, cores: int) -> Backend:
     sessions = [CudaSession(model, spins=may_spin(cores)) for _ in range(CUDA_STREAMS)]
 
     def record(example: Unpadded, max_width: int, max_tokens: int) -> None:
-        arguments = [sessions, example, max_width, max_tokens, queue.SimpleQueue()]
-        threading.Thread(target=record_graphs, args=arguments, name="graphs", daemon=True).start()
+        wanted: queue.SimpleQueue[tuple[int, Shape] | None] = queue.SimpleQueue()
+        arguments = (sessions, example, max_width, max_tokens, wanted)
+        thread = threading.Thread(target=record_graphs, args=arguments, name="graphs", daemon=True)
+        thread.start()
+
+        def end() -> None:
+            # Python's end aborts the process if a thread is in a call of CUDA then.
+            wanted.put(None)
+            thread.join()
+
+        atexit.register(end)
 
     return Backend(name="torch", version=torch.__version__, sessions=[*sessions], pads=True, record=record)
 
