@@ -96,14 +96,14 @@ class Admission:
         """How long these tokens take, in batches of the budget's size or this one."""
         budget = self._budget
         batch = min(tokens, batch_tokens or budget.tokens) or 1
-        alone = budget.seconds(batch)
+        alone = budget.cost.seconds(batch)
         return max(alone, tokens / batch * alone / self._streams)
 
     def tokens_within(self, seconds: float) -> float:
         """How many tokens can be embedded in this time: the inverse of `seconds`."""
         budget = self._budget
         many = seconds * self._streams * budget.tokens / budget.batch_seconds
-        return many if many > budget.tokens else min(budget.tokens, budget.tokens_within(seconds))
+        return many if many > budget.tokens else min(budget.tokens, budget.cost.tokens_within(seconds))
 
     def finish_in_time(self, batch_tokens: int, now: float) -> bool:
         """Whether all bulk requests finish in time if their batches hold no more than this."""

@@ -76,14 +76,6 @@ class BatchBudget:
         """How long a batch of `tokens` lasts."""
         return self.cost.seconds(self.tokens)
 
-    def seconds(self, tokens: float) -> float:
-        """How long a batch of this many padded tokens lasts."""
-        return self.cost.seconds(tokens)
-
-    def tokens_within(self, seconds: float) -> float:
-        """How many padded tokens a batch may hold that lasts this long."""
-        return self.cost.tokens_within(seconds)
-
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn how long a batch of this many padded tokens took in a stream other than `all_cores`."""
         cost = self.cost

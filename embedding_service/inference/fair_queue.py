@@ -61,11 +61,10 @@ class QueueEntry(msgspec.Struct, eq=False, kw_only=True):
     def take(self, first: int, last: int) -> tuple[IntArray, int]:
         """Remove the texts at these places; returns their rows and tokens."""
         rows, lengths = self.rows, self.lengths
-        taken = rows[first:last]
-        if len(taken) == len(rows):
-            tokens, self.rows, self.lengths = self.tokens, NO_ROWS, NO_ROWS
+        if last - first == len(rows):
+            taken, tokens, self.rows, self.lengths = rows, self.tokens, NO_ROWS, NO_ROWS
         else:
-            tokens = int(lengths[first:last].sum())
+            taken, tokens = rows[first:last], int(lengths[first:last].sum())
             self.rows = np.concatenate((rows[:first], rows[last:]))
             self.lengths = np.concatenate((lengths[:first], lengths[last:]))
         self.tokens -= tokens

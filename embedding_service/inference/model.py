@@ -16,6 +16,9 @@ from embedding_service.inference.splitting import Splitter
 from embedding_service.inference.token_list import TokenLister
 from embedding_service.inference.tokenized import Rows
 
+# The prompts for each input type; the first that the model has is used.
+PROMPT_NAMES = {"query": ["query"], "document": ["document", "passage", "corpus"], None: []}
+
 
 class Exact(Protocol):
     """What is computed in torch whatever the backend, one request at a time. Slow when first asked."""
@@ -65,8 +68,7 @@ class Model:
                     f"is {prompt_name!r}; the model's prompts are: {known}", field="prompt_name"
                 )
             return prompts[prompt_name]
-        names = {"query": ["query"], "document": ["document", "passage", "corpus"], None: []}
-        for name in names[request.input_type]:
+        for name in PROMPT_NAMES[request.input_type]:
             if name in prompts:
                 return prompts[name]
         return prompts.get(self.info.default_prompt_name or "")

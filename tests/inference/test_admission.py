@@ -98,7 +98,7 @@ class Engine:
                 self._idle -= 1
                 lengths = np.concatenate([part.lengths for part in rows_of(shares)])
                 padded = int(lengths.max()) * len(lengths)
-                ends = self.now + self.model.budget.seconds(padded)
+                ends = self.now + self.model.budget.cost.seconds(padded)
                 batch = (ends, next(self._sequence), shares, tokens)
                 heapq.heappush(self._running, batch)
 
