@@ -10,6 +10,7 @@ import fcntl
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,13 +94,18 @@ def start(own_process: None, tmp_path: Path) -> Iterator:
     yield begin
     for service in running:
         if service.process.poll() is None:
+            # At once, since idle connections would keep it for two seconds; SIGTERM if it starts only now.
+            service.process.send_signal(signal.SIGQUIT)
             service.stop()
+
+
+WITHOUT_MODEL = str(ROOT / "tests" / "without_model")
 
 
 @pytest.fixture
 def start_without_model(start):
     """`start` for tests of processes, logs, headers and flags: no model is loaded, so it is ready at once."""
-    return functools.partial(start, PYTHONPATH=str(ROOT / "tests" / "without_model"))
+    return functools.partial(start, PYTHONPATH=WITHOUT_MODEL)
 
 
 def require_program(name: str, package: str) -> str:

@@ -35,7 +35,7 @@ def test_no_request_gets_an_undocumented_response(service, tmp_path):
         [
             Path(sys.executable).with_name("schemathesis"),
             *("run", f"{service.url}/openapi.json", "--checks", ",".join(CHECKS), "--no-color"),
-            *("--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1"),
+            *("--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1"),
             *("--generation-database", "none", "--request-timeout", "120"),
         ],
         cwd=tmp_path,

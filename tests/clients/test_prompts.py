@@ -132,8 +132,8 @@ def test_an_unknown_default_prompt_stops_the_start(start):
     assert "DEFAULT_PROMPT_NAME='nope' is not a prompt; there are: " in service.log()
 
 
-def test_the_served_name_is_shown_and_its_aliases_are_accepted(start):
-    service = start(SERVED_MODEL_NAME="my-model, alias").wait_ready()
+def test_the_served_name_is_shown_and_its_aliases_are_accepted(start_without_model):
+    service = start_without_model(SERVED_MODEL_NAME="my-model, alias").wait_ready()
     assert ask(service).json()["model"] == "my-model"
     assert service.health()[1]["model"] == "my-model"
     assert requests.get(f"{service.url}/info", timeout=60).json()["model_name"] == "my-model"

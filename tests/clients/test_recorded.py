@@ -308,8 +308,8 @@ def test_advice_followed_literally_succeeds(service, path, body, refusal):
     assert send(service, f"POST {path}", JSON, json.dumps(body | refusal | fields))[0] == 200
 
 
-def test_advice_of_a_service_that_refuses_by_default(start):
-    service = start(DEFAULT_OVERFLOW="error").wait_ready()
+def test_advice_of_a_service_that_refuses_by_default(start_without_model):
+    service = start_without_model(DEFAULT_OVERFLOW="error").wait_ready()
     bodies = {json.dumps(body): path for path, body, _ in REFUSALS}
     bodies[json.dumps({"text": LONG})] = "/vectors"
     for body, path in bodies.items():

@@ -40,7 +40,7 @@ def test_long_texts_are_refused_if_truncation_is_off(client):
         client.embed(["short", "long " * 300], model="any", truncation=False)
 
 
-def test_a_missing_key_raises_voyages_own_error(start):
-    service = start(API_KEYS="secret").wait_ready()
+def test_a_missing_key_raises_voyages_own_error(start_without_model):
+    service = start_without_model(API_KEYS="secret").wait_ready()
     with pytest.raises(voyageai.error.AuthenticationError):
         voyageai.Client(api_key="other", base_url=f"{service.url}/v1").embed(["a"], model="any")

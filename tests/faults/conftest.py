@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+from tests.conftest import WITHOUT_MODEL
 from tests.service import Service
 
 DEADLINE = 4.0
@@ -17,20 +18,10 @@ INJECTION = str(Path(__file__).parent / "injection")
 
 
 class FaultyService(Service):
-    """A service with tests/faults/injection in its model process; `seen()` are the texts that reached it."""
+    """A service with tests/faults/injection in its model process."""
 
-    def __init__(self, folder: Path, command: list[str] | None = None, **settings: str) -> None:
-        self._seen = folder / "seen"
-        super().__init__(
-            folder, command, PYTHONPATH=INJECTION, FAULTS_SEEN=str(self._seen), BACKEND="torch", **settings
-        )
-
-    def let_go_on(self) -> None:
-        """End what @@slow@@ began."""
-        Path(f"{self._seen}.go-on").touch()
-
-    def seen(self) -> str:
-        return self._seen.read_text(encoding="utf-8") if self._seen.exists() else ""
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, PYTHONPATH=INJECTION, BACKEND="torch")
 
 
 @contextmanager
@@ -54,9 +45,23 @@ def faulty(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fa
         yield running
 
 
+class Impatient(Service):
+    """A service with a short deadline; its model waits while `held` exists, and hangs on certain words."""
+
+    def __init__(self, folder: Path) -> None:
+        self.held = folder / "held"
+        super().__init__(
+            folder, PYTHONPATH=WITHOUT_MODEL, HELD=str(self.held), REQUEST_TIMEOUT_SECONDS=str(DEADLINE)
+        )
+
+    def seen(self) -> str:
+        """The texts that reached the model."""
+        seen = self.held.with_suffix(".seen")
+        return seen.read_text(encoding="utf-8") if seen.exists() else ""
+
+
 @pytest.fixture(scope="module")
-def impatient(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyService]:
-    """The same with a short deadline."""
-    folder = tmp_path_factory.mktemp("impatient")
-    with kept_until_end(FaultyService(folder, REQUEST_TIMEOUT_SECONDS=str(DEADLINE))) as running:
+def impatient(own_process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Impatient]:
+    """One such service per module."""
+    with kept_until_end(Impatient(tmp_path_factory.mktemp("impatient"))) as running:
         yield running

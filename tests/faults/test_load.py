@@ -38,9 +38,15 @@ def descriptors(service: Service) -> int:
     return sum(process.num_fds() for process in service.processes())
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(20, marks=pytest.mark.long)], ids=["5 s", "20 s"])
-def test_ten_times_the_load_it_can_bear(loaded, seconds):
+@pytest.mark.parametrize(
+    ("seconds", "settings"),
+    # With a short queue, the last answer does not take until the deadline.
+    [(5, {"MAX_QUEUED_TOKENS": "20000"}), pytest.param(20, {}, marks=pytest.mark.long)],
+    ids=["5 s", "20 s"],
+)
+def test_ten_times_the_load_it_can_bear(start, seconds, settings):
     """The full form measures; the short one depends on no more than the answers."""
+    loaded = start(REQUEST_TIMEOUT_SECONDS=str(DEADLINE), **settings).wait_ready()
     texts = [f"a text of a usual length, as a client might send it, number {n}" for n in range(32)]
     raw = body(texts)
     closed_loop(loaded.port, 8, 1, lambda c, n: raw)

@@ -39,6 +39,19 @@ def full_starts(monkeypatch) -> list[str]:
     return made
 
 
+@pytest.fixture(scope="module")
+def prepared_once(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    load(tiny("bert"), cache)
+    return cache
+
+
+@pytest.fixture
+def cache(prepared_once: Path, tmp_path: Path) -> Path:
+    """A cache of the test's own, in which "bert" is prepared."""
+    return shutil.copytree(prepared_once, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prepared_model_gives_the_vectors_of_encode(tiny, tmp_path, kind, full_starts):
     oracle = SentenceTransformer(str(tiny(kind)), device="cpu")
@@ -82,20 +95,18 @@ def in_new_process(code: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_a_prepared_start_imports_no_torch_until_it_is_needed(tiny, tmp_path):
-    load(tiny("bert"), tmp_path)
+def test_a_prepared_start_imports_no_torch_until_it_is_needed(tiny, cache):
     printed = in_new_process(
         "model = load(settings)\n"
         "print({'torch', 'transformers', 'sentence_transformers', 'scipy', 'sklearn'} & sys.modules.keys())\n"
         "print(len(model.exact.embed_tokens(['fox'], None)[0]), 'torch' in sys.modules)\n",
         tiny("bert"),
-        tmp_path,
+        cache,
     )
     assert printed.splitlines() == ["set()", "3 True"]
 
 
-def test_without_torch_a_prepared_model_serves_and_the_rest_is_refused_in_a_line(tiny, tmp_path):
-    load(tiny("bert"), tmp_path)
+def test_without_torch_a_prepared_model_serves_and_the_rest_is_refused_in_a_line(tiny, cache):
     printed = in_new_process(
         # As in an environment without these packages.
         "import importlib.metadata, importlib.util\n"
@@ -115,7 +126,7 @@ def test_without_torch_a_prepared_model_serves_and_the_rest_is_refused_in_a_line
         "try: load(dataclasses.replace(settings, max_seq_length=7))\n"
         "except Exception as error: print(type(error).__name__, error)\n",
         tiny("bert"),
-        tmp_path,
+        cache,
     )
     backend, tokens, other = printed.splitlines()
     assert backend == "openvino"
@@ -160,13 +171,12 @@ DAMAGES += [(flip, name) for name in ("model.xml", "facts.json", "references.npz
 
 
 @pytest.mark.parametrize(("damage", "name"), DAMAGES, ids=lambda one: getattr(one, "__name__", one))
-def test_a_damaged_entry_leads_to_a_full_start_and_right_vectors(tiny, tmp_path, full_starts, damage, name):
-    load(tiny("bert"), tmp_path)
-    damage(file(tmp_path, name))
-    check(tiny("bert"), tmp_path)
-    assert full_starts == ["full", "full"]
-    load(tiny("bert"), tmp_path)
-    assert full_starts == ["full", "full"]
+def test_a_damaged_entry_leads_to_a_full_start_and_right_vectors(tiny, cache, full_starts, damage, name):
+    damage(file(cache, name))
+    check(tiny("bert"), cache)
+    assert full_starts == ["full"]
+    load(tiny("bert"), cache)
+    assert full_starts == ["full"]
 
 
 def check(folder: Path, cache: Path) -> None:
@@ -233,12 +243,11 @@ UNSOUND = {
 
 
 @pytest.mark.parametrize("change", UNSOUND)
-def test_an_entry_that_is_whole_and_wrong_is_not_used(tiny, tmp_path, full_starts, caplog, change):
-    load(tiny("bert"), tmp_path)
-    UNSOUND[change](tmp_path, tiny)
+def test_an_entry_that_is_whole_and_wrong_is_not_used(tiny, cache, full_starts, caplog, change):
+    UNSOUND[change](cache, tiny)
     full_starts.clear()
     with caplog.at_level(logging.WARNING, "embedding_service"):
-        check(tiny("bert"), tmp_path)
+        check(tiny("bert"), cache)
     assert full_starts == ["full"]
     assert len([record for record in caplog.records if record.name.startswith("embedding_service")]) <= 1
 
@@ -256,12 +265,11 @@ def test_files_that_changed_have_another_entry(tiny, tmp_path, full_starts):
 @pytest.mark.parametrize(
     "package", ["openvino", "tokenizers", "torch", "transformers", "sentence-transformers"]
 )
-def test_other_versions_have_another_entry(tiny, tmp_path, full_starts, monkeypatch, package):
-    load(tiny("bert"), tmp_path)
+def test_other_versions_have_another_entry(tiny, cache, full_starts, monkeypatch, package):
     version = prepared._version
     monkeypatch.setattr(prepared, "_version", lambda name: "0" if name == package else version(name))
-    check(tiny("bert"), tmp_path)
-    assert full_starts == ["full", "full"]
+    check(tiny("bert"), cache)
+    assert full_starts == ["full"]
 
 
 @pytest.mark.parametrize(
@@ -269,11 +277,10 @@ def test_other_versions_have_another_entry(tiny, tmp_path, full_starts, monkeypa
     [{"max_seq_length": 12}, {"prompts": {"query": "q: "}}, {"dtype": "float32"}, {"batch_size": 8}],
     ids=str,
 )
-def test_other_settings_have_another_entry(tiny, tmp_path, full_starts, settings):
-    load(tiny("bert"), tmp_path)
-    load(tiny("bert"), tmp_path, **settings)
-    load(tiny("bert"), tmp_path, **settings)
-    assert full_starts == ["full", "full"]
+def test_other_settings_have_another_entry(tiny, cache, full_starts, settings):
+    load(tiny("bert"), cache, **settings)
+    load(tiny("bert"), cache, **settings)
+    assert full_starts == ["full"]
 
 
 # What needs torch

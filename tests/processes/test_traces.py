@@ -60,8 +60,10 @@ def collector() -> Iterator[Collector]:
     running.close()
 
 
-def test_a_request_becomes_a_span_of_the_callers_trace(start, collector):
-    service = start(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100").wait_ready()
+def test_a_request_becomes_a_span_of_the_callers_trace(start_without_model, collector):
+    service = start_without_model(
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100"
+    ).wait_ready()
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
     response = service.post("/embed", {"texts": ["one", "two"]}, headers=headers)
     assert response.status_code == 200

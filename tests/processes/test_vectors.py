@@ -21,7 +21,7 @@ def texts(source: random.Random) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.long)])
 def test_random_requests_equal_the_oracle(service, oracle, count):
     source = random.Random(20_26)
     requests_texts = [texts(source) for _ in range(count)]

@@ -2,16 +2,12 @@
 
 @@oom@@ runs out of memory in every batch of more than one text, @@poison@@ raises, @@nan@@ gives a vector
 of NaN unless it is computed alone, @@nan-always@@ also then, @@sticky@@ loses the device, @@sticky-once@@
-loses the device of the process that first computes it, @@slow@@ waits until the test lets it go on, @@hang@@
-never returns, @@freeze@@ never returns and holds the GIL.
-Each text with such a word that reaches the model is appended to the file that FAULTS_SEEN names.
+loses the device of the process that first computes it, which a file beside FAULTS_SEEN remembers.
 """
 
-import ctypes
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 
@@ -63,7 +59,6 @@ def inject_into_stream(stream, words):
 
     def faulty_forward(batch):
         texts = words.of_thread.texts = words.of(batch)
-        note([text for text in texts if text])
         vectors = forward(batch)
         for row, text in enumerate(texts):
             if "@@nan" in text:
@@ -92,13 +87,6 @@ def inject_into_model(words):
             raise torch.AcceleratorError("injected: an illegal memory access was encountered")
         if "@@sticky-once@@" in every and lose_once():
             raise torch.AcceleratorError("injected: an illegal memory access was encountered")
-        if "@@slow@@" in every:
-            while not Path(f"{os.environ['FAULTS_SEEN']}.go-on").exists():
-                time.sleep(0.02)
-        if "@@hang@@" in every:
-            time.sleep(3600)
-        if "@@freeze@@" in every:
-            ctypes.PyDLL(None).sleep(3600)
         return forward(self, *arguments, **named)
 
     SentenceTransformer.forward = faulty_forward
@@ -111,12 +99,6 @@ def lose_once():
     except FileExistsError:
         return False
     return True
-
-
-def note(texts):
-    if texts and os.environ.get("FAULTS_SEEN"):
-        with Path(os.environ["FAULTS_SEEN"]).open("a", encoding="utf-8") as seen:
-            seen.writelines(f"{text}\n" for text in texts)
 
 
 if "embedding_service.sharing.server" in sys.orig_argv:
