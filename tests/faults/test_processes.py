@@ -48,7 +48,7 @@ def load(service: Service) -> Iterator[list[Seen]]:
         yield seen
     finally:
         stop.set()
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive(), "a client hangs"
 
 
@@ -83,7 +83,7 @@ def test_the_model_process_is_killed_under_load(two_workers):
     with load(two_workers) as seen:
         two_workers.model_process().kill()
         killed = time.monotonic()
-        wait_until(lambda: two_workers.health()[0] == 503, "a 503 of /health")
+        wait_until(lambda: not two_workers.is_healthy(), "a 503 of /health")
         noticed = time.monotonic() - killed
         two_workers.wait_ready()
         recovered = time.monotonic() - killed
@@ -164,7 +164,7 @@ def test_sigterm_with_fifty_requests_in_flight_loses_none(two_workers):
     model.resume()
     code = two_workers.process.wait(120)
     seconds = time.monotonic() - began
-    thread.join(60)
+    thread.join(120)
     assert code == 0
     assert seen[0].statuses == {"200": 50}
     wait_until(lambda: gone(processes), "the end of every process")
@@ -219,7 +219,7 @@ def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start_without_mod
     try:
         wait_until(lambda: _loaded_below(new_master), "the model of the new master")
         # Both masters' workers answer on the port; those of the new one may still be connecting to its model.
-        wait_until(lambda: all(_is_ready(running) for _ in range(20)), "answers of all workers")
+        wait_until(lambda: all(running.is_healthy() for _ in range(20)), "answers of all workers")
         with load(running) as seen:
             assert running.stop() == 0
             wait_until(lambda: gone(old), "the end of the old master's processes")
@@ -238,11 +238,6 @@ def test_sigusr2_hands_over_to_a_new_master_and_leaves_nothing(start_without_mod
 
 
 SUPERVISOR = "embedding_service.sharing.supervisor"
-
-
-def _is_ready(service: Service) -> bool:
-    health = service.health()
-    return health is not None and health[0] == 200
 
 
 def _new_master(service: Service, old: list[psutil.Process]) -> psutil.Process | None:
@@ -266,7 +261,7 @@ def test_a_model_process_that_dies_five_times_in_a_minute_ends_the_service(start
     for _ in range(5):
         process = wait_until(lambda: _model_process(running), "a model process")
         process.kill()
-        process.wait(10)  # otherwise the next iteration may find it again while it dies
+        process.wait(60)  # otherwise the next iteration may find it again while it dies
     code = running.process.wait(120)
     assert code == 70
     assert "ended 5 times in 60 s, most recently by signal 9" in running.log()
