@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,37 @@ def test_a_batch_alone_gets_all_cores_once_that_has_paid(tiny, tmp_path, monkeyp
     assert np.abs(whole.run(features) - first).max() < 1e-6
     assert streams == [2, 1]
     assert ("run on one core: the model could not be compiled" in caplog.text) == fails
+
+
+def test_the_copy_for_batches_alone_is_given_back_if_none_comes(tiny, tmp_path, monkeypatch):
+    from embedding_service.inference.backends import openvino as backends
+
+    load(tiny("bert"), tmp_path)
+    (graph,) = tmp_path.glob("graphs/*")
+    compile_graph, made = backends._compile, []
+
+    def compile_quickly(*arguments):
+        compiled, _ = compile_graph(*arguments)
+        made.append(weakref.ref(compiled))
+        return compiled, 1e-9
+
+    monkeypatch.setattr(backends, "_compile", compile_quickly)
+    backend = backends.openvino_backend(backends.read_graph(graph), dtype="float32", threads=2)
+    features = {name: np.ones((1, 5), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    for copies in (2, 3):
+        first = backend.all_cores.run(features)
+        for thread in threading.enumerate():
+            if thread.name == "compile":
+                thread.join()
+        assert len(made) == copies
+        backend.rest()
+        assert made[-1]() is not None
+        monkeypatch.setattr(backends, "ALONE_SECONDS", 0)
+        backend.rest()
+        assert made[-1]() is None
+        monkeypatch.setattr(backends, "ALONE_SECONDS", 60)
+        assert np.abs(backend.sessions[0].run(features) - first).max() < 1e-6
+    assert made[0]() is not None
 
 
 def test_scratch_memory_is_given_back_once_nothing_runs(tiny, tmp_path, monkeypatch):

@@ -25,6 +25,9 @@ GRAPH = "model.xml"
 # How long nothing must have run before scratch memory is given back. The next batch allocates it again.
 IDLE_SECONDS = 2.0
 
+# How long no batch must have been alone before the copy of the weights that such batches use is given back.
+ALONE_SECONDS = 60.0
+
 # The input of a graph whose pooling leaves the prompt out: the attention mask without the prompt.
 POOLED_MASK = "pooled_mask"
 
@@ -51,7 +54,7 @@ def openvino_backend(graph: openvino.Model, *, dtype: str, threads: int) -> Back
     all_cores = None
     if threads > 1:
         lost = 1 - 1 / threads
-        all_cores = AllCoresSession(
+        all_cores = scratch.all_cores = AllCoresSession(
             OpenVINOSession(compiled, scratch),
             lambda: OpenVINOSession(_compile(graph, 1, threads, dtype, scratch)[0], scratch),
             seconds / lost,
@@ -69,7 +72,9 @@ class Scratch:
     """What batches allocate: it grows with the largest of them, and is given back once nothing runs."""
 
     def __init__(self) -> None:
+        # The graph as all streams run it, and while it is compiled again, as all cores run it.
         self.compiled: list[openvino.CompiledModel] = []
+        self.all_cores: AllCoresSession | None = None
         self._used_at: float | None = None
 
     def used(self) -> None:
@@ -78,6 +83,9 @@ class Scratch:
 
     def rest(self) -> None:
         """Give it back if nothing has run for a while. Called from time to time."""
+        if self.all_cores is not None and self.all_cores.end_if_unused():
+            del self.compiled[1:]
+            release()
         if self._used_at is None or time.monotonic() - self._used_at < IDLE_SECONDS:
             return
         self._used_at = None
@@ -112,25 +120,35 @@ class AllCoresSession:
 
     A graph that is compiled again holds the weights again. So that happens once the batches that ran on one
     core have lost as much time as compiling takes, and beside them: a start does not wait for it, and a
-    service that is never asked for a text alone keeps one copy of the weights.
+    service that is never asked for a text alone keeps one copy of the weights, as does one that is not asked
+    for a while.
     """
 
     def __init__(
         self, one_core: OpenVINOSession, compile_again: Callable[[], OpenVINOSession], seconds: float
     ) -> None:
         """Compile again after batches that took this many `seconds`."""
-        self._session = one_core
+        self._one_core = self._session = one_core
         self._compile_again = compile_again
-        self._seconds_left = seconds
+        self._seconds = self._seconds_left = seconds
+        self._used_at = 0.0
 
     def run(self, features: dict[str, Any]) -> Vectors:
         began = time.perf_counter()
         vectors = self._session.run(features)
+        self._used_at = time.monotonic()
         if self._seconds_left > 0:
             self._seconds_left -= time.perf_counter() - began
             if self._seconds_left <= 0:
                 threading.Thread(target=self._change, args=[features], name="compile", daemon=True).start()
         return vectors
+
+    def end_if_unused(self) -> bool:
+        """Run on one core again if no batch has been alone for a while; whether it does so from now on."""
+        if self._session is self._one_core or time.monotonic() - self._used_at < ALONE_SECONDS:
+            return False
+        self._session, self._seconds_left = self._one_core, self._seconds
+        return True
 
     def _change(self, features: dict[str, Any]) -> None:
         try:
