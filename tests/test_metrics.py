@@ -234,9 +234,9 @@ def test_counts_survive_the_death_of_every_process_and_gauges_do_not(two_workers
     assert after.value("embedding_batch_texts_count") > before.value("embedding_batch_texts_count")
     assert after.value("embedding_model_ready") == 1
     assert after.value("embedding_requests_total", route="/embed", status="503") == 1
-    # Seven processes have run, at most six of them at the same time, around the reload. Without
-    # slots there would be four files for each.
-    assert len(list(folder.iterdir())) <= files * 6 // 4
+    # The files were those of three processes. Eleven have run, at most six of them at once, around the
+    # reload. Without slots there would be as many files for each.
+    assert len(list(folder.iterdir())) <= files * 6 // 3
 
 
 def test_the_folder_is_private_and_removed_with_the_service(start_without_model):
