@@ -66,5 +66,5 @@ EXPOSE 8001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('PORT') or os.environ.get('AIP_HTTP_PORT') or 8001}/health\", timeout=4)"]
 # Options alone, as of Text Embeddings Inference's image, are those of `serve`.
-ENTRYPOINT ["sh", "-c", "case ${1:--} in -*) exec python app.py \"$@\" ;; *) exec \"$@\" ;; esac", "serve"]
+ENTRYPOINT ["sh", "/app/deploy/entrypoint.sh"]
 CMD []

@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.process)
         if any(map(item.get_closest_marker, ("long", "deploy", "nightly"))):
             item.add_marker(pytest.mark.timeout(3600))
+    # Those that build for long begin first; those that others wait for come last.
+    items.sort(key=lambda item: (bool(item.get_closest_marker("alone")), "/deploy/" not in item.nodeid))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

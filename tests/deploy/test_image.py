@@ -1,8 +1,10 @@
 """The image, really built, and run as a non-root user with a read-only root."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,48 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 def test_the_dockerfile_names_no_other_host() -> None:
     assert re.findall(r"https?://([^:/{]+)", DOCKERFILE) == ["127.0.0.1"]
     assert DOCKERFILE.rstrip().endswith("CMD []")
+
+
+BOTH = "--bind 0.0.0.0:8001 --bind 0.0.0.0:80"
+PRINTER = """#!/bin/sh
+[ "$1" != -c ] || exit "${PORT_80_IS_TAKEN:-0}"
+printf '%s|' "$GUNICORN_CMD_ARGS" "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "expected"),
+    [
+        ({}, [], ["", "app.py"]),
+        ({"MODEL_ID": "m"}, [], [BOTH, "app.py"]),
+        ({}, ["--model-id", "m"], [BOTH, "app.py", "--model-id", "m"]),
+        (
+            {"HOST": "127.0.0.1"},
+            ["--model-id=m"],
+            [BOTH.replace("0.0.0.0", "127.0.0.1"), "app.py", "--model-id=m"],
+        ),
+        ({"PORT_80_IS_TAKEN": "1", "MODEL_ID": "m"}, [], ["", "app.py"]),
+        ({"MODEL_ID": "m", "PORT": "8080"}, [], ["", "app.py"]),
+        ({"MODEL_ID": "m", "AIP_HTTP_PORT": "8080"}, [], ["", "app.py"]),
+        ({"MODEL_ID": "m", "GUNICORN_CMD_ARGS": "--bind :90"}, [], ["--bind :90", "app.py"]),
+        ({"MODEL_ID": "m"}, ["--port", "8080"], ["", "app.py", "--port", "8080"]),
+        ({"MODEL_ID": "m"}, ["python", "two words"], ["", "two words"]),
+    ],
+)
+def test_the_port_of_text_embeddings_inference_is_open_for_its_compose_files(
+    tmp_path, variables, arguments, expected
+) -> None:
+    (tmp_path / "python").write_text(PRINTER)
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["sh", "deploy/entrypoint.sh", *arguments],
+        cwd=ROOT,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("|")[:-1] == expected
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +96,7 @@ class TestImage:
     def test_declares_user_command_healthcheck_and_labels(self, builder: Builder) -> None:
         image = builder.configuration()
         assert image["User"] == "10001:10001"
-        assert "python app.py" in image["Entrypoint"][2]
+        assert image["Entrypoint"] == ["sh", "/app/deploy/entrypoint.sh"]
         assert not image["Cmd"]
         assert image["Healthcheck"]["Test"][0] == "CMD"
         assert list(image["ExposedPorts"]) == ["8001/tcp"]
@@ -75,7 +119,7 @@ class TestImage:
             name for name in programs if re.fullmatch(r"(.*-)?(gcc|cc|g\+\+|ld|make|pip)[0-9.-]*", name)
         }
         inside = {path.name for path in (root / "app").iterdir()} - {"__pycache__", "LICENSE"}
-        assert inside == {"app.py", "config.py", "gunicorn.conf.py", "embedding_service"}
+        assert inside == {"app.py", "config.py", "gunicorn.conf.py", "embedding_service", "deploy"}
 
     def test_the_user_can_write_only_to_the_folders_of_models(self, root: Path) -> None:
         """To /models, and to CACHE_FOLDER, which keeps what other models than the built-in one prepare."""
