@@ -5,10 +5,10 @@ case ${1:--} in
   *) exec "$@" ;;
 esac
 
-# With a model in the words of Text Embeddings Inference, the port that its image listens on is open too, if nothing
-# names another one and the container may: its compose files and charts publish port 80.
+# With a model in the words of Text Embeddings Inference, the port that its image listens on is open too, if no option
+# names an address and the container may: its compose files and charts publish port 80.
 case "${MODEL_ID:+ --model-id} $*" in
-  *' --port'* | *' -b'* | *' --bind'*) named=yes ;;
+  *' --port'* | *' --host'*) named=yes ;;
   *' --model-id'*) named=$PORT$AIP_HTTP_PORT$GUNICORN_CMD_ARGS ;;
   *) named=yes ;;
 esac

@@ -45,6 +45,7 @@ printf '%s|' "$GUNICORN_CMD_ARGS" "$@"
         ({"MODEL_ID": "m", "AIP_HTTP_PORT": "8080"}, [], ["", "app.py"]),
         ({"MODEL_ID": "m", "GUNICORN_CMD_ARGS": "--bind :90"}, [], ["--bind :90", "app.py"]),
         ({"MODEL_ID": "m"}, ["--port", "8080"], ["", "app.py", "--port", "8080"]),
+        ({"MODEL_ID": "m"}, ["--hostname", "127.0.0.1"], ["", "app.py", "--hostname", "127.0.0.1"]),
         ({"MODEL_ID": "m"}, ["python", "two words"], ["", "two words"]),
     ],
 )
