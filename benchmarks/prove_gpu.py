@@ -67,6 +67,10 @@ class Step:
         """Report a finding to the process that collects them."""
         print(json.dumps({name: value}), flush=True)
 
+    def repeated(self, processes: int) -> str:
+        """DEVICE for several model processes on one device."""
+        return ",".join(["cpu" if self.dry else "cuda:0"] * processes)
+
     @contextlib.contextmanager
     def service(self, **settings: str) -> Iterator[Service]:
         """A ready service."""
@@ -260,17 +264,10 @@ def _serve(step: Step, server: System, only: tuple[str, ...] = ()) -> None:
 
 
 def service(step: Step, workers: int, processes: int = 1, only: tuple[str, ...] = ()) -> None:
-    device = ",".join(["cpu" if step.dry else "cuda:0"] * processes)
-    with step.service(WEB_CONCURRENCY=str(workers), DEVICE=device) as running:
+    with step.service(WEB_CONCURRENCY=str(workers), DEVICE=step.repeated(processes)) as running:
         if processes > 1:
-            _wait_for_all(running)
+            running.wait_all_ready()
         _serve(step, running, only)
-
-
-def _wait_for_all(running: Service) -> None:
-    """Wait until each of several model processes is ready."""
-    while any(device["status"] != "healthy" for device in _get(running, "/info")["devices"]):
-        time.sleep(0.1)
 
 
 def other_model(step: Step, name: str) -> None:
@@ -285,9 +282,9 @@ def other_model(step: Step, name: str) -> None:
         "128", "32 texts of 128 tokens, 64 clients, base64", "128", 8 if step.dry else 32, 64, "base64"
     )
     for processes in (1, 2):
-        device = ",".join(["cpu" if step.dry else "cuda:0"] * processes)
+        device = step.repeated(processes)
         with step.service(WEB_CONCURRENCY="4", EMBEDDING_MODEL=str(folder), DEVICE=device) as running:
-            _wait_for_all(running)
+            running.wait_all_ready()
             step.measure(running, scenario, 2 * step.seconds)
             step.tell(f"{scenario.title}, processes: {processes}", step.measure(running, scenario))
 

@@ -8,22 +8,20 @@ soon as it has a response.
 
 python -m benchmarks.simulated_device --tokens-per-second 200000
 
-With --devices, it measures instead how many requests the service answers with so many devices, each in a
-model process of its own. They have to be slow enough that the cores of this machine are not the limit.
+With --devices, it measures instead how many requests the service answers with these numbers of devices, each
+in a model process of its own. They have to be slow enough that the cores of this machine are not the limit.
 
 python -m benchmarks.simulated_device --devices 1 4 --tokens-per-second 4000
 """
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import socket
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,8 +166,7 @@ def several(counts: list[int], tokens_per_second: float, seconds: float) -> None
             )
             try:
                 service.wait_ready()
-                while not _all_ready(service):
-                    time.sleep(0.1)
+                service.wait_all_ready()
                 bodies = Path(scratch, "bodies.txt")
                 requests = [texts[start : start + 8] for start in range(0, len(texts), 8)]
                 bodies.write_bytes(b"\n".join(service.body(request, "base64") for request in requests))
@@ -188,18 +185,15 @@ def several(counts: list[int], tokens_per_second: float, seconds: float) -> None
         )
 
 
-def _all_ready(service: Service) -> bool:
-    with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/info", timeout=60) as answer:
-        return all(device["status"] == "healthy" for device in json.load(answer)["devices"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens-per-second", type=float, default=200_000)
     parser.add_argument("--launch-ms", type=float, default=0.5)
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--devices", type=int, nargs="+", help="measure the service on so many devices")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", help="measure the service on these numbers of devices"
+    )
     arguments = parser.parse_args()
     if arguments.devices:
         several(arguments.devices, arguments.tokens_per_second, arguments.seconds)

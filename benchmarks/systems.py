@@ -122,6 +122,16 @@ class Service(System):
         python = str(own) if own.exists() else sys.executable
         super().__init__([python, "app.py"], root, scratch / f"{self.name}.log", **given)
 
+    def wait_all_ready(self) -> None:
+        """Wait until each of several model processes is ready; /health says so of the first."""
+        while any(device["status"] != "healthy" for device in self._devices()):
+            time.sleep(0.1)
+
+    def _devices(self) -> list[dict[str, str]]:
+        with urllib.request.urlopen(f"http://{self.host}:{self.port}/info", timeout=60) as answer:
+            found: list[dict[str, str]] = json.load(answer)["devices"]
+        return found
+
     def processes(self) -> dict[str, list[psutil.Process]]:
         """The web workers, and the model processes, which the supervisor has started."""
         roles: dict[str, list[psutil.Process]] = {"web": [], "model": []}

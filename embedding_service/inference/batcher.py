@@ -227,8 +227,7 @@ class Batcher:
                 if pending.missing:
                     refused = self._accept([pending], time.monotonic())
                     self._wake()
-        for _, error in refused:
-            _hand_over(pending.receiver, [(pending.number, error)])
+        self._answer(refused)
         self._finish(pending)
         return False
 
@@ -408,7 +407,7 @@ class Batcher:
             whole = pending.arrived == len(pending.distinct.texts)
             if pending.missing or not whole or not self._scheduler.end(pending):
                 return
-        _hand_over(pending.receiver, [(pending.number, self._outcome(pending))])
+        self._answer([(pending, None)])
 
     def _outcome(self, pending: PendingRequest) -> Outcome:
         try:

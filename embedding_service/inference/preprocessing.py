@@ -15,7 +15,7 @@ from tokenizers.normalizers import BertNormalizer
 from embedding_service.engine import Text
 from embedding_service.errors import InvalidRequest
 from embedding_service.inference.runtime import Side
-from embedding_service.inference.tokenized import Batch, IntArray, TokenizedTexts, joined
+from embedding_service.inference.tokenized import Batch, IntArray, TokenizedTexts
 
 # Texts that reveal differences from the model's own tokenization: case, space, other scripts, emoji.
 PROBES = [
@@ -181,7 +181,7 @@ class RustTokenizer:
         return other
 
     def _encode_with_ids(self, texts: Sequence[Text], prompt: str, tokenizer: Tokenizer) -> list[Encoding]:
-        """Tokenize texts of which some are token ids, or not Unicode. Raises InvalidRequest."""
+        """Tokenize texts, some of which are token ids or not Unicode. Raises InvalidRequest."""
         decoded = decode_ids(tokenizer, texts, skip_special_tokens=bool(prompt))
         encodings = []
         for index, text in enumerate(decoded):
@@ -200,7 +200,6 @@ class RustTokenizer:
         return list(chain.from_iterable(self._pool.map(encode, pieces)))
 
     def pack(self, batch: Batch) -> Features:
-        batch = joined(batch)
         found = [part.tokenized.ids_of(part.rows) for part in batch]
         lengths = batch[0].lengths if len(batch) == 1 else np.concatenate([part.lengths for part in batch])
         width = max(lengths.tolist())
@@ -225,7 +224,6 @@ class RustTokenizer:
 
     def pack_unpadded(self, batch: Batch) -> Unpadded:
         """What `pack` gives, before anything is padded."""
-        batch = joined(batch)
         lengths = batch[0].lengths if len(batch) == 1 else np.concatenate([part.lengths for part in batch])
         ids = [part.tokenized.ids_of(part.rows) for part in batch]
         prompt_length: Any = batch[0].tokenized.group

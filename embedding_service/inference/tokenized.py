@@ -2,8 +2,6 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -82,14 +80,3 @@ class Rows:
 
 # The rows of a batch are all of one group.
 Batch = Sequence[Rows]
-
-
-def joined(batch: Batch) -> Batch:
-    """The same rows in the same order, in fewer parts: requests that came together share their arrays."""
-    if len(batch) == 1:
-        return batch
-    parts: list[Rows] = []
-    for tokenized, neighbours in groupby(batch, attrgetter("tokenized")):
-        rows = [part.rows for part in neighbours]
-        parts.append(Rows(tokenized, rows[0] if len(rows) == 1 else np.concatenate(rows)))
-    return parts

@@ -42,7 +42,7 @@ class Oracle:
         return np.asarray(made, np.float32)
 
     def text_of(self, tokens: int) -> str:
-        """A text of about this many tokens, each of which matters."""
+        """A text of about this many tokens, all of which matter."""
         words = (f"{word} {number}" for number in range(tokens) for word in ("river", "stone", "cloud"))
         ids: list[int] = self._model.tokenizer(" ".join(words), truncation=False, verbose=False)["input_ids"]
         text: str = self._model.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
